@@ -1,0 +1,59 @@
+"""sparsekit makes long prompts cheap: composable sparse attention for the prefill of Hugging Face language models.
+
+Importing this package loads neither triton nor transformers, needs no GPU and changes nothing global.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsekit.config import SparseConfig, load
+    from sparsekit.errors import SparsekitError
+    from sparsekit.explain import explain
+    from sparsekit.functional import attention
+    from sparsekit.geometry import Geometry
+    from sparsekit.patch import apply, remove
+    from sparsekit.patterns import Pattern
+    from sparsekit.plan import BlockPlan
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BlockPlan": "plan",
+    "Geometry": "geometry",
+    "Pattern": "patterns",
+    "SparseConfig": "config",
+    "SparsekitError": "errors",
+    "apply": "patch",
+    "attention": "functional",
+    "explain": "explain",
+    "load": "config",
+    "remove": "patch",
+}
+
+__all__ = [
+    "BlockPlan",
+    "Geometry",
+    "Pattern",
+    "SparseConfig",
+    "SparsekitError",
+    "apply",
+    "attention",
+    "explain",
+    "load",
+    "remove",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"sparsekit.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

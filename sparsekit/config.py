@@ -1,0 +1,328 @@
+"""SparseConfig: which layer, and which head, attends how. Read from YAML, checked whole, frozen.
+
+Explicit head > layer rule > default. Nothing is guessed: what does not fit is an error that names the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from sparsekit.errors import SparsekitError, nearest
+from sparsekit.patterns import Pattern, parse_pattern
+
+__all__ = ["LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
+
+AnyPattern = Annotated[Pattern, BeforeValidator(parse_pattern)]
+
+
+class ModelFacts(BaseModel):
+    """What a config may say about its model. The numbers are checked against the real one; the name is a label.
+
+    `num_layers` and `num_heads` (query heads) are needed to resolve a config; the rest lets `explain` predict time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str | None = None
+    num_layers: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    num_key_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True)
+class LayerPatterns:
+    """One layer: its different patterns, and for each query head which of them it runs."""
+
+    layer: int
+    patterns: tuple[Pattern, ...]
+    pattern_of_head: tuple[int, ...]
+
+    @property
+    def dense(self) -> bool:
+        return all(pattern.name == "dense" for pattern in self.patterns)
+
+    def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
+        """Each pattern with its query heads."""
+        for i, pattern in enumerate(self.patterns):
+            yield pattern, tuple(h for h, own in enumerate(self.pattern_of_head) if own == i)
+
+    def __str__(self) -> str:
+        if len(self.patterns) == 1:
+            return str(self.patterns[0])
+        return "; ".join(f"heads {format_range(heads)}: {pattern}" for pattern, heads in self.groups())
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A config spelled out for one model: the patterns of every layer and head, nothing left to a rule."""
+
+    config: SparseConfig
+    layers: tuple[LayerPatterns, ...]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """One object a layer, for result files: layer, and its patterns with all their parameters and heads."""
+        return [
+            {
+                "layer": layer.layer,
+                "patterns": [
+                    {**pattern.model_dump(mode="json"), "heads": format_range(heads)} for pattern, heads in layer.groups()
+                ],
+            }
+            for layer in self.layers
+        ]
+
+
+class SparseConfig(BaseModel):
+    """A validated sparsekit YAML file.
+
+    Attributes:
+        version: 1.
+        model: facts that are checked against the model it is applied to.
+        dense_below_tokens: prompts shorter than this run the model's own attention.
+        min_queries: a call with fewer queries is decoding, and runs the model's own attention.
+        dense_impl: dense layers run the model's own attention function ("model"), or sparsekit's kernel ("kernel").
+        default: the pattern of layers that no rule names.
+        layers: "0-15" or "3" or "0,4,8-11" -> pattern.
+        heads: layers -> query heads -> pattern; wins over `layers`.
+        provenance: how calibration wrote this file; free-form.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[1] = 1
+    model: ModelFacts = ModelFacts()
+    dense_below_tokens: int = Field(0, ge=0)
+    min_queries: int = Field(64, ge=2)
+    dense_impl: Literal["model", "kernel"] = "model"
+    default: AnyPattern = Field(default_factory=lambda: parse_pattern("dense"))
+    layers: dict[str, AnyPattern] = {}
+    heads: dict[str, dict[str, AnyPattern]] = {}
+    provenance: dict[str, Any] = {}
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_ranges(cls, value: Any) -> Any:
+        """Keys may be numbers in YAML; they are ranges here, none of which overlap."""
+        if not isinstance(value, Mapping):
+            return value
+        return _ranged(value)
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _head_ranges(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: _ranged(item) if isinstance(item, Mapping) else item for key, item in _ranged(value).items()}
+
+    # ---- reading and writing
+
+    @classmethod
+    def load(cls, source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
+        """A config from a path, YAML text, a mapping, or a config. See `load`."""
+        return load(source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was said, and no more: `load(x.to_dict()) == x`."""
+        out: dict[str, Any] = {"version": self.version}
+        for name in type(self).model_fields:
+            if name == "version" or name not in self.model_fields_set:
+                continue
+            out[name] = _to_yaml(getattr(self, name))
+        return out
+
+    def dump(self, path: str | Path | None = None) -> str:
+        """The YAML text, also written to `path` where one is given."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, default_flow_style=None)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    # ---- meaning
+
+    def resolve(self, facts: ModelFacts | None = None) -> ResolvedConfig:
+        """The patterns of every layer and head of a model.
+
+        Args:
+            facts: the real model's; default what the file says.
+
+        Raises:
+            SparsekitError: the file is for another model, a layer or head is out of range, or numbers are missing.
+        """
+        facts = facts or self.model
+        self._check_model(facts)
+        if facts.num_layers is None or facts.num_heads is None:
+            raise SparsekitError("model: num_layers and num_heads are needed to resolve this config; write them under `model:`.")
+        per_layer: list[Pattern] = [self.default] * facts.num_layers
+        for key, pattern in self.layers.items():
+            for layer in _numbers(f"layers.{key!r}", key, facts.num_layers, "layer"):
+                per_layer[layer] = pattern
+        per_head: dict[int, dict[int, Pattern]] = {}
+        for key, by_head in self.heads.items():
+            for layer in _numbers(f"heads.{key!r}", key, facts.num_layers, "layer"):
+                for heads, pattern in by_head.items():
+                    for head in _numbers(f"heads.{key!r}.{heads!r}", heads, facts.num_heads, "head"):
+                        per_head.setdefault(layer, {})[head] = pattern
+        layers = []
+        for i, base in enumerate(per_layer):
+            chosen = [per_head.get(i, {}).get(h, base) for h in range(facts.num_heads)]
+            different = tuple(dict.fromkeys(chosen))
+            layers.append(LayerPatterns(i, different, tuple(different.index(pattern) for pattern in chosen)))
+        return ResolvedConfig(self, tuple(layers))
+
+    def _check_model(self, facts: ModelFacts) -> None:
+        for name in ("num_layers", "num_heads", "num_key_heads", "head_dim", "hidden_size"):
+            said, real = getattr(self.model, name), getattr(facts, name)
+            if said is not None and real is not None and said != real:
+                label = f" ({self.model.name})" if self.model.name else ""
+                raise SparsekitError(
+                    f"model.{name}: this config is for a model with {name} = {said}{label}, "
+                    f"but the model has {real}{f' ({facts.name})' if facts.name else ''}; use that model's config."
+                )
+
+
+def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
+    """A SparseConfig from a path to a YAML file, YAML text, a mapping, or a config.
+
+    A string with a line break or a colon and space in it, or one that starts with "{", is text (so is an empty one); any other is a path.
+
+    Raises:
+        SparsekitError: one line that names the file, the field, the value, and what is allowed.
+    """
+    if isinstance(source, SparseConfig):
+        return source
+    if isinstance(source, Mapping):
+        return _validate(source, "config")
+    if isinstance(source, str) and (not source.strip() or "\n" in source or ": " in source or source.lstrip().startswith("{")):
+        return _validate(_parse(source, "config"), "config")
+    path = Path(source)
+    if not path.is_file():
+        beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise SparsekitError(f"config {str(path)!r}: no such file.{nearest(str(path), beside)}")
+    return _validate(_parse(path.read_text(), str(path)), str(path))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key written twice is an error instead of the last one winning."""
+
+
+def _mapping_without_twins(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise SparsekitError(f"line {key_node.start_mark.line + 1}: {key!r} is written twice")
+        seen[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return seen
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_twins)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)
+    except SparsekitError as error:
+        raise SparsekitError(f"{where}: {error}.") from None
+    except yaml.YAMLError as error:
+        raise SparsekitError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _validate(data: Any, where: str) -> SparseConfig:
+    if data is None:
+        raise SparsekitError(f"{where}: empty; the least config is `version: 1` with a `default` or `layers`.")
+    if not isinstance(data, Mapping):
+        kind = "list" if isinstance(data, list) else type(data).__name__
+        raise SparsekitError(f"{where}: a mapping is needed (version, model, default, layers, ...), this is a {kind}.")
+    try:
+        return SparseConfig.model_validate(dict(data))
+    except ValidationError as error:
+        raise SparsekitError(f"{where}: {_one_line(error)}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(repr(part) if i and not str(part).isidentifier() else str(part) for i, part in enumerate(first["loc"]))
+    message = first["msg"].removeprefix("Value error, ").removeprefix("pattern: ")
+    if first["type"] == "extra_forbidden":
+        owner: type[BaseModel] = ModelFacts if len(first["loc"]) > 1 else SparseConfig
+        allowed, name = list(owner.model_fields), str(first["loc"][-1])
+        return f"{path}: unknown field {name!r} = {first['input']!r}; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
+    if isinstance(first.get("ctx", {}).get("error"), SparsekitError):
+        return f"{path}: {message}"
+    message = message.replace("Input should", "it should").rstrip(".")
+    return f"{path} = {first['input']!r}: {message}{'' if message.endswith('?') else '.'}"
+
+
+# ---- ranges of layers and heads
+
+
+def _ranged(value: Mapping[Any, Any]) -> dict[str, Any]:
+    """The mapping with its keys as text, each a range, none of which overlap."""
+    out = {_key(key): item for key, item in value.items()}
+    owner: dict[int, str] = {}
+    for key in out:
+        for n in parse_range(key):
+            if n in owner:
+                raise SparsekitError(f"{key!r} and {owner[n]!r} overlap at {n}; each number may stand in one rule")
+            owner[n] = key
+    return out
+
+
+def _key(key: Any) -> str:
+    if isinstance(key, bool) or not isinstance(key, int | str):
+        raise SparsekitError(f'{key!r}: write a number, a range "0-15", or a list "0,4,8-11"')
+    text = str(key).replace(" ", "")
+    parse_range(text)
+    return text
+
+
+def parse_range(text: str) -> list[int]:
+    """`"0,4,8-11"` -> [0, 4, 8, 9, 10, 11]; ends are included."""
+    out: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise SparsekitError(f'{text!r} is not a range; write a number, a range "0-15", or a list "0,4,8-11"')
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not numbers:
+            raise SparsekitError(f"{text!r}: {part!r} ends before it starts")
+        out += numbers
+    return out
+
+
+def format_range(numbers: tuple[int, ...] | list[int]) -> str:
+    """[0, 4, 8, 9, 10, 11] -> `"0,4,8-11"`; of ascending numbers."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _numbers(field: str, key: str, count: int, what: str) -> list[int]:
+    numbers = parse_range(key)
+    if max(numbers) >= count:
+        raise SparsekitError(f"{field}: {what} {max(numbers)} of a model with {count} {what}s; allowed: 0-{count - 1}.")
+    return numbers
+
+
+def _to_yaml(value: Any) -> Any:
+    if isinstance(value, Pattern):
+        return value.to_yaml()
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: _to_yaml(item) for key, item in value.items()}
+    return value

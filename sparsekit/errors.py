@@ -1,0 +1,26 @@
+"""The one error that sparsekit raises for bad input, and the nearest right name to put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["SparsekitError", "nearest"]
+
+
+class SparsekitError(ValueError):
+    """Bad input. The message is one line: the field, the value, what is allowed, and the nearest right name."""
+
+
+def nearest(name: object, allowed: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest of `allowed`, or nothing.
+
+    Spelling distance first; then the same words in another order, so that `last_n` finds `n_last` and `last_tokens`.
+    """
+    text, names = str(name), list(allowed)
+    close = get_close_matches(text, names, n=1, cutoff=0.6)
+    if not close:
+        words = set(text.lower().split("_"))
+        shared = [(len(words & set(other.lower().split("_"))), other) for other in names]
+        close = [other for count, other in sorted(shared, key=lambda pair: -pair[0]) if count]
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,148 @@
+"""Where queries and keys sit: lengths, offsets, padding, the prompt's end, and the tile that a plan is cut into.
+
+Everything a pattern decides is counted in POSITIONS, from a sample's first valid key, so that a padded sample means the
+same as alone, and a prompt chunk or second turn the same as the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from sparsekit.errors import SparsekitError
+
+__all__ = ["Geometry", "Span"]
+
+TILES = (16, 32, 64, 128, 256)
+
+
+class Span(NamedTuple):
+    """One sample of a call, in positions: all that a static pattern may know.
+
+    Queries are the positions `[q_first, q_end)`, keys `[0, keys)`; the prompt ends at `prompt_tokens`, which lies beyond
+    `q_end` for a chunk that is not the last one.
+    """
+
+    q_first: int
+    q_end: int
+    keys: int
+    prompt_tokens: int
+
+    @property
+    def causal_pairs(self) -> int:
+        """Query-key pairs of dense causal attention over this sample's queries."""
+        return (self.q_end * (self.q_end + 1) - self.q_first * (self.q_first + 1)) // 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One attention call, in host integers. Build it with `Geometry.of`, which fills in and checks.
+
+    Query row r sits at key index `q_offset + r`; sample b's valid keys are the indices `[kv_start[b], kv_end[b])`; its
+    positions are key indices minus `kv_start[b]`. `prompt_tokens[b]` counts its prompt in positions. `block_q` and
+    `block_kv` (tokens) are the tile of the plans made for this call; the grid of query tiles starts at position 0.
+    """
+
+    q_len: int
+    kv_len: int
+    q_offset: int
+    kv_start: tuple[int, ...]
+    kv_end: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    block_q: int = 128
+    block_kv: int = 64
+
+    @classmethod
+    def of(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        batch: int = 1,
+        q_offset: int | None = None,
+        kv_start: Sequence[int] | None = None,
+        kv_end: Sequence[int] | None = None,
+        prompt_len: int | Sequence[int] | None = None,
+        block_q: int = 128,
+        block_kv: int = 64,
+    ) -> Geometry:
+        """A checked geometry. Defaults: the queries are the last of the keys, nothing is padded, this call ends the prompt.
+
+        Args:
+            q_len, kv_len: rows of q and of k (k may be longer than what is valid: a StaticCache).
+            q_offset: key index of query row 0; default `kv_len - q_len`.
+            kv_start, kv_end: per sample, the valid key indices; default all up to the last query.
+            prompt_len: tokens of the whole prompt, one number or one per sample, padding not counted; default: the
+                prompt ends where this call ends.
+
+        Raises:
+            SparsekitError: an offset or a bound that does not fit the lengths.
+        """
+        kv_len = q_len if kv_len is None else kv_len
+        q_offset = kv_len - q_len if q_offset is None else q_offset
+        last = q_offset + q_len
+        starts = (0,) * batch if kv_start is None else tuple(kv_start)
+        ends = (last,) * batch if kv_end is None else tuple(kv_end)
+        if q_len < 1 or q_offset < 0 or last > kv_len:
+            raise SparsekitError(
+                f"q_offset={q_offset} with {q_len} queries and {kv_len} keys: the queries must sit on keys "
+                f"(0 <= q_offset <= kv_len - q_len = {kv_len - q_len}, at least one query)."
+            )
+        for name, bounds in (("kv_start", starts), ("kv_end", ends)):
+            if len(bounds) != batch or not all(0 <= bound <= kv_len for bound in bounds):
+                raise SparsekitError(f"{name}={bounds}: one key index in 0..{kv_len} for each of {batch} samples.")
+        spans = [min(last, end) - start for start, end in zip(starts, ends, strict=True)]
+        if min(spans) < 0:
+            raise SparsekitError(f"kv_start={starts}, kv_end={ends}: a sample's keys must end after they start.")
+        if prompt_len is None:
+            prompts = tuple(spans)
+        else:
+            prompts = (prompt_len,) * batch if isinstance(prompt_len, int) else tuple(prompt_len)
+            if len(prompts) != batch or min(prompts) < 1:
+                raise SparsekitError(f"prompt_len={prompt_len}: at least 1 token, one number or one for each sample.")
+        for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+            if block not in TILES:
+                raise SparsekitError(f"{name}={block}: a tile is one of {', '.join(map(str, TILES))} tokens.")
+        return cls(q_len, kv_len, q_offset, starts, ends, prompts, block_q, block_kv)
+
+    @property
+    def batch(self) -> int:
+        return len(self.kv_start)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Each sample in positions. A sample that is all padding here has no queries (`q_first == q_end`)."""
+        out = []
+        for start, end, prompt in zip(self.kv_start, self.kv_end, self.prompt_tokens, strict=True):
+            first = max(self.q_offset - start, 0)
+            q_end = max(min(self.q_offset + self.q_len, end) - start, first)
+            out.append(Span(first, q_end, end - start, prompt))
+        return tuple(out)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether one plan serves every sample."""
+        return len(set(self.spans)) == 1
+
+    def q_index(self, sample: int, position: int) -> int:
+        """The row of q that holds `position` of `sample`; negative before this call's first query."""
+        return position + self.kv_start[sample] - self.q_offset
+
+    @property
+    def rows(self) -> int:
+        """Query tiles a sample has at most: the row count of a plan."""
+        return max(-(-span.q_end // self.block_q) - span.q_first // self.block_q for span in self.spans)
+
+    def with_tile(self, block_q: int, block_kv: int) -> Geometry:
+        """The same call, cut into other tiles."""
+        return replace(self, block_q=block_q, block_kv=block_kv)
+
+    def with_prompt(self, tokens: int | Sequence[int]) -> Geometry:
+        """The same call, as a part of a prompt of `tokens` columns (padding on the left counted, as a batch is written)."""
+        columns = (tokens,) * self.batch if isinstance(tokens, int) else tuple(tokens)
+        if len(columns) != self.batch:
+            raise SparsekitError(f"prompt tokens={tokens}: one number, or one for each of {self.batch} samples.")
+        prompts = tuple(max(n - start, 1) for n, start in zip(columns, self.kv_start, strict=True))
+        return replace(self, prompt_tokens=prompts)

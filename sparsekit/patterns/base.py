@@ -1,0 +1,183 @@
+"""Pattern, its two kinds, and the registry.
+
+A pattern is a frozen pydantic model: a `name` and its parameters, each with unit and meaning. Defining the class
+registers it. A static pattern says which pairs it keeps; a dynamic one looks at q and k and returns a plan.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from sparsekit.errors import SparsekitError, nearest
+from sparsekit.geometry import Geometry, Span
+from sparsekit.kernels.softmax import Softmax
+from sparsekit.plan import BlockPlan, TokenRule, plan_from_block_mask, plan_from_rule
+
+__all__ = ["DynamicPattern", "Pattern", "StaticPattern", "parse_pattern", "pattern_class", "pattern_names"]
+
+_REGISTRY: dict[str, type[Pattern]] = {}
+
+ENTRY_POINTS = "sparsekit.patterns"
+
+
+class Pattern(BaseModel, ABC):
+    """What one layer, or one head, attends to. Subclasses set `name: Literal["..."] = "..."` and are then known by it.
+
+    A pattern never sees a layer number, a model, or the attention kernel.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    source: ClassVar[str] = "-"  # where the method was published
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        name = cls.model_fields["name"].default
+        if not isinstance(name, str):
+            return  # a base class
+        known = _REGISTRY.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SparsekitError(f"pattern name {name!r} of {cls.__module__} is taken by {known.__module__}.")
+        _REGISTRY[name] = cls
+
+    @abstractmethod
+    def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        """The plan for q (B, H, Q, D) over k (B, G, K, D), on their device."""
+
+    def to_yaml(self) -> str | dict[str, Any]:
+        """What YAML says to get this pattern: its name, and the parameters that were set."""
+        given = {key: _plain(getattr(self, key)) for key in type(self).model_fields if key in self.model_fields_set}
+        given.pop("name", None)
+        return {"name": self.name, **given} if given else self.name
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key != "name")
+        return f"{self.name}({given})" if given else self.name
+
+
+def _brief(value: Any) -> str:
+    return " | ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Pattern):
+        return value.to_yaml()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+class StaticPattern(Pattern):
+    """A pattern that knows its pairs from their positions alone: no look-ahead, one plan for all heads, cached."""
+
+    @abstractmethod
+    def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+        """Whether query position `q_pos` (int64, (..., 1)) keeps key position `k_pos` ((1, ...)): the definition."""
+
+    def rule(self, span: Span) -> TokenRule | None:
+        """`keep` as the kernel's token rule for one sample, where it is one; the plan is then exact and O(rows).
+
+        Without it the plan is read off `keep` tile by tile, in O(N^2): fine for patterns made of whole tiles and for
+        trying things out, and refused where a tile is cut in a way that no flag expresses.
+        """
+        return None
+
+    def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        return static_plan(self, geometry, q.device)
+
+
+@lru_cache(maxsize=64)
+def static_plan(pattern: StaticPattern, geometry: Geometry, device: torch.device) -> BlockPlan:
+    """The plan of a static pattern; needs no q and k, so `explain` uses it too."""
+    rules = [pattern.rule(span) for span in geometry.spans]
+    exact = [rule for rule in rules if rule is not None]
+    if len(exact) == len(rules):
+        return plan_from_rule(exact, geometry, device)
+    return plan_from_block_mask(_tiles_of(pattern, geometry), geometry).to(device)
+
+
+def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
+    """bool (S, 1, R, C): the tiles that `keep` keeps, every one whole up to causality."""
+    bq, bk = geometry.block_q, geometry.block_kv
+    spans = geometry.spans[:1] if geometry.uniform else geometry.spans
+    out = torch.zeros(len(spans), 1, geometry.rows, -(-max(span.q_end for span in spans) // bk), dtype=torch.bool)
+    for s, span in enumerate(spans):
+        k_pos = torch.arange(out.shape[-1] * bk)[None]
+        for r in range(geometry.rows):
+            start = (span.q_first // bq + r) * bq
+            q_pos = torch.arange(max(start, span.q_first), min(start + bq, span.q_end))[:, None]
+            causal = (k_pos <= q_pos).unflatten(1, (-1, bk))
+            kept = (pattern.keep(q_pos, k_pos, span) & (k_pos <= q_pos)).unflatten(1, (-1, bk))
+            visited, whole = kept.any(2).any(0), (kept == causal).all(2).all(0)
+            if bool((visited & ~whole).any()):
+                column = int((visited & ~whole).nonzero()[0])
+                raise SparsekitError(
+                    f"pattern {pattern.name!r} keeps a part of the tile of queries {start}.. and keys {column * bk}..: give "
+                    f"it a `rule` (sink, window, dense_from), or make it keep whole tiles of {bq} x {bk} tokens."
+                )
+            out[s, 0, r] = visited
+    return out
+
+
+class DynamicPattern(Pattern):
+    """A pattern that estimates from q and k what to keep. No host synchronisation, all heads in one launch."""
+
+
+@cache
+def _load_entry_points() -> None:
+    for point in entry_points(group=ENTRY_POINTS):
+        point.load()
+
+
+def pattern_names() -> tuple[str, ...]:
+    """All registered names, third-party ones (entry-point group `sparsekit.patterns`) included."""
+    _load_entry_points()
+    return tuple(_REGISTRY)
+
+
+def pattern_class(name: str) -> type[Pattern]:
+    """The pattern class of that name."""
+    names = pattern_names()
+    if name not in names:
+        raise SparsekitError(f"unknown pattern {name!r}: one of {', '.join(names)}.{nearest(name, names)}")
+    return _REGISTRY[name]
+
+
+def parse_pattern(value: Pattern | str | Mapping[str, Any], where: str = "pattern") -> Pattern:
+    """A pattern from what YAML says: a name, or a mapping with `name` and parameters. `where` names the field in errors."""
+    if isinstance(value, Pattern):
+        return value
+    fields = {"name": value} if isinstance(value, str) else value
+    if not isinstance(fields, Mapping):
+        raise SparsekitError(f"{where}: {value!r} is not a pattern; write a name, or a mapping with `name` and parameters.")
+    if not isinstance(fields.get("name"), str):
+        raise SparsekitError(f"{where}: {dict(fields)!r} needs a `name`: one of {', '.join(pattern_names())}.")
+    try:
+        cls = pattern_class(fields["name"])
+        return cls.model_validate(dict(fields))
+    except ValidationError as error:
+        raise SparsekitError(f"{where}: {_one_line(error, cls)}") from None
+    except SparsekitError as error:
+        raise SparsekitError(f"{where}: {error}") from None
+
+
+def _one_line(error: ValidationError, cls: type[Pattern]) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    allowed = [field for field in cls.model_fields if field != "name"]
+    label = cls.model_fields["name"].default
+    if first["type"] == "extra_forbidden":
+        has = ", ".join(allowed) if allowed else "no parameters"
+        return f"{label}: unknown field {name!r} = {first['input']!r}; it has {has}.{nearest(name, allowed)}"
+    if first["type"] == "missing":
+        return f"{label}: field {name!r} is missing. {cls.model_fields[name].description}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should").rstrip(".")
+    return f"{label}: {name} = {first['input']!r}: {message}{'' if message.endswith('?') else '.'}"
