@@ -75,7 +75,8 @@ class ResolvedConfig:
             {
                 "layer": layer.layer,
                 "patterns": [
-                    {**pattern.model_dump(mode="json"), "heads": format_range(heads)} for pattern, heads in layer.groups()
+                    {**pattern.model_dump(mode="json"), "heads": format_range(heads)}
+                    for pattern, heads in layer.groups()
                 ],
             }
             for layer in self.layers
@@ -161,7 +162,9 @@ class SparseConfig(BaseModel):
         facts = facts or self.model
         self._check_model(facts)
         if facts.num_layers is None or facts.num_heads is None:
-            raise SparsekitError("model: num_layers and num_heads are needed to resolve this config; write them under `model:`.")
+            raise SparsekitError(
+                "model: num_layers and num_heads are needed to resolve this config; write them under `model:`."
+            )
         per_layer: list[Pattern] = [self.default] * facts.num_layers
         for key, pattern in self.layers.items():
             for layer in _numbers(f"layers.{key!r}", key, facts.num_layers, "layer"):
@@ -193,7 +196,8 @@ class SparseConfig(BaseModel):
 def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
     """A SparseConfig from a path to a YAML file, YAML text, a mapping, or a config.
 
-    A string with a line break or a colon and space in it, or one that starts with "{", is text (so is an empty one); any other is a path.
+    A string with a line break or a colon and space in it, or one that starts with "{", is text (so is an empty one);
+    any other is a path.
 
     Raises:
         SparsekitError: one line that names the file, the field, the value, and what is allowed.
@@ -202,13 +206,19 @@ def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
         return source
     if isinstance(source, Mapping):
         return _validate(source, "config")
-    if isinstance(source, str) and (not source.strip() or "\n" in source or ": " in source or source.lstrip().startswith("{")):
+    if isinstance(source, str) and (
+        not source.strip() or "\n" in source or ": " in source or source.lstrip().startswith("{")
+    ):
         return _validate(_parse(source, "config"), "config")
     path = Path(source)
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise SparsekitError(f"config {str(path)!r}: no such file.{nearest(str(path), beside)}")
-    return _validate(_parse(path.read_text(), str(path)), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparsekitError(f"config {str(path)!r} cannot be read as text: {error}.") from None
+    return _validate(_parse(text, str(path)), str(path))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -218,10 +228,10 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_twins(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise SparsekitError(f"line {key_node.start_mark.line + 1}: {key!r} is written twice")
-        seen[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 
 
@@ -251,12 +261,15 @@ def _validate(data: Any, where: str) -> SparseConfig:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = ".".join(repr(part) if i and not str(part).isidentifier() else str(part) for i, part in enumerate(first["loc"]))
+    path = ".".join(
+        repr(part) if i and not str(part).isidentifier() else str(part) for i, part in enumerate(first["loc"])
+    )
     message = first["msg"].removeprefix("Value error, ").removeprefix("pattern: ")
     if first["type"] == "extra_forbidden":
         owner: type[BaseModel] = ModelFacts if len(first["loc"]) > 1 else SparseConfig
         allowed, name = list(owner.model_fields), str(first["loc"][-1])
-        return f"{path}: unknown field {name!r} = {first['input']!r}; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
+        known = f"allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
+        return f"{path}: unknown field {name!r} = {first['input']!r}; {known}"
     if isinstance(first.get("ctx", {}).get("error"), SparsekitError):
         return f"{path}: {message}"
     message = message.replace("Input should", "it should").rstrip(".")

@@ -33,8 +33,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of q (B, H, Q, D) over k, v (B, G, K, D) under a pattern.
 
-    `pattern` is a Pattern, a name, or a mapping as in YAML. Without `geometry` the queries are the last Q of the K keys, and
-    the prompt ends with them. The rest is `sparsekit.kernels.attend`'s, results and errors too.
+    `pattern` is a Pattern, a name, or a mapping as in YAML. Without `geometry` the queries are the last Q of the K
+    keys, and the prompt ends with them. The rest is `sparsekit.kernels.attend`'s, results and errors too.
 
     >>> import torch, sparsekit
     >>> q, k, v = torch.randn(1, 4, 1000, 64), torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
@@ -61,8 +61,9 @@ def plan_heads(
     """The plan of a layer in which query head h runs `patterns[pattern_of_head[h]]`; cached where all are static."""
     if len(patterns) == 1:
         return patterns[0].plan(q, k, geometry, softmax)
-    if all(isinstance(pattern, StaticPattern) for pattern in patterns):
-        return static_plan_heads(tuple(patterns), tuple(pattern_of_head), geometry, q.device)  # type: ignore[arg-type]
+    static = tuple(pattern for pattern in patterns if isinstance(pattern, StaticPattern))
+    if len(static) == len(patterns):
+        return static_plan_heads(static, tuple(pattern_of_head), geometry, q.device)
     return stack_heads([pattern.plan(q, k, geometry, softmax) for pattern in patterns], pattern_of_head)
 
 

@@ -21,8 +21,8 @@ TILES = (16, 32, 64, 128, 256)
 class Span(NamedTuple):
     """One sample of a call, in positions: all that a static pattern may know.
 
-    Queries are the positions `[q_first, q_end)`, keys `[0, keys)`; the prompt ends at `prompt_tokens`, which lies beyond
-    `q_end` for a chunk that is not the last one.
+    Queries are the positions `[q_first, q_end)`, keys `[0, keys)`; the prompt ends at `prompt_tokens`, which lies
+    beyond `q_end` for a chunk that is not the last one.
     """
 
     q_first: int
@@ -68,7 +68,8 @@ class Geometry:
         block_q: int = 128,
         block_kv: int = 64,
     ) -> Geometry:
-        """A checked geometry. Defaults: the queries are the last of the keys, nothing is padded, this call ends the prompt.
+        """A checked geometry. Defaults: the queries are the last of the keys, nothing is padded, this call ends the
+        prompt.
 
         Args:
             q_len, kv_len: rows of q and of k (k may be longer than what is valid: a StaticCache).
@@ -140,7 +141,7 @@ class Geometry:
         return replace(self, block_q=block_q, block_kv=block_kv)
 
     def with_prompt(self, tokens: int | Sequence[int]) -> Geometry:
-        """The same call, as a part of a prompt of `tokens` columns (padding on the left counted, as a batch is written)."""
+        """The same call, as a part of a prompt of `tokens` columns (left padding counted, as a batch is written)."""
         columns = (tokens,) * self.batch if isinstance(tokens, int) else tuple(tokens)
         if len(columns) != self.batch:
             raise SparsekitError(f"prompt tokens={tokens}: one number, or one for each of {self.batch} samples.")

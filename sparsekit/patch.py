@@ -2,8 +2,8 @@
 
 The door is transformers' own: one attention and one mask function are registered under one name, and the model's text
 config is switched to it. The mask function g is called once a forward; for a prompt chunk it returns a small DESCRIPTOR
-in place of a mask and remembers the call. The attention function f then decides layer by layer: sparsekit's kernel, or the
-model's original attention function with the mask that the original mask function would have given.
+in place of a mask and remembers the call. The attention function f then decides layer by layer: sparsekit's kernel, or
+the model's original attention function with the mask that the original mask function would have given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsekit.config import LayerPatterns, ModelFacts, ResolvedConfig, SparseCo
 from sparsekit.errors import SparsekitError
 from sparsekit.functional import plan_heads
 from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax, attend, choose, preferred_tile
+from sparsekit.kernels import Softmax, attend, choose_call, preferred_tile
 from sparsekit.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class _Layer:
     ran: str = "not run"
     why: str = ""
     plan: BlockPlan | None = None
-    impl: str = ""
+    choice: Choice | None = None
     seconds: float = 0.0
     events: tuple[Any, Any] | None = None
 
@@ -57,7 +57,8 @@ class _Layer:
 class _Call:
     """One forward of a model, as its mask function saw it."""
 
-    kwargs: dict[str, Any]
+    kwargs: dict[str, Any]  # of the mask function, without the config, which must not be kept alive
+    config: weakref.ref[Any]
     original: str
     geometry: Geometry | None  # None: not a plain causal prompt chunk
     why: str = ""
@@ -66,7 +67,8 @@ class _Call:
     def original_mask(self, device: torch.device) -> Tensor | None:
         """The mask that the model's own implementation would have got; built once, and only if a layer asks."""
         if device not in self.masks:
-            self.masks[device] = _mask_functions()[self.original](**{**self.kwargs, "device": device})
+            kwargs = {**self.kwargs, "config": self.config(), "device": device}
+            self.masks[device] = _mask_functions()[self.original](**kwargs)
         return self.masks[device]
 
 
@@ -98,7 +100,8 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
         Applying to a model that is already patched replaces.
 
     Raises:
-        SparsekitError: a config that is wrong or is for another model, or a model outside the interface. Nothing is changed.
+        SparsekitError: a config that is wrong or is for another model, or a model outside the interface. Nothing is
+        changed.
     """
     config = load(cfg)
     text_config = model.config.get_text_config(decoder=True)
@@ -184,8 +187,8 @@ class Handle:
     def prompt(self, tokens: int | Sequence[int]) -> Iterator[None]:
         """Within this block prompts have `tokens` columns (one number, or one per sample; left padding counted).
 
-        Tells patterns where the prompt ends when it comes in chunks: Triangle's dense last rows are then the prompt's, not
-        every chunk's.
+        Tells patterns where the prompt ends when it comes in chunks: Triangle's dense last rows are then the prompt's,
+        not every chunk's.
         """
         before, self._prompt = self._prompt, tokens
         try:
@@ -202,7 +205,9 @@ class Handle:
             switched_off = "sparsekit was removed from this model"
         elif door is None or text_config is None or text_config._attn_implementation != _NAMES[door.original]:
             now = getattr(text_config, "_attn_implementation", None)
-            switched_off = f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
+            switched_off = (
+                f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
+            )
         rows = []
         for ref in self._modules:
             module = ref()
@@ -240,7 +245,9 @@ def _make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         door = _door_of(module)
         described = _is_descriptor(attention_mask)
         if described and (door is None or door.call is None):
-            raise SparsekitError(f"{type(module).__name__}: a sparsekit mask reached a model that sparsekit does not know.")
+            raise SparsekitError(
+                f"{type(module).__name__}: a sparsekit mask reached a model that sparsekit does not know."
+            )
         call = door.call if described and door is not None else None
         layer = _LAYERS.get(module)
         if layer is not None:
@@ -269,27 +276,32 @@ def _run(
     if q.shape[2] < handle.config.min_queries:
         return None  # decoding: the record of the last prefill stays
     if layer.own:
-        return _note(layer, "own", layer.own)
+        _note(layer, "own", layer.own)
+        return None
     wants_kernel = not layer.patterns.dense or handle.config.dense_impl == "kernel"
     if call is None:
         if wants_kernel and not handle._paused:
             got = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
             raise SparsekitError(
-                f"layer {index} should run {layer.patterns}, but it got {got} that was not made by transformers' mask "
-                "functions: custom 4-D masks cannot be combined with a sparse pattern; pass a 2-D padding mask or none, or "
-                "use `with handle.pause():`."
+                f"layer {index} should run {layer.patterns}, but it got {got} not made by transformers' mask "
+                "functions: custom 4-D masks cannot be combined with a sparse pattern; pass a 2-D padding mask or none, "
+                "or use `with handle.pause():`."
             )
-        return _note(layer, "dense", "paused" if handle._paused else "dense by config")
+        _note(layer, "dense", "paused" if handle._paused else "dense by config")
+        return None
     because = handle._dense_because(call)
     if because or not wants_kernel:
-        return _note(layer, "dense", because or "dense by config")
+        _note(layer, "dense", because or "dense by config")
+        return None
     if kwargs.get("output_attentions"):
-        raise SparsekitError(f"output_attentions=True: layer {index} runs {layer.patterns}, which has no attention matrix.")
+        raise SparsekitError(
+            f"output_attentions=True: layer {index} runs {layer.patterns}, which has no attention matrix."
+        )
     geometry = handle._geometry(call)
     if (geometry.q_len, geometry.kv_len) != (q.shape[2], k.shape[2]) or geometry.batch != q.shape[0]:
         raise SparsekitError(
-            f"layer {index} got q {tuple(q.shape)} and k {tuple(k.shape)}, but the mask was made for {geometry.batch} samples of "
-            f"{geometry.q_len} queries and {geometry.kv_len} keys."
+            f"layer {index} got q {tuple(q.shape)} and k {tuple(k.shape)}, but the mask was made for {geometry.batch} "
+            f"samples of {geometry.q_len} queries and {geometry.kv_len} keys."
         )
     softmax = Softmax(
         kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5,
@@ -306,10 +318,17 @@ def _run(
             softmax,
         )
         out = attend(
-            q, k, v, plan, scale=softmax.scale, softcap=softmax.softcap, sink_logits=softmax.sink_logits, return_lse=False
+            q,
+            k,
+            v,
+            plan,
+            scale=softmax.scale,
+            softcap=softmax.softcap,
+            sink_logits=softmax.sink_logits,
+            return_lse=False,
         )
     assert isinstance(out, Tensor)
-    layer.plan, layer.impl = plan, choose(q.device)
+    layer.plan, layer.impl = plan, choose_call(q, k, v, plan, softmax).impl
     _note(layer, "sparse" if not layer.patterns.dense else "dense", "")
     return out.transpose(1, 2).contiguous(), None
 
@@ -317,7 +336,7 @@ def _run(
 def _note(layer: _Layer, ran: str, why: str) -> None:
     layer.ran, layer.why = ran, why
     if why:
-        layer.plan, layer.impl, layer.seconds, layer.events = None, "", 0.0, None
+        layer.plan, layer.choice, layer.seconds, layer.events = None, None, 0.0, None
 
 
 @contextmanager
@@ -349,7 +368,8 @@ def _make_mask(original: str) -> Callable[..., Tensor | None]:
             door.call = None
             return own(**kwargs)
         geometry, why = _read_call(kwargs)
-        door.call = _Call(kwargs, original, geometry, why)
+        kept = {name: value for name, value in kwargs.items() if name != "config"}
+        door.call = _Call(kept, door.config, original, geometry, why)
         return _descriptor(kwargs, geometry)
 
     return sparsekit_mask
@@ -417,7 +437,9 @@ def _original_attention(module: nn.Module, original: str) -> Callable[..., tuple
             found: Callable[..., tuple[Tensor, Tensor | None]]
             found = home.ALL_ATTENTION_FUNCTIONS.get_interface(original, home.eager_attention_forward)
             return found
-    raise SparsekitError(f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?")
+    raise SparsekitError(
+        f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?"
+    )
 
 
 def _attention_modules(model: PreTrainedModel, text_config: Any) -> list[nn.Module]:
@@ -431,8 +453,8 @@ def _attention_modules(model: PreTrainedModel, text_config: Any) -> list[nn.Modu
     ]
     if not found:
         raise SparsekitError(
-            f"{type(model).__name__}: no attention layer goes through transformers' AttentionInterface; sparsekit cannot be "
-            "applied to this architecture."
+            f"{type(model).__name__}: no attention layer goes through transformers' AttentionInterface; sparsekit "
+            "cannot be applied to this architecture."
         )
     return sorted(found, key=lambda module: module.layer_idx)  # type: ignore[arg-type,return-value]
 
@@ -462,8 +484,8 @@ def _classify(module: nn.Module, resolved: ResolvedConfig, text_config: Any) -> 
         own = "not causal"
     if own and not patterns.dense and patterns.patterns != (resolved.config.default,):
         raise SparsekitError(
-            f"layer {index}: {patterns} cannot replace a {own}; only full causal attention can be run sparse: leave the layer out "
-            "of `layers` and `heads`, and it keeps its own attention."
+            f"layer {index}: {patterns} cannot replace a {own}; only full causal attention can be run sparse: leave "
+            "the layer out of `layers` and `heads`, and it keeps its own attention."
         )
     return patterns, own
 
@@ -480,23 +502,27 @@ def _open_door(model: PreTrainedModel, text_config: Any, handle: Handle) -> None
     _switch(model, text_config, name)
     if text_config._attn_implementation != name:
         raise SparsekitError(
-            f"{type(model).__name__} does not let its attention implementation be set (it is {current!r}): it is outside "
-            "transformers' AttentionInterface, and sparsekit cannot be applied."
+            f"{type(model).__name__} does not let its attention implementation be set (it is {current!r}): it is "
+            "outside transformers' AttentionInterface, and sparsekit cannot be applied."
         )
     key = id(text_config)
     _DOORS[key] = _Door(weakref.ref(text_config, lambda _: _DOORS.pop(key, None)), original, [handle])
 
 
 def _register(original: str) -> str:
-    """Our name for `original`: one each, so that a module we do not know still finds its own way (copies, shared configs)."""
+    """Our name for `original`: one each, so that a module we do not know (a copy, a shared config) runs its own."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     if original not in _NAMES:
         if original != "eager" and original not in AttentionInterface():
-            raise SparsekitError(f"the model's attention implementation {original!r} is not registered with transformers.")
+            raise SparsekitError(
+                f"the model's attention implementation {original!r} is not registered with transformers."
+            )
         if original not in AttentionMaskInterface():
-            raise SparsekitError(f"the model's attention implementation {original!r} has no mask function in transformers.")
+            raise SparsekitError(
+                f"the model's attention implementation {original!r} has no mask function in transformers."
+            )
         name = f"{PREFIX}{len(_NAMES)}"
         AttentionInterface.register(name, _make_attention(original))
         AttentionMaskInterface.register(name, _make_mask(original))
@@ -522,8 +548,8 @@ def _switch(model: PreTrainedModel, text_config: Any, name: str) -> None:
 class LayerReport:
     """What one layer did in the last prefill.
 
-    `ran`: sparse, dense, own (kept its own attention), or "not run". `density` and `tile_density` are shares of the causal
-    pairs and tiles, `plan_bytes` the plan's tensors, `ms` plan and kernel together.
+    `ran`: sparse, dense, own (kept its own attention), or "not run". `density` and `tile_density` are shares of the
+    causal pairs and tiles, `plan_bytes` the plan's tensors, `ms` plan and kernel together.
     """
 
     layer: int
@@ -535,6 +561,7 @@ class LayerReport:
     tile_density: float = 1.0
     plan_bytes: int = 0
     ms: float | None = None
+    impl_why: str = ""
 
 
 @dataclass(frozen=True)
@@ -557,12 +584,14 @@ class Report:
                 f"{row.layer:>5}  {row.ran:8}{row.density:>8.3f}{row.tile_density:>8.3f}{row.plan_bytes:>8} B{ms:>9}  "
                 f"{row.impl:10}{what}"
             )
+        reasons = dict.fromkeys((row.impl, row.impl_why) for row in self.layers if row.impl_why)
+        lines += [f"{impl}: {why}" for impl, why in reasons]
         return "\n".join(lines)
 
 
 def _report_layer(layer: _Layer) -> LayerReport:
     index, pattern = layer.patterns.layer, str(layer.patterns)
-    if layer.plan is None:
+    if layer.plan is None or layer.choice is None:
         return LayerReport(index, layer.ran, layer.why, pattern)
     if layer.events is not None:
         layer.events[1].synchronize()
@@ -571,5 +600,14 @@ def _report_layer(layer: _Layer) -> LayerReport:
         ms = layer.seconds * 1e3
     plan = layer.plan
     return LayerReport(
-        index, layer.ran, layer.why, pattern, layer.impl, plan.density(), plan.tile_density(), plan.nbytes, ms
+        index,
+        layer.ran,
+        layer.why,
+        pattern,
+        layer.choice.impl,
+        plan.density(),
+        plan.tile_density(),
+        plan.nbytes,
+        ms,
+        layer.choice.why,
     )

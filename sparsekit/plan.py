@@ -1,7 +1,7 @@
 """BlockPlan: which query-key pairs are computed, as tensors. Every pattern ends in one, every kernel starts from one.
 
-CSR over rows; a row is (plan sample, plan head, query tile). A plan sample or plan head dimension of 1 is shared by all.
-All token numbers in a plan are POSITIONS (geometry.py): kernels add `kv_start[b]`.
+CSR over rows; a row is (plan sample, plan head, query tile). A plan sample or plan head dimension of 1 is shared by
+all. All token numbers in a plan are POSITIONS (geometry.py): kernels add `kv_start[b]`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch import Tensor
 from sparsekit.errors import SparsekitError
 from sparsekit.geometry import Geometry, Span
 
-__all__ = ["CAUSAL", "RULE", "BlockPlan", "TokenRule", "dense_plan", "plan_from_block_mask", "plan_from_rule", "stack_heads"]
+__all__ = [
+    "CAUSAL",
+    "RULE",
+    "BlockPlan",
+    "TokenRule",
+    "dense_plan",
+    "plan_from_block_mask",
+    "plan_from_rule",
+    "stack_heads",
+]
 
 CAUSAL = 1  # entry flag: apply the causal mask, and the valid key length
 RULE = 2  # entry flag: apply the token rule
@@ -24,6 +33,8 @@ FLAG_BITS = 2
 
 # Entries looked at in one go by counts and masks: 64K entries x 128 rows of int64 are 64 MiB.
 ENTRIES_AT_ONCE = 1 << 16
+# Tiles of a row against the mean, above which it counts as long. Triangle's last rows are 150 times the mean at 128K.
+LONG = 8
 
 
 class TokenRule(NamedTuple):
@@ -62,14 +73,17 @@ class BlockPlan:
     Attributes:
         row_ptr: int32 (int64 past 2^31 entries), (S*P*R + 1,).
         entries: int32 (nnz,), `position of the tile's first key * 4 + flags`. Flag CAUSAL: apply the causal and valid
-            length mask; RULE: apply the token rule; 0: every pair of the tile is kept. A tile starts on any key; no pair
-            is in two tiles.
+            length mask; RULE: apply the token rule; 0: every pair of the tile is kept. A tile starts on any key; no
+            pair is in two tiles.
         rule: int32 (S, P, 3), either may be 1: sink, window, dense_from of tiles flagged RULE.
         dense_rows: bool (S*P*R,).
         tokens: int32 (S, P, T), ascending: single key columns. Unused places at the end hold the largest int32.
         token_bits: int32 (S*P*R, ceil(T / 32)): bit t % 32 of word t // 32 says that the row still needs column t, that
             is, no tile of the row holds it. Causality holds for columns.
         order: int32 (S*R,): launch order of (sample, tile) = s * R + r, heaviest first, the heads of a row together.
+        long_rows: host count of rows, the first of `order`, that visit more than `LONG` times the mean: on few heads
+        they
+            alone decide the finish, so kernels may cut them over keys. 0 where not known.
         memo: what an executor derived from this plan (schedules, masks), kept as long as the plan.
     """
 
@@ -83,6 +97,7 @@ class BlockPlan:
     tokens: Tensor | None = None
     token_bits: Tensor | None = None
     order: Tensor | None = None
+    long_rows: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -113,8 +128,8 @@ class BlockPlan:
         return sum(t.nbytes for t in self.tensors.values())
 
     def to(self, device: torch.device | str) -> BlockPlan:
-        moved = {name: t.to(device) for name, t in self.tensors.items()}
-        return BlockPlan(self.geometry, self.samples, self.heads, **moved)
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors.items()}
+        return BlockPlan(self.geometry, self.samples, self.heads, long_rows=self.long_rows, **moved)
 
     def spans(self) -> tuple[Span, ...]:
         """The span of each plan sample."""
@@ -326,6 +341,7 @@ def plan_from_rule(
         rule=limits,
         dense_rows=dense,
         order=torch.argsort(work, descending=True, stable=True).to(torch.int32),
+        long_rows=int((work > LONG * work.double().mean()).sum()),
     )
     return plan if torch.device(device).type == "cpu" else plan.to(device)
 
@@ -361,7 +377,8 @@ def plan_from_block_mask(mask: Tensor, geometry: Geometry) -> BlockPlan:
     """A plan of whole tiles, causal inside the diagonal's.
 
     Args:
-        mask: bool (S, P, R, C): which tiles of `block_kv` keys each row of `block_q` queries visits. S is 1 or the batch.
+        mask: bool (S, P, R, C): which tiles of `block_kv` keys each row of `block_q` queries visits. S is 1 or the
+        batch.
             Tiles in the future are dropped.
     """
     bk = geometry.block_kv
@@ -430,6 +447,7 @@ def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> Bloc
         tokens=None if tokens is None else tokens.view(samples, heads, -1),
         token_bits=bits,
         order=_heaviest_first(work),
+        long_rows=max(plans[i].long_rows for i in used),
     )
 
 
@@ -458,9 +476,7 @@ def _head_rows(
     return ptr.diff().long(), plan.entries[int(ptr[0]) : int(ptr[-1])], dense, rule, columns
 
 
-def _stack_columns(
-    columns: list[_Columns], rows: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+def _stack_columns(columns: list[_Columns], rows: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     width = max((c[0].shape[0] for c in columns if c is not None), default=0)
     if not width:
         return None, None

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +18,22 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels.reference import attend_reference
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.kernels.torch_blocks import attend_torch
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import FLAG_BITS, BlockPlan
 
-__all__ = ["IMPLEMENTATIONS", "Softmax", "attend", "choose", "preferred_tile"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "Softmax", "attend", "choose", "choose_call", "choose_device", "preferred_tile"]
 
-IMPLEMENTATIONS = ("torch", "reference")
+IMPLEMENTATIONS = ("triton", "hopper", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FARTHEST = 1 << (31 - FLAG_BITS)  # positions that an int32 entry can hold
+
+_Run = Callable[[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool], "tuple[Tensor, Tensor | None]"]
+
+
+class Choice(NamedTuple):
+    """An implementation, and in a clause why it and no other."""
+
+    impl: str
+    why: str
 
 
 def attend(
@@ -41,37 +57,149 @@ def attend(
         scale: factor on q.k, default `1 / sqrt(D)`.
         softcap: `softcap * tanh(z / softcap)` on the scaled logits.
         sink_logits: (H,) a learned logit per head that joins the softmax with value 0.
-        impl: `None` (the best for the device), "torch" or "reference".
+        impl: `None` (the best for the device and call, see `choose_call`), "triton", "hopper", "torch" or "reference".
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
-        out (B, H, Q, D) in q's dtype; with `return_lse` also lse (B, H, Q) float32, natural logarithm, sink logit included.
-        Padding queries give 0 and -inf.
+        out (B, H, Q, D) in q's dtype, laid out as (B, Q, H, D); with `return_lse` also lse (B, H, Q) float32, natural
+        logarithm, sink logit included. Padding queries give 0 and -inf.
 
     Raises:
-        SparsekitError: shapes, dtypes, devices or a plan that do not fit together, or gradients asked for.
+        SparsekitError: shapes, dtypes, devices or a plan that do not fit together, gradients asked for, or an `impl`
+            that cannot run this call.
     """
     _check(q, k, v, plan, sink_logits)
     softmax = Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap, sink_logits)
-    if choose(q.device, impl) == "reference":
+    ran = choose_call(q, k, v, plan, softmax, impl=impl, return_lse=return_lse).impl
+    if ran == "reference":
         out, lse = attend_reference(q, k, v, plan, softmax)
         return (out, lse) if return_lse else out
-    out, maybe = attend_torch(q, k, v, plan, softmax, return_lse)
+    _check_plan_device(q, plan)
+    out, maybe = _function(ran)(q, k, v, plan, softmax, return_lse)
     return out if maybe is None else (out, maybe)
 
 
+def _function(impl: str) -> _Run:
+    if impl == "torch":
+        return attend_torch
+    if impl == "hopper":
+        from sparsekit.kernels.hopper import attend_hopper
+
+        return attend_hopper
+    from sparsekit.kernels.block_sparse import attend_triton
+
+    return attend_triton
+
+
+def choose_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    softmax: Softmax,
+    *,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Choice:
+    """What `attend` runs: the device's choice, or portable Triton where the Hopper form does not cover the call.
+
+    Raises:
+        SparsekitError: `impl` cannot run on this device, or "hopper" does not cover this call.
+    """
+    choice = choose_device(q.device, impl)
+    if choice.impl != "hopper":
+        return choice
+    from sparsekit.kernels.hopper import covers
+
+    missing = covers(q, k, v, plan, softmax, return_lse)
+    if not missing:
+        return choice
+    if impl == "hopper":
+        raise SparsekitError(f"impl='hopper' does not cover this call: {missing}. impl='triton' or None runs it.")
+    return Choice("triton", f"the Hopper form does not cover this call: {missing}")
+
+
 def choose(device: torch.device | str, impl: str | None = None) -> str:
-    """The implementation that runs on `device`: `impl` where it can, an error where it cannot; `None`: the best."""
+    """The implementation that runs on `device`: `impl` where it can, an error where it cannot; `None`: the best.
+
+    A single call may still go from "hopper" to "triton": `choose_call`.
+    """
+    return choose_device(device, impl).impl
+
+
+def choose_device(device: torch.device | str, impl: str | None = None) -> Choice:
+    """`choose`, and why: by what the device and the installed Triton can do, never by a card's name."""
+    device = torch.device(device)
     if impl is None:
-        return "torch"
+        return _best(device.type, device.index)
     if impl not in IMPLEMENTATIONS:
-        raise SparsekitError(f"impl={impl!r}: one of {', '.join(IMPLEMENTATIONS)}, or None.{nearest(impl, IMPLEMENTATIONS)}")
-    return impl
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise SparsekitError(f"impl={impl!r}: one of {allowed}, or None.{nearest(impl, IMPLEMENTATIONS)}")
+    missing = {"triton": _triton_missing, "hopper": _hopper_missing}.get(impl, _nothing_missing)(device)
+    if missing:
+        raise SparsekitError(f"impl={impl!r} cannot run on {device}: {missing}.")
+    return Choice(impl, "asked for")
+
+
+@lru_cache(maxsize=64)
+def _best(kind: str, index: int | None) -> Choice:
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    if kind != "cuda":
+        return Choice("torch", f"{kind} is not a CUDA device")
+    no_triton = _triton_missing(device)
+    if no_triton:
+        return Choice("torch", no_triton)
+    no_hopper = _hopper_missing(device)
+    if no_hopper:
+        return Choice("triton", f"the Hopper form cannot run: {no_hopper}")
+    return Choice("hopper", "compute capability 9.0 and Gluon; calls it does not cover go to triton")
+
+
+def _nothing_missing(device: torch.device) -> str:
+    return ""
+
+
+def _triton_missing(device: torch.device) -> str:
+    """Why the portable kernel cannot run on `device`, or ""."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'triton>=3.6')"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return ""
+        return "it is not a CUDA device (TRITON_INTERPRET=1 runs the kernel in Triton's interpreter, slowly)"
+    if device.type != "cuda":
+        return "it is not a CUDA device"
+    return _triton_broken()
+
+
+@lru_cache(maxsize=1)
+def _triton_broken() -> str:
+    try:
+        importlib.import_module("sparsekit.kernels.block_sparse")
+    except (ImportError, AttributeError) as error:
+        return f"this triton does not fit ({type(error).__name__}: {str(error).splitlines()[0]}); install triton>=3.6"
+    return ""
+
+
+def _hopper_missing(device: torch.device) -> str:
+    """Why the Hopper form cannot run on `device`, or ""."""
+    if device.type != "cuda":
+        return "it is not a CUDA device"
+    if torch.version.cuda is None:
+        return "it needs an NVIDIA device of compute capability 9.0"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"it needs compute capability 9.0, this device has {major}.{minor}"
+    if find_spec("sparsekit.kernels.hopper") is None:
+        return "this build of sparsekit has no Hopper form"
+    from sparsekit.kernels.hopper import gluon_missing
+
+    return gluon_missing()
 
 
 def preferred_tile(device: torch.device | str) -> tuple[int, int]:
-    """(block_q, block_kv) for plans that run on `device`."""
-    return 128, 64
+    """(block_q, block_kv) for plans that run on `device`. The Hopper form likes 128 keys, all others 64."""
+    return (128, 128) if choose(device) == "hopper" else (128, 64)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sink_logits: Tensor | None) -> None:
@@ -100,11 +228,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sink_logits: Tensor
         )
     if plan.heads not in (1, key_heads, heads):
         raise SparsekitError(f"plan with {plan.heads} heads: want 1, {key_heads} (key heads) or {heads} (query heads).")
+    if kv_len > FARTHEST:
+        raise SparsekitError(f"{kv_len} keys: a plan's entries hold positions below {FARTHEST}.")
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise SparsekitError(
             "sparse attention is forward only: run it under torch.inference_mode() or torch.no_grad() (model.eval() "
             "alone keeps gradients on), or `with handle.pause():` to train with the model's own attention."
         )
+
+
+def _check_plan_device(q: Tensor, plan: BlockPlan) -> None:
+    for name, tensor in plan.tensors.items():
+        if tensor.device != q.device:
+            raise SparsekitError(f"plan.{name} is on {tensor.device}, q on {q.device}: move it with plan.to(q.device).")
 
 
 def geometry_for(q: Tensor, k: Tensor) -> Geometry:

@@ -19,8 +19,8 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: 
         q: (B, H, Q, D). k, v: (B, G, K, D).
 
     Returns:
-        out (B, H, Q, D) in q's dtype, and lse (B, H, Q), natural logarithm, sink logit included. A query without any key
-        (padding) gives 0 and -inf.
+        out (B, H, Q, D) in q's dtype, and lse (B, H, Q), natural logarithm, sink logit included. A query without any
+        key (padding) gives 0 and -inf.
     """
     heads, key_heads = q.shape[1], k.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

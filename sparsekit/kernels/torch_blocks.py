@@ -1,14 +1,15 @@
 """A plan executed with batched torch ops: for CPUs, and any device without Triton.
 
 Rows that list equally many tiles run in one call: their keys are gathered side by side, their query tiles become the
-batch, and PyTorch's own attention does the arithmetic. Triangle takes a handful of calls at any length, with one mask for
-all its inner rows. Rows that are dense by bounds read K and V where they lie.
+batch, and PyTorch's own attention does the arithmetic. Triangle takes a handful of calls at any length, with one mask
+for all its inner rows. Rows that are dense by bounds read K and V where they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ MEMO_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows run in one call. heads, rows (n,): plan head and query tile. keys (n, W): positions. mask: (n or 1, 1, bq, W)."""
+    """Rows run in one call. heads, rows (n,): plan head, query tile; keys (n, W): positions; mask (n|1, 1, bq, W)."""
 
     heads: Tensor
     rows: Tensor
@@ -172,16 +173,17 @@ def _softmax_attention(
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax.scale, enable_gqa=True)
         return out, None
     repeat = q.shape[1] // k.shape[1]
-    grouped = q.unflatten(1, (k.shape[1], repeat)).float()
-    scores = (grouped @ k.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * softmax.scale
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.unflatten(1, (k.shape[1], repeat)).to(wide)
+    scores = (grouped @ k.to(wide).transpose(-1, -2)[:, :, None]).flatten(1, 2) * softmax.scale
     if softmax.softcap is not None:
         scores = softmax.softcap * torch.tanh(scores / softmax.softcap)
     scores = scores + mask
     lse = scores.logsumexp(-1)
     if softmax.sink_logits is not None:
-        lse = torch.logaddexp(lse, softmax.sink_logits.float()[..., None])
+        lse = torch.logaddexp(lse, softmax.sink_logits.to(wide)[..., None])
     weights = torch.exp(scores - lse[..., None]).unflatten(1, (k.shape[1], repeat))
-    out = (weights @ v.float()[:, :, None]).flatten(1, 2)
+    out = (weights @ v.to(wide)[:, :, None]).flatten(1, 2)
     return out.to(q.dtype), lse
 
 
@@ -287,5 +289,5 @@ def _split_by_mask(batch: _Batch, dtype: torch.dtype) -> Iterator[_Batch]:
         yield _Batch(batch.heads, batch.rows, batch.keys, _additive(mask, dtype))
         return
     edges = [0, *changes.tolist(), len(mask)]
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
         yield _Batch(batch.heads[a:b], batch.rows[a:b], batch.keys[a:b], _additive(mask[a : a + 1], dtype))

@@ -113,15 +113,16 @@ def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
         k_pos = torch.arange(out.shape[-1] * bk)[None]
         for r in range(geometry.rows):
             start = (span.q_first // bq + r) * bq
-            q_pos = torch.arange(max(start, span.q_first), min(start + bq, span.q_end))[:, None]
+            low, high = max(start, span.q_first), min(start + bq, span.q_end)
+            q_pos = torch.arange(low, max(low, high))[:, None]  # none past a sample's last row
             causal = (k_pos <= q_pos).unflatten(1, (-1, bk))
             kept = (pattern.keep(q_pos, k_pos, span) & (k_pos <= q_pos)).unflatten(1, (-1, bk))
             visited, whole = kept.any(2).any(0), (kept == causal).all(2).all(0)
             if bool((visited & ~whole).any()):
                 column = int((visited & ~whole).nonzero()[0])
                 raise SparsekitError(
-                    f"pattern {pattern.name!r} keeps a part of the tile of queries {start}.. and keys {column * bk}..: give "
-                    f"it a `rule` (sink, window, dense_from), or make it keep whole tiles of {bq} x {bk} tokens."
+                    f"pattern {pattern.name!r} keeps a part of the tile of queries {start}.. and keys {column * bk}..: "
+                    f"give it a `rule` (sink, window, dense_from), or make it keep whole tiles of {bq} x {bk} tokens."
                 )
             out[s, 0, r] = visited
     return out
@@ -152,12 +153,14 @@ def pattern_class(name: str) -> type[Pattern]:
 
 
 def parse_pattern(value: Pattern | str | Mapping[str, Any], where: str = "pattern") -> Pattern:
-    """A pattern from what YAML says: a name, or a mapping with `name` and parameters. `where` names the field in errors."""
+    """A pattern from what YAML says, a name or a mapping with `name` and parameters; `where` is for errors."""
     if isinstance(value, Pattern):
         return value
     fields = {"name": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping):
-        raise SparsekitError(f"{where}: {value!r} is not a pattern; write a name, or a mapping with `name` and parameters.")
+        raise SparsekitError(
+            f"{where}: {value!r} is not a pattern; write a name, or a mapping with `name` and parameters."
+        )
     if not isinstance(fields.get("name"), str):
         raise SparsekitError(f"{where}: {dict(fields)!r} needs a `name`: one of {', '.join(pattern_names())}.")
     try:

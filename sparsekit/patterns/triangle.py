@@ -15,7 +15,8 @@ __all__ = ["Triangle"]
 
 
 class Triangle(StaticPattern):
-    """The A-shape, and the prompt's last rows dense: all but the Middle Q-K section (TriangleMix, arXiv 2507.21526, 3.1).
+    """The A-shape, and the prompt's last rows dense: all but the Middle Q-K section (TriangleMix, arXiv 2507.21526,
+    3.1).
 
     `keep = j <= i and (j < sink_tokens or i - j < window_tokens or i >= prompt_tokens - last_tokens)`.
     Cost O(N * (sink + window + last)): 1.0% of the causal pairs at 128K. The paper counts from 1, which gives exactly

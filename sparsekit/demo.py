@@ -1,0 +1,270 @@
+"""The demo: facts hidden in long prompts, a small real model, and four ways to read them, side by side.
+
+Dense attention; TriangleMix (triangle from layer 21); triangle in every layer; streaming (sinks and a window) in every
+layer. Every prompt is prefilled by all four and answered from that prefill, so one forward gives a time and a score.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsekit import __version__
+from sparsekit.config import SparseConfig, load
+from sparsekit.evaluate import Answer, answer, kl_divergence, mean_interval, share_interval
+from sparsekit.patch import apply
+from sparsekit.tasks import Sample, Task, task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SETTINGS", "Outcome", "Setting", "run_demo"]
+
+MODEL = "smollm2-135m"
+TIMED_TOKENS = (2048, 8192)
+PASSKEY_TOKENS = (1024, 4096)
+NEEDLE_TOKENS = 2200
+LEAST_NEEDLES = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: a label, and a config (None: the model as it is)."""
+
+    label: str
+    config: SparseConfig | None
+
+
+SETTINGS = (
+    Setting("dense", None),
+    Setting("TriangleMix (triangle from layer 21)", load({"layers": {"21-29": "triangle"}})),
+    Setting("triangle in every layer", load({"default": "triangle"})),
+    Setting("streaming in every layer", load({"default": "a_shape"})),
+)
+
+
+@dataclass
+class Outcome:
+    """What one setting did over all prompts; one value a prompt in each list."""
+
+    setting: Setting
+    passkey: list[float] = field(default_factory=list)
+    needle: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    ttft_s: dict[int, list[float]] = field(default_factory=dict)
+    density: float = 1.0  # mean over the layers, at the longest prompt
+    longest: int = 0
+
+
+def run_demo(
+    out: Path | str = "sparsekit-demo",
+    *,
+    samples: int | None = None,
+    budget_s: float = 210.0,
+    seed: int = 0,
+    settings: Sequence[Setting] = SETTINGS,
+    console: Console | None = None,
+    command: str = "sparsekit demo",
+) -> list[Outcome]:
+    """Run it, print the table, write `results.jsonl` and the mask of each pattern into `out`.
+
+    Args:
+        samples: four-key prompts; default as many as fit the budget, at most 96.
+        budget_s: seconds after which no further prompt is begun when `samples` is not given.
+        seed: of the prompts.
+    """
+    from sparsekit.models import fast_dtype
+    from sparsekit.models import load as load_model
+
+    console = console or Console()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    console.print(f"[bold]sparsekit demo[/]: {MODEL}-instruct, a real model of 30 layers, on this machine's CPU.")
+    with console.status("loading the model (the first time it is unpacked, which takes half a minute)"):
+        dtype = fast_dtype()
+        model, tokenizer = load_model(MODEL, dtype=dtype)
+    console.print(f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} (the faster one here).")
+
+    outcomes = [Outcome(setting) for setting in settings]
+    run = _Run(model, tokenizer, outcomes, _meta(dtype, seed, command), folder / "results.jsonl")
+    with _progress(console) as progress:
+        bar = progress.add_task("prompts", total=None)
+        for number, (kind, sample, tokens) in enumerate(_prompts(tokenizer, samples, seed)):
+            needles = len(outcomes[0].needle)
+            enough = kind.name == "needle4" and needles >= LEAST_NEEDLES
+            if samples is None and enough and time.monotonic() - start > budget_s:
+                break
+            progress.update(bar, completed=number, description=f"{kind.name}, {tokens} tokens")
+            run.prompt(kind, sample, tokens)
+    _draw_masks(settings, folder, console)
+    console.print(_table(outcomes))
+    console.print(_question(run.example))
+    console.print(f"{time.monotonic() - start:.0f} s in all; records and pictures are in {folder}/. {_next_steps()}")
+    return outcomes
+
+
+class _Run:
+    """The model, what has been seen of it, and the record file."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        outcomes: list[Outcome],
+        meta: dict[str, Any],
+        records: Path,
+    ) -> None:
+        self.model, self.tokenizer, self.outcomes, self.meta = model, tokenizer, outcomes, meta
+        self.records = records
+        self.example: tuple[Sample, list[str]] | None = None
+        records.write_text("")
+        with torch.inference_mode():
+            self.model(torch.arange(1, 513)[None])  # first calls are slow
+
+    def prompt(self, kind: Task, sample: Sample, tokens: int) -> None:
+        """Answer one prompt in every setting; the first setting is what the others are compared with."""
+        answers: list[Answer] = []
+        for outcome in self.outcomes:
+            cfg = outcome.setting.config
+            with apply(self.model, cfg) if cfg is not None else nullcontext() as handle:
+                answers.append(answer(self.model, self.tokenizer, kind, sample))
+                density = 1.0
+                if handle is not None:
+                    layers = handle.report().layers
+                    density = sum(layer.density for layer in layers) / len(layers)
+            self._record(outcome, kind, sample, tokens, answers, density)
+        if self.example is None and kind.name == "needle4":
+            self.example = sample, [got.text for got in answers]
+
+    def _record(
+        self, outcome: Outcome, kind: Task, sample: Sample, tokens: int, answers: list[Answer], density: float
+    ) -> None:
+        got = answers[-1]
+        kl = kl_divergence(answers[0], got)
+        (outcome.passkey if kind.name == "passkey" else outcome.needle).append(got.score)
+        if kind.name == "needle4":
+            outcome.kl.append(kl)
+        outcome.ttft_s.setdefault(tokens, []).append(got.ttft_s)
+        if tokens > outcome.longest:
+            outcome.longest, outcome.density = tokens, density
+        row = {
+            "setting": outcome.setting.label,
+            "config": None if outcome.setting.config is None else outcome.setting.config.to_dict(),
+            "task": kind.name,
+            "tokens": tokens,
+            "prompt_tokens": got.tokens,
+            "depth": sample.depth,
+            "answer": sample.answers[0],
+            "text": got.text,
+            "score": got.score,
+            "kl_nats_per_token": kl,
+            "ttft_s": got.ttft_s,
+            "density": density,
+            **self.meta,
+        }
+        with self.records.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, samples: int | None, seed: int) -> Iterator[tuple[Task, Sample, int]]:
+    """(task, sample, token budget): passkeys first, the timed lengths before the others; then four-key prompts."""
+    passkey, needle = task("passkey"), task("needle4")
+    for i, tokens in enumerate((*TIMED_TOKENS, *PASSKEY_TOKENS)):
+        yield passkey, passkey.samples(tokenizer, tokens=tokens, count=1, seed=seed + i)[0], tokens
+    for i in range(96 if samples is None else samples):
+        yield needle, needle.samples(tokenizer, tokens=NEEDLE_TOKENS, count=1, seed=seed + i)[0], NEEDLE_TOKENS
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    dense = outcomes[0]
+    needles = len(dense.needle)
+    title = (
+        f"{len(dense.passkey)} passkey prompts of 1K to 8K tokens, {needles} four-key prompts of 2.2K; 95% intervals"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("prefill")
+    for head in (
+        "passkey",
+        "four-key",
+        "KL from dense, nats/token",
+        *(f"first token at {n // 1024}K" for n in TIMED_TOKENS),
+    ):
+        table.add_column(head, justify="right")
+    table.add_column(f"density at {dense.longest // 1024}K", justify="right")
+    for outcome in outcomes:
+        times = []
+        for n in TIMED_TOKENS:
+            mine, base = median(outcome.ttft_s[n]), median(dense.ttft_s[n])
+            times.append(f"{mine:.2f} s" + ("" if outcome is dense else f"  x{mine / base:.2f}"))
+        kl, width = mean_interval(outcome.kl)
+        table.add_row(
+            outcome.setting.label,
+            f"{sum(outcome.passkey):.0f}/{len(outcome.passkey)}",
+            "{:.2f} ({:.2f}-{:.2f})".format(*share_interval(outcome.needle)),
+            "-" if outcome is dense else f"{kl:.4f} ± {width:.4f}",
+            *times,
+            f"{outcome.density:.3f}",
+        )
+    return table
+
+
+def _question(example: tuple[Sample, list[str]] | None) -> str:
+    if example is None:
+        return ""
+    sample, texts = example
+    said = f"One of the prompts asked: {sample.prompt.splitlines()[-1]} Answer: {sample.answers[0]}. "
+    return said + f"Dense said{texts[0].rstrip()!r}, TriangleMix said{texts[1].rstrip()!r}."
+
+
+def _next_steps() -> str:
+    return "Next: `sparsekit patterns`, `sparsekit explain configs/llama-3.1-8b/trianglemix.yaml --tokens 131072`."
+
+
+def _draw_masks(settings: Sequence[Setting], folder: Path, console: Console) -> None:
+    from sparsekit.plots import draw_masks
+
+    for setting in settings:
+        if setting.config is not None:
+            name = setting.label.split(" (")[0].lower().replace(" ", "-")
+            draw_masks(setting.config, tokens=2048, out=folder / f"mask-{name}.png")
+
+
+def _meta(dtype: torch.dtype, seed: int, command: str) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "model": MODEL,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "sparsekit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": command,
+    }
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,632 @@
+"""THE shared kernel in portable Triton, and its launcher: every plan, every CUDA device, and Triton's interpreter.
+
+A program owns `block_m` queries of one head and walks the tiles of its row with a running softmax: one loop, in which
+only flagged tiles pay for a mask, after another one for single key columns. Rows that are dense by bounds walk the same
+loop on computed tiles. The kernel's own tile divides the plan's, so a plan is made once and runs on any architecture.
+
+Triton is imported with this file; nothing outside `kernels` imports it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparsekit.errors import SparsekitError
+from sparsekit.geometry import Geometry
+from sparsekit.kernels.softmax import Softmax
+from sparsekit.plan import BlockPlan
+
+__all__ = ["HEAD_SIZES", "Tile", "attend_triton", "interpreted", "tile_for"]
+
+HEAD_SIZES = (16, 32, 64, 80, 96, 128, 192, 256)
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+# Finite stand-ins for -inf: no row becomes NaN, and what a wholly masked tile adds is scaled to 0 by the next one.
+MASKED = tl.constexpr(-1.0e30)
+UNSEEN = tl.constexpr(-1.0e15)  # a running maximum below this has seen no key
+
+
+# ---- device functions. p_: pointer, b_: tile, m_: mask, i_: index
+
+
+@triton.jit
+@no_type_check
+def _load_rows(desc, p_base, stride, i_batch, i_head, i_first, row, limit, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr):  # fmt: skip  # noqa: E501
+    """(ROWS, DP): rows `row ..` of one head; zeros outside [0, limit) and past the true head size."""
+    if TMA:
+        return desc.load([i_batch, i_head, i_first + row, 0]).reshape(ROWS, DP)
+    else:  # noqa: RET505  (Triton compiles one branch only, and types what follows a return)
+        lane = tl.arange(0, ROWS)
+        column = tl.arange(0, DP)
+        inside = ((row + lane >= 0) & (row + lane < limit))[:, None]
+        if DP != D:
+            inside = inside & (column < D)[None, :]
+        p_tile = p_base + tl.cast(row, tl.int64) * stride + lane[:, None] * stride + column[None, :]
+        return tl.load(p_tile, mask=inside, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def _gather_rows(p_base, stride, b_row, D: tl.constexpr, DP: tl.constexpr):
+    """(len(b_row), DP): rows of one head, by number."""
+    column = tl.arange(0, DP)
+    p_tile = p_base + b_row.to(tl.int64)[:, None] * stride + column[None, :]
+    if DP != D:
+        return tl.load(p_tile, mask=(column < D)[None, :], other=0.0)
+    else:  # noqa: RET505
+        return tl.load(p_tile)
+
+
+@triton.jit
+@no_type_check
+def _logits(b_q, b_k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """(BM, BN): q.k, or the capped logits; `factor` of the softmax turns either into powers of 2."""
+    b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    if SOFTCAP:  # tanh by its exponential: no library call, so that the interpreter runs it too
+        b_s = cap - 2.0 * cap / (1.0 + tl.math.exp2(b_s * (scale / cap * 2.0 * LOG2E)))
+    return b_s
+
+
+@triton.jit
+@no_type_check
+def _mask_tile(b_s, q_pos, low, pos, flags, sink, RULE: tl.constexpr):
+    """Causality (flag 1) and the token rule (flag 2): a key stays iff low < key <= query, or key < sink."""
+    k_pos = pos + tl.arange(0, b_s.shape[1])
+    last = tl.where((flags & 1) != 0, q_pos, 0x7FFFFFFF)
+    keep = k_pos[None, :] <= last[:, None]
+    if RULE:
+        first = tl.where((flags & 2) != 0, low, -1)
+        keep = keep & (tl.where(k_pos < sink, 0x7FFFFFFF, k_pos)[None, :] > first[:, None])
+    return tl.where(keep, b_s, MASKED)
+
+
+@triton.jit
+@no_type_check
+def _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION: tl.constexpr):
+    """One tile of the running softmax, in powers of 2: m is the maximum of logits * factor, norm the sum."""
+    m_new = tl.maximum(m, tl.max(b_s, 1) * factor)
+    b_p = tl.math.exp2(b_s * factor - m_new[:, None])
+    alpha = tl.math.exp2(m - m_new)
+    norm = norm * alpha + tl.sum(b_p, 1)
+    acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, norm, acc
+
+
+@triton.jit
+@no_type_check
+def _finish(m, norm, acc, p_sink, i_head, inside):
+    """(out, lse) of finished rows: the sink logit joins; rows outside the call or without keys give 0 and -inf."""
+    seen = inside & (m > UNSEEN)
+    if p_sink is not None:
+        sink = tl.load(p_sink + i_head).to(tl.float32) * LOG2E
+        top = tl.maximum(m, sink)
+        shrink = tl.math.exp2(m - top)
+        norm = norm * shrink + tl.math.exp2(sink - top)
+        acc = acc * shrink[:, None]
+        m = top
+    norm = tl.where(seen, norm, 1.0)
+    out = tl.where(seen[:, None], acc * (1.0 / norm)[:, None], 0.0)
+    return out, tl.where(seen, (m + tl.math.log2(norm)) * LN2, float("-inf"))
+
+
+@triton.jit
+@no_type_check
+def _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, heads, row, q_len, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Writes rows `row ..` of out (through pointers) and lse, those inside the tensor."""
+    lane = tl.arange(0, out.shape[0])
+    inside = (row + lane >= 0) & (row + lane < q_len)
+    if p_out is not None:
+        column = tl.arange(0, DP)
+        p_tile = p_out + i_batch.to(tl.int64) * o_batch + i_head.to(tl.int64) * o_head + row.to(tl.int64) * o_token
+        p_tile = p_tile + lane[:, None] * o_token + column[None, :]
+        tl.store(p_tile, out.to(p_out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
+    if p_lse is not None:
+        p_row = p_lse + (i_batch.to(tl.int64) * heads + i_head) * q_len + row
+        tl.store(p_row + lane, lse, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _place(i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q: tl.constexpr, BM: tl.constexpr):
+    """Which rows a work item is: (plan sample, plan tile, batch sample, first position, its index in q, span).
+
+    Items run through the plan's order; below that, through the samples of a plan sample, and the parts of a tile.
+    """
+    sub = i_item % SUB_Q
+    at = i_item // SUB_Q // batch_per
+    if p_order is not None:
+        place = tl.load(p_order + at)
+        i_sample = place // rows
+        i_tile = place % rows
+    else:  # a dense plan: the last tiles are the heaviest
+        i_sample = at % samples
+        i_tile = rows - 1 - at // samples
+    i_batch = tl.where(samples > 1, i_sample, i_item // SUB_Q % batch_per)
+    start = tl.load(p_span + i_batch * 4)
+    q_first = tl.load(p_span + i_batch * 4 + 1)
+    q_end = tl.load(p_span + i_batch * 4 + 2)
+    keys = tl.load(p_span + i_batch * 4 + 3)
+    pos = (q_first // (SUB_Q * BM) + i_tile) * (SUB_Q * BM) + sub * BM
+    return i_sample, i_tile, i_batch, pos, pos + start - q_offset, start, q_first, q_end, keys
+
+
+# Numbers that differ from call to call must not compile a kernel each.
+_UNSPECIALIZED = ["scale", "cap", "q_offset", "q_len", "rows", "samples", "batch_per", "rule_sample", "rule_head",
+                  "n_tokens", "n_words", "long_rows", "chunks"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@no_type_check
+def _attend(
+    d_q, d_k, d_v, d_out, p_q, p_k, p_v, p_out, p_lse, p_sink, p_part, p_span,
+    p_row, p_entry, p_rule, p_dense, p_token, p_bit, p_order,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
+    scale, cap, q_offset, q_len, rows, samples, batch_per, rule_sample, rule_head, n_tokens, n_words, long_rows, chunks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PLAN_HEADS: tl.constexpr, AT_ONCE: tl.constexpr, SUB_Q: tl.constexpr,
+    SUB_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, COLUMN_GROUPS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM queries of one head. Pointers that a call does not need are None, and their code is not compiled."""
+    # Consecutive programs walk the query heads of one row, so that the heads of a key head share K and V in L2.
+    i_program = tl.program_id(0)
+    items = tl.num_programs(0) // HEADS
+    section = i_program // (items * AT_ONCE)
+    inner = i_program - section * (items * AT_ONCE)
+    i_head = section * AT_ONCE + inner % AT_ONCE
+    i_item = inner // AT_ONCE
+    i_chunk = 0
+    n_chunks = 1
+    if p_part is not None:
+        cut = i_item < long_rows * chunks
+        i_chunk = tl.where(cut, i_item % chunks, 0)
+        n_chunks = tl.where(cut, chunks, 1)
+        i_item = tl.where(cut, i_item // chunks, i_item - long_rows * (chunks - 1))
+    i_sample, i_tile, i_batch, pos0, row0, start, q_first, q_end, keys = _place(
+        i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM
+    )
+    i_key_head = i_head // GROUP
+    i_plan_head = i_head // (HEADS // PLAN_HEADS)
+    i_row = (i_sample * PLAN_HEADS + i_plan_head) * rows + i_tile
+    q_low = tl.maximum(pos0, q_first)
+    q_high = tl.minimum(pos0 + BM, q_end)  # one past the last query
+    q_pos = pos0 + tl.arange(0, BM)
+    factor = LOG2E if SOFTCAP else scale * LOG2E
+
+    p_q_head = p_q + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
+    p_k_head = p_k + i_batch.to(tl.int64) * k_batch + i_key_head.to(tl.int64) * k_head + start.to(tl.int64) * k_token
+    p_v_head = p_v + i_batch.to(tl.int64) * v_batch + i_key_head.to(tl.int64) * v_head + start.to(tl.int64) * v_token
+    b_q = _load_rows(d_q, p_q_head, q_token, i_batch, i_head, 0, row0, q_len, BM, D, DP, TMA)
+
+    m = tl.full([BM], MASKED, tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+
+    if p_token is not None:
+        p_tokens = p_token + (i_sample * PLAN_HEADS + i_plan_head).to(tl.int64) * n_tokens
+        p_bits = p_bit + i_row.to(tl.int64) * n_words
+        # They come before the tiles: after them, ptxas 13.0 serialises the wgmma of both loops (C7515).
+        # Groups of BC columns between the first and the last that this row needs and may see.
+        group = tl.arange(0, COLUMN_GROUPS)
+        word = group[:, None] * (BC // 32) + tl.arange(0, BC // 32)[None, :]
+        used = tl.max((tl.load(p_bits + word, mask=word < n_words, other=0) != 0).to(tl.int32), 1)
+        earliest = tl.load(p_tokens + group * BC, mask=group * BC < n_tokens, other=0x7FFFFFFF)
+        used = (used != 0) & (earliest < q_high) & (q_high > q_low) & (i_chunk == 0)
+        low_step = tl.min(tl.where(used, group, COLUMN_GROUPS), 0)
+        high_step = tl.max(tl.where(used, group + 1, 0), 0)
+        for i in tl.range(low_step, high_step, num_stages=STAGES):
+            at = i * BC + tl.arange(0, BC)
+            key = tl.load(p_tokens + at, mask=at < n_tokens, other=0)
+            bits = tl.load(p_bits + at // 32, mask=at < n_tokens, other=0)
+            needed = (((bits >> (at % 32)) & 1) != 0) & (key < keys)
+            key = tl.where(needed, key, 0)
+            b_k = _gather_rows(p_k_head, k_token, key, D, DP)
+            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+            b_s = tl.where(needed[None, :] & (key[None, :] <= q_pos[:, None]), b_s, MASKED)
+            b_v = _gather_rows(p_v_head, v_token, key, D, DP)
+            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+
+    causal_steps = tl.where(q_high > q_low, (q_high + BN - 1) // BN, 0)
+    if p_row is None:  # dense everywhere: no index memory, and the tiles below the diagonal in a loop without a mask
+        low_step = causal_steps * i_chunk // n_chunks
+        high_step = causal_steps * (i_chunk + 1) // n_chunks
+        whole = tl.minimum(tl.maximum((q_low + 1) // BN, low_step), high_step)
+        for i in tl.range(low_step, whole, num_stages=STAGES):
+            b_k = _load_rows(d_k, p_k_head, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+            b_v = _load_rows(d_v, p_v_head, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+        for i in tl.range(whole, high_step, num_stages=STAGES):
+            b_k = _load_rows(d_k, p_k_head, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+            b_s = _mask_tile(b_s, q_pos, q_pos, i * BN, 1, 0, False)
+            b_v = _load_rows(d_v, p_v_head, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+    else:
+        first = tl.load(p_row + i_row)
+        steps = (tl.load(p_row + i_row + 1) - first).to(tl.int32) * SUB_K
+        listed = True
+        if p_dense is not None:
+            listed = tl.load(p_dense + i_row) == 0
+            steps = tl.where(listed, steps, causal_steps)
+        steps = tl.where(q_high > q_low, steps, 0)
+        p_entries = p_entry + first
+        sink = 0
+        low = q_pos
+        if p_rule is not None:
+            p_limits = p_rule + i_sample * rule_sample + i_plan_head * rule_head
+            sink = tl.load(p_limits)
+            low = tl.where(q_pos >= tl.load(p_limits + 2), -1, q_pos - tl.load(p_limits + 1))
+        low_step = steps * i_chunk // n_chunks
+        high_step = steps * (i_chunk + 1) // n_chunks
+        for i in tl.range(low_step, high_step, num_stages=STAGES):
+            if p_dense is not None:
+                entry = tl.load(p_entries + i // SUB_K, mask=listed, other=1)
+                pos = tl.where(listed, (entry >> 2) + i % SUB_K * BN, i * BN)
+            else:
+                entry = tl.load(p_entries + i // SUB_K)
+                pos = (entry >> 2) + i % SUB_K * BN
+            # The flag speaks for the plan's tile; a part of it that ends at the first query needs no causal mask.
+            flags = tl.where(pos + BN - 1 > q_low, entry & 3, entry & 2)
+            b_k = _load_rows(d_k, p_k_head, k_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
+            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+            if flags != 0:
+                b_s = _mask_tile(b_s, q_pos, low, pos, flags, sink, p_rule is not None)
+            b_v = _load_rows(d_v, p_v_head, v_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
+            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+
+    whole_row = True
+    if p_part is not None:
+        whole_row = n_chunks == 1
+        if n_chunks > 1:
+            p_mine = p_part + ((i_item * chunks + i_chunk).to(tl.int64) * HEADS + i_head) * (BM * (DP + 2))
+            lane = tl.arange(0, BM)
+            tl.store(p_mine + lane[:, None] * DP + tl.arange(0, DP)[None, :], acc)
+            tl.store(p_mine + BM * DP + lane, m)
+            tl.store(p_mine + BM * DP + BM + lane, norm)
+    if whole_row:
+        out, lse = _finish(m, norm, acc, p_sink, i_head, (q_pos >= q_first) & (q_pos < q_end))
+        if TMA:
+            d_out.store([i_batch, i_head, row0, 0], out.to(d_out.dtype).reshape(1, 1, BM, DP))
+        _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0, q_len, D, DP)
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_len", "rows", "samples", "batch_per", "chunks"])
+@no_type_check
+def _merge(
+    p_part, p_out, p_lse, p_sink, p_span, p_order, o_batch, o_head, o_token,
+    q_offset, q_len, rows, samples, batch_per, chunks,
+    HEADS: tl.constexpr, SUB_Q: tl.constexpr, BM: tl.constexpr, STRIP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Rows that were cut over keys: partial softmaxes joined in order, so that a result repeats bit for bit."""
+    i_program = tl.program_id(0)
+    strip = i_program % (BM // STRIP) * STRIP
+    i_head = i_program // (BM // STRIP) % HEADS
+    i_item = i_program // (BM // STRIP) // HEADS
+    _, _, i_batch, pos0, row0, _, q_first, q_end, _ = _place(
+        i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM
+    )
+    lane = strip + tl.arange(0, STRIP)
+    m = tl.full([STRIP], MASKED, tl.float32)
+    norm = tl.zeros([STRIP], tl.float32)
+    acc = tl.zeros([STRIP, DP], tl.float32)
+    for i in range(chunks):
+        p_one = p_part + ((i_item * chunks + i).to(tl.int64) * HEADS + i_head) * (BM * (DP + 2))
+        m_one = tl.load(p_one + BM * DP + lane)
+        m_new = tl.maximum(m, m_one)
+        old = tl.math.exp2(m - m_new)
+        new = tl.math.exp2(m_one - m_new)
+        norm = norm * old + tl.load(p_one + BM * DP + BM + lane) * new
+        b_one = tl.load(p_one + lane[:, None] * DP + tl.arange(0, DP)[None, :])
+        acc = acc * old[:, None] + b_one * new[:, None]
+        m = m_new
+    q_pos = pos0 + lane
+    out, lse = _finish(m, norm, acc, p_sink, i_head, (q_pos >= q_first) & (q_pos < q_end))
+    _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0 + strip, q_len, D, DP)
+
+
+# ---- the launcher
+
+
+class Tile(NamedTuple):
+    """The kernel's own tile, which divides the plan's; `warps` a program, `stages` of software pipelining."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By (architecture, padded head size, bytes of an element). One line a measurement, made by `python -m sparsekit.bench`.
+_HOPPER: dict[tuple[int, int], Tile] = {
+    (64, 2): Tile(128, 64, 4, 2),
+    (128, 2): Tile(128, 64, 4, 2),
+    (256, 2): Tile(128, 64, 8, 2),
+    (64, 4): Tile(64, 64, 4, 2),
+    (128, 4): Tile(64, 32, 4, 2),
+    (256, 4): Tile(64, 32, 8, 2),
+}
+# What every architecture has room for: at most 64 KiB of shared memory but for the widest heads, which shrink the tile.
+_ANY: dict[tuple[int, int], Tile] = {
+    (64, 2): Tile(128, 64, 4, 2),
+    (128, 2): Tile(64, 64, 4, 2),
+    (256, 2): Tile(64, 32, 8, 2),
+    (64, 4): Tile(64, 32, 4, 2),
+    (128, 4): Tile(32, 32, 4, 2),
+    (256, 4): Tile(32, 16, 4, 2),
+}
+
+# Rows that are cut over keys: a chunk has at least so many tiles, and all partial results together so many bytes at
+# most (or 1/64 of q, k, v and out).
+MIN_CHUNK_STEPS = 16
+MAX_CHUNKS = 64
+PARTIAL_BYTES = 1 << 25
+STRIP = 16
+
+
+def tile_for(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Tile:
+    """The kernel's tile on an architecture, for a head size and an element type."""
+    table = _HOPPER if capability[0] == 9 else _ANY
+    return table[max(_padded(dim), 64), dtype.itemsize]
+
+
+def interpreted() -> bool:
+    """Whether this kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when it was imported)."""
+    return not isinstance(_attend, triton.JITFunction)
+
+
+def attend_triton(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the pairs of `plan`. No host synchronisation; what is derived from the plan stays with it.
+
+    Args:
+        q: (B, H, Q, D), D out of `HEAD_SIZES`, any strides with the last one 1. k, v: (B, G, K, D).
+
+    Returns:
+        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+
+    Raises:
+        SparsekitError: a dtype, head size or stride that the kernel does not take.
+    """
+    _check(q, k, v, softmax)
+    launch = _launch_for(q, k, v, plan)
+    batch, heads, q_len, dim = q.shape
+    make = q.new_zeros if launch.padded else q.new_empty
+    out = make(batch, q_len, heads, dim).transpose(1, 2)
+    lse = None
+    if return_lse:
+        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+        if launch.padded:
+            lse.fill_(float("-inf"))
+    if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            launch.run(q, k, v, out, lse, softmax)
+    else:
+        launch.run(q, k, v, out, lse, softmax)
+    return out, lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
+    if q.shape[-1] not in HEAD_SIZES:
+        raise SparsekitError(
+            f"head size {q.shape[-1]}: impl='triton' takes {', '.join(map(str, HEAD_SIZES))}; impl='torch' takes any."
+        )
+    if q.dtype == torch.float64:
+        raise SparsekitError(
+            "dtype float64: impl='triton' takes float32, float16, bfloat16; impl='torch' takes float64."
+        )
+    if interpreted() and q.dtype == torch.bfloat16:
+        raise SparsekitError("dtype bfloat16: Triton's interpreter computes it wrongly; use float32 or float16 there.")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(-1) != 1:
+            raise SparsekitError(
+                f"{name} has strides {tensor.stride()}: impl='triton' needs the last one to be 1; call {name}.contiguous()."
+            )
+    if not softmax.scale > 0 or (softmax.softcap is not None and not softmax.softcap > 0):
+        raise SparsekitError(f"scale={softmax.scale}, softcap={softmax.softcap}: impl='triton' needs them positive.")
+
+
+def _padded(dim: int) -> int:
+    return 1 << (dim - 1).bit_length()
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device; (0, 0) for the interpreter and for AMD's, whose numbers mean something else."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _has_tma(device: torch.device) -> bool:
+    return _capability(device)[0] >= 9
+
+
+def _precision(capability: tuple[int, int], dtype: torch.dtype) -> str:
+    """How float32 is multiplied. Plain tf32 keeps 3 digits; three passes of it give float32's own error."""
+    return "tf32x3" if dtype == torch.float32 and capability[0] >= 8 else "ieee"
+
+
+@functools.lru_cache(maxsize=64)
+def _spans(geometry: Geometry, device: torch.device) -> Tensor:
+    """int32 (B, 4): kv_start, first and last query position, keys. One copy a geometry, which a forward's layers share."""
+    rows = [
+        [start, span.q_first, span.q_end, span.keys]
+        for start, span in zip(geometry.kv_start, geometry.spans, strict=True)
+    ]
+    spans = torch.tensor(rows, dtype=torch.int32)
+    return spans.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else spans
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """All of a launch that follows from the plan and the shapes; a call adds its tensors."""
+
+    device: torch.device
+    padded: bool
+    tma: bool
+    grid: tuple[int]
+    merge_grid: tuple[int]
+    tile: Tile
+    key_rows: int  # rows of k that hold valid keys: the copy engine writes zeros for all others
+    partials: int  # floats
+    plan: tuple[Tensor | None, ...]  # spans, row_ptr, entries, rule, dense_rows, tokens, token_bits, order
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+    merge_options: dict[str, Any]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax) -> None:
+        args, options = self.arguments(q, k, v, out, lse, softmax)
+        _attend[self.grid](*args, **options)
+        if self.merge_grid[0]:
+            spans, order = self.plan[0], self.plan[7]
+            part = args[10]
+            q_offset, q_len, rows, samples, batch_per, *_, chunks = self.numbers
+            _merge[self.merge_grid](
+                part, out, lse, softmax.sink_logits, spans, order, *out.stride()[:3],
+                q_offset, q_len, rows, samples, batch_per, chunks, **self.merge_options,
+            )  # fmt: skip
+
+    def arguments(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `_attend` is called with."""
+        spans, row_ptr, entries, rule, dense, tokens, bits, order = self.plan
+        tma = self.tma and all(_fits_tma(t) for t in (q, k, v, out))
+        descriptors: tuple[Any, ...] = (None,) * 4
+        if tma:
+            m, n, dim = self.tile.block_m, self.tile.block_n, self.options["DP"]
+            descriptors = (
+                _descriptor(q, q.shape[2], m, dim),
+                _descriptor(k, self.key_rows, n, dim),
+                _descriptor(v, self.key_rows, n, dim),
+                _descriptor(out, out.shape[2], m, dim),
+            )
+        part = None
+        if self.partials:
+            part = torch.empty(self.partials, dtype=torch.float32, device=q.device)
+        args = (
+            *descriptors, q, k, v, None if tma else out, lse, softmax.sink_logits, part, spans,
+            row_ptr, entries, rule, dense, tokens, bits, order,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
+        )  # fmt: skip
+        return args, {**self.options, "TMA": tma, "SOFTCAP": softmax.softcap is not None}
+
+
+def _launch_for(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> _Launch:
+    key = ("block_sparse", q.shape[1], k.shape[1], q.shape[3], q.dtype, q.device)
+    launch = plan.memo.get(key)
+    if launch is None:
+        tile = tile_for(_capability(q.device), q.shape[3], q.dtype)
+        launch = plan.memo[key] = _make_launch(q, k, plan, tile, _capability(q.device))
+    return launch
+
+
+def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: tuple[int, int]) -> _Launch:
+    batch, heads, q_len, dim = q.shape
+    key_heads, g = k.shape[1], plan.geometry
+    tile = tile._replace(block_m=min(tile.block_m, plan.block_q), block_n=min(tile.block_n, plan.block_kv))
+    sub_q, sub_k = plan.block_q // tile.block_m, plan.block_kv // tile.block_n
+    padded_dim, batch_per = _padded(dim), batch // plan.samples
+    column_block = min(max(tile.block_n, 32), 64)
+    per_row = batch_per * sub_q
+    long_rows, chunks = _cut(q, k, plan, tile)
+    items = plan.samples * plan.rows * per_row + long_rows * per_row * (chunks - 1)
+    rule_sample, rule_head, n_tokens, n_words, groups = 0, 0, 0, 0, 1
+    if plan.rule is not None:
+        rule_sample = plan.rule.stride(0) if plan.rule.shape[0] > 1 else 0
+        rule_head = plan.rule.stride(1) if plan.rule.shape[1] > 1 else 0
+    if plan.tokens is not None and plan.token_bits is not None:
+        n_tokens, n_words = plan.tokens.shape[-1], plan.token_bits.shape[-1]
+        groups = _padded(max(-(-n_tokens // column_block), 1))
+    shared = {"HEADS": heads, "SUB_Q": sub_q, "BM": tile.block_m, "D": dim, "DP": padded_dim}
+    options = {
+        **shared,
+        "GROUP": heads // key_heads,
+        "PLAN_HEADS": plan.heads,
+        "AT_ONCE": heads if plan.heads == 1 else heads // key_heads,
+        "SUB_K": sub_k,
+        "BN": tile.block_n,
+        "BC": column_block,
+        "COLUMN_GROUPS": groups,
+        "STAGES": tile.stages,
+        "PRECISION": _precision(capability, q.dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    dense = plan.dense_rows if plan.dense_rows is None else plan.dense_rows.view(torch.uint8)
+    numbers = (g.q_offset, q_len, plan.rows, plan.samples, batch_per, rule_sample, rule_head, n_tokens, n_words)
+    partials = long_rows * per_row * chunks * heads
+    return _Launch(
+        device=q.device,
+        padded=any(span.q_end - span.q_first != q_len for span in g.spans),
+        tma=_has_tma(q.device),
+        grid=(items * heads,),
+        merge_grid=(long_rows * per_row * heads * (tile.block_m // STRIP) if chunks > 1 else 0,),
+        tile=tile,
+        key_rows=max(max(g.kv_end), 1),
+        partials=partials * tile.block_m * (padded_dim + 2) if chunks > 1 else 0,
+        plan=(
+            _spans(g, q.device), plan.row_ptr, plan.entries, plan.rule, dense, plan.tokens, plan.token_bits, plan.order,
+        ),
+        numbers=(*numbers, long_rows * per_row, chunks),
+        options=options,
+        merge_options={**shared, "STRIP": STRIP, "num_warps": 4},
+    )  # fmt: skip
+
+
+def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
+    """(plan rows, chunks each) that are cut over keys: so many that none runs longer than a quarter of the whole launch.
+
+    Host arithmetic on shapes. Triangle's last rows at 128K are a chain of 2048 tiles; 8 heads leave 800 tiles a processor.
+    """
+    g, heads, batch = plan.geometry, q.shape[1], q.shape[0]
+    per_row = batch // plan.samples * (plan.block_q // tile.block_m)
+    long_rows = plan.samples * plan.rows if plan.all_dense else min(plan.long_rows, plan.samples * plan.rows)
+    longest = max(-(-span.q_end // tile.block_n) for span in g.spans)
+    if not long_rows or longest < 2 * MIN_CHUNK_STEPS:
+        return 0, 1
+    total = long_rows * per_row * heads * longest
+    if plan.entries is not None:
+        listed = plan.entries.numel() * (plan.block_kv // tile.block_n) * (plan.block_q // tile.block_m)
+        total += listed * (heads // plan.heads) * (batch // plan.samples)
+    share = total / _processors(q.device)
+    if 2 * longest <= share:
+        return 0, 1
+    partial = long_rows * per_row * heads * tile.block_m * (_padded(q.shape[3]) + 2) * 4
+    budget = max(PARTIAL_BYTES, (2 * q.nbytes + 2 * k.nbytes) // 64)
+    chunks = min(math.ceil(4 * longest / share), longest // MIN_CHUNK_STEPS, MAX_CHUNKS, budget // partial)
+    return (long_rows, chunks) if chunks > 1 else (0, 1)
+
+
+def _fits_tma(tensor: Tensor) -> bool:
+    """Whether the copy engine can read it: 16-byte steps, no repeated dimension."""
+    if tensor.data_ptr() % 16:
+        return False
+    step = 16 // tensor.element_size()
+    return all(n == 1 or (s and s % step == 0) for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+
+
+def _descriptor(tensor: Tensor, rows: int, block: int, dim: int) -> TensorDescriptor:
+    """A box of `block` rows of one head, cut to `rows`: neighbouring heads and dead cache rows are out of its reach."""
+    batch, heads, _, size = tensor.shape
+    # A dimension of one element may have any stride; the copy engine wants a multiple of 16 bytes even so.
+    strides = [s if n > 1 else size for n, s in zip((batch, heads, rows), tensor.stride(), strict=False)]
+    return TensorDescriptor(tensor, [batch, heads, rows, size], [*strides, 1], [1, 1, block, dim])

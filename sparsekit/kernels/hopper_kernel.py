@@ -1,0 +1,557 @@
+"""Device code of the Hopper form (sm_90), in Gluon. `hopper.py` says what it covers, plans the launch and launches it.
+
+One persistent kernel, three roles a block: a producer warp (work counter, TMA loads of Q, K and V) and two consumer
+warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
+i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: an entry of the plan, or half of one.
+
+A work item is 8 int32 (the names below are its columns):
+    ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
+    HEAD    sample * H + query head.
+    START   listed: index into entries; dense: the first step to run, from which the others go down to 0.
+    COUNT   steps over entries, plus steps over single columns << COLUMN_SHIFT. 0: nothing to do, skip.
+    KV      key index of position 0.
+    KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; how many first steps of a dense item cross
+            the diagonal, << DIAGONAL_SHIFT; EMPTY for a row that keeps nothing.
+    SLOT    place of a partial result in the workspace, or -1.
+    PLAN    the plan's row, for token bits.
+"""
+
+# Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against.
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["attention", "merge"]
+
+ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(8))
+ITEM = gl.constexpr(8)
+DENSE = gl.constexpr(1 << 16)
+EMPTY = gl.constexpr(1 << 17)
+DIAGONAL_SHIFT = gl.constexpr(18)
+COLUMN_SHIFT = gl.constexpr(20)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+# The running maximum starts here: below any logit, and finite, so that `-inf - maximum` is never NaN.
+FLOOR = gl.constexpr(-1.0e30)
+FAR = gl.constexpr(1 << 30)  # beyond any position
+
+# Renamed in Triton 3.8.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+def _rescale_asm(n):
+    """acc *= alpha on n registers, skipped by warps in which every alpha is 1 (operands n.. are acc, 2n.. alpha).
+
+    In the wgmma accumulator layout a thread holds two rows: registers 0, 1 are row r, registers 2, 3 are row r + 8.
+    """
+    mul = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    skip = f"setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 q, ${2 * n + 2}, 0f3F800000, p; "
+    return "{ .reg .pred p, q; " + skip + "vote.sync.any.pred p, q, 0xffffffff; @!p bra.uni DONE; " + mul + " DONE: }"
+
+
+def _rescale_constraints(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+RESCALE_64, CONSTRAINTS_64 = gl.constexpr(_rescale_asm(64)), gl.constexpr(_rescale_constraints(64))
+RESCALE_32, CONSTRAINTS_32 = gl.constexpr(_rescale_asm(32)), gl.constexpr(_rescale_constraints(32))
+
+
+@gluon.jit
+def _rescale(acc, alpha, LO: gl.constexpr):
+    a = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LO)), 1)
+    full = gl.zeros_like(acc) + a
+    if acc.shape[1] >= 128:
+        return gl.inline_asm_elementwise(
+            RESCALE_64, CONSTRAINTS_64, [acc, full], dtype=gl.float32, is_pure=False, pack=64
+        )
+    else:  # noqa: RET505: compile-time branches of a kernel need the else
+        return gl.inline_asm_elementwise(
+            RESCALE_32, CONSTRAINTS_32, [acc, full], dtype=gl.float32, is_pure=False, pack=32
+        )
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    wrap = ((slot + 1) == SLOTS).to(gl.int32)
+    return (slot + 1) * (1 - wrap), phase ^ wrap
+
+
+@gluon.jit
+def _send(mail, i, x):
+    mail.index(i).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + x)
+
+
+@gluon.jit
+def _receive(mail, i):
+    return gl.max(mail.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr):
+    """Step i of an item: `position of its first key * 4 + flags`."""
+    dense = (start - i) * (4 * BN) + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
+    if not LISTED:
+        return dense
+    else:  # noqa: RET505
+        is_dense = (kind & DENSE) != 0
+        at = p_entries + start + i // SPLIT_ENTRY
+        entry = gl.load(at, mask=(i < count) & (is_dense == 0), other=0) + (i % SPLIT_ENTRY) * (4 * BN)
+        return gl.where(is_dense, dense, entry)
+
+
+@gluon.jit
+def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr):
+    """-inf where causality or, in a flagged step, the token rule drops the pair.
+
+    s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The valid
+    key length needs no test of its own: it only ever cuts off keys after the last valid query.
+    """
+    key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+    ok = gl.expand_dims(key, 0) <= gl.expand_dims(query, 1)
+    if RULE:
+        sink = gl.where((flags & 2) != 0, sink, FAR)
+        ok = ok & (gl.expand_dims(gl.where(key < sink, FAR, key), 0) > gl.expand_dims(low, 1))
+    return gl.where(ok, s, float("-inf"))
+
+
+@gluon.jit
+def _mask_columns(s, query, p_tokens, p_bits, column0, columns, L: gl.constexpr):
+    """-inf where a single column lies after the query, or the row's bit says that it needs the column no more."""
+    lane = gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+    key = gl.load(p_tokens + column0 + lane, mask=column0 + lane < columns, other=2147483647)
+    for i in gl.static_range(s.shape[1] // 32):
+        # A word is one number for all threads, and which lanes it serves is known when compiling: no registers.
+        word = gl.load(p_bits + column0 // 32 + i, mask=column0 + i * 32 < columns, other=0)
+        key = gl.where((lane // 32 == i) & (((word >> (lane & 31)) & 1) == 0), 2147483647, key)
+    return gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
+
+
+@gluon.jit
+def _cap(s, cap_scale, CAP: gl.constexpr):
+    """tanh(scale / softcap * s) where there is a soft-cap; `cap_scale` is 2 log2(e) scale / softcap."""
+    if CAP:
+        return 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_scale))
+    else:  # noqa: RET505
+        return s
+
+
+@gluon.jit
+def _by_eight(x):
+    # Columns 8j + c: the reduction over j stays inside a thread, and runs as four independent chains.
+    return x.reshape([x.shape[0], x.shape[1] // 8, 8])
+
+
+@gluon.jit
+def _row_max(s, L: gl.constexpr):
+    return gl.convert_layout(gl.max(gl.max(_by_eight(s), 1), 1), gl.SliceLayout(1, L))
+
+
+@gluon.jit
+def _load_keys(desc, at, full, buffer):
+    mbarrier.expect(full, desc.block_type.nbytes)
+    _tma_load(desc, at, full, buffer)
+
+
+@gluon.jit
+def _produce(
+    d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+    p_items, p_entries, p_counters, items, heads, group, heads_per_pool,
+    SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = ks.shape[0]
+    Q_STAGES: gl.constexpr = q_full.shape[0]
+    HALF: gl.constexpr = d_q.block_type.shape[2]
+    BN: gl.constexpr = d_k.block_type.shape[2]
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    m_slot = 0
+    m_phase = 0
+    t = gl.program_id(0)
+    while t < items:
+        p_item = p_items + t * ITEM
+        row = gl.load(p_item + ROW)
+        sample_head = gl.load(p_item + HEAD)
+        start = gl.load(p_item + START)
+        count = gl.load(p_item + COUNT)
+        kv_start = gl.load(p_item + KV)
+        kind = gl.load(p_item + KIND)
+        t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
+        if count > 0:
+            mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+            _send(mail, m_slot * ITEM + ROW, row)
+            _send(mail, m_slot * ITEM + HEAD, sample_head)
+            _send(mail, m_slot * ITEM + START, start)
+            _send(mail, m_slot * ITEM + COUNT, count)
+            _send(mail, m_slot * ITEM + KV, kv_start)
+            _send(mail, m_slot * ITEM + KIND, kind)
+            if SPLIT:
+                _send(mail, m_slot * ITEM + SLOT, gl.load(p_item + SLOT))
+            if COLUMNS:
+                _send(mail, m_slot * ITEM + PLAN, gl.load(p_item + PLAN))
+            mbarrier.arrive(m_full.index(m_slot), count=1)
+            m_slot, m_phase = _next(m_slot, m_phase, 2)
+            listed = count
+            steps = count
+            if COLUMNS:
+                listed = count & ((1 << COLUMN_SHIFT) - 1)
+                steps = listed + (count >> COLUMN_SHIFT)
+            sample = sample_head // heads
+            head = sample_head - sample * heads
+            key_head = head // group
+            e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
+            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
+            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
+            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
+            q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+            for i in range(steps):
+                key = kv_start + (e >> 2)
+                e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                mbarrier.wait(k_free.index(slot), phase ^ 1)
+                if COLUMNS:
+                    column = (i - listed) * BN
+                    if i < listed:
+                        _load_keys(d_k, [sample, key_head, key, 0], k_full.index(slot), ks.index(slot))
+                    else:
+                        _load_keys(
+                            d_pool_k, [sample, head // heads_per_pool, column, 0], k_full.index(slot), ks.index(slot)
+                        )
+                    mbarrier.wait(v_free.index(slot), phase ^ 1)
+                    if i < listed:
+                        _load_keys(d_v, [sample, key_head, key, 0], v_full.index(slot), vs.index(slot))
+                    else:
+                        _load_keys(
+                            d_pool_v, [sample, head // heads_per_pool, column, 0], v_full.index(slot), vs.index(slot)
+                        )
+                else:
+                    _load_keys(d_k, [sample, key_head, key, 0], k_full.index(slot), ks.index(slot))
+                    mbarrier.wait(v_free.index(slot), phase ^ 1)
+                    _load_keys(d_v, [sample, key_head, key, 0], v_full.index(slot), vs.index(slot))
+                slot, phase = _next(slot, phase, STAGES)
+    mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+    _send(mail, m_slot * ITEM + COUNT, 0)
+    mbarrier.arrive(m_full.index(m_slot), count=1)
+    # The last block leaves the counters ready for the next launch.
+    if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(p_counters, 0)
+        gl.store(p_counters + 1, 0)
+
+
+@gluon.jit
+def _consume(
+    d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+    p_entries, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    scale, cap_scale, heads, queries, q_offset, rule_sample, rule_head, heads_per_plan, columns, token_sample,
+    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
+    LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, OUT_IN_Q: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = ks.shape[0]
+    Q_STAGES: gl.constexpr = q_full.shape[0]
+    HALF: gl.constexpr = d_o.block_type.shape[2]
+    D: gl.constexpr = d_o.block_type.shape[3]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    LP: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
+    scale2 = scale * LOG2E
+    zero = gl.zeros([HALF, BN], gl.float32, L)
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    m_slot = 0
+    m_phase = 0
+    mbarrier.wait(m_full.index(0), 0)
+    count = _receive(mail, COUNT)
+    while count > 0:
+        row = _receive(mail, m_slot * ITEM + ROW)
+        sample_head = _receive(mail, m_slot * ITEM + HEAD)
+        start = _receive(mail, m_slot * ITEM + START)
+        kv_start = _receive(mail, m_slot * ITEM + KV)
+        kind = _receive(mail, m_slot * ITEM + KIND)
+        p_row_bits = p_bits
+        p_row_tokens = p_tokens
+        listed = count
+        steps = count
+        sample = sample_head // heads
+        head = sample_head - sample * heads
+        if COLUMNS:
+            p_row_bits = p_bits + _receive(mail, m_slot * ITEM + PLAN).to(gl.int64) * ((columns + 31) // 32)
+            p_row_tokens = p_tokens + sample * token_sample + head // heads_per_plan * columns
+            listed = count & ((1 << COLUMN_SHIFT) - 1)
+            steps = listed + (count >> COLUMN_SHIFT)
+        e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
+        e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+        lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
+        query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
+        sink = 0
+        low = query
+        if RULE:
+            p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
+            sink = gl.load(p_my_rule)
+            low = gl.where(query >= gl.load(p_my_rule + 2), -1, query - gl.load(p_my_rule + 1))
+        acc = gl.zeros([HALF, D], gl.float32, LO)
+        q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
+        mbarrier.wait(q_full.index(q_slot), q_phase)
+        mbarrier.wait(k_full.index(slot), phase)
+        s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_free.index(slot), count=1)
+        s = _cap(s, cap_scale, CAP)
+        if COLUMNS:
+            if listed == 0:
+                s = _mask_columns(s, query, p_row_tokens, p_row_bits, 0, columns, L)
+            elif (e & 3) != 0:
+                s = _mask(s, query, low, sink, e >> 2, e, L, RULE)
+        elif (e & 3) != 0:
+            s = _mask(s, query, low, sink, e >> 2, e, L, RULE)
+        m = gl.maximum(_row_max(s, L) * scale2, FLOOR)
+        p = gl.exp2(s * scale2 - gl.expand_dims(m, 1))
+        l = gl.sum(_by_eight(p), 1)
+        pb = gl.convert_layout(p.to(ks.dtype), LP)
+        e = e1
+        before = slot
+        mbarrier.wait(v_full.index(slot), phase)
+        slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(k_full.index(slot), phase, pred=steps > 1)
+        for i in range(1, steps):
+            now = e
+            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+            o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(k_free.index(slot), count=1)
+            s = _cap(s, cap_scale, CAP)
+            if COLUMNS:
+                if i >= listed:
+                    s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
+                elif (now & 3) != 0:
+                    s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
+            elif (now & 3) != 0:
+                s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
+            m_new = gl.maximum(m, _row_max(s, L) * scale2)
+            # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
+            m_new = gl.where(m_new > m + 8.0, m_new, m)
+            p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+            alpha = gl.exp2(m - m_new)
+            m = m_new
+            alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+            l = l * alpha_l + gl.sum(_by_eight(p), 1)
+            # The waits for the next K and V stand here on purpose: they start a new basic block, which keeps ptxas
+            # from moving the wait for P V above the exponentials.
+            slot1, phase1 = _next(slot, phase, STAGES)
+            mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
+            mbarrier.wait(v_full.index(slot), phase)
+            acc = warpgroup_mma_wait(0, deps=(o,))
+            mbarrier.arrive(v_free.index(before), count=1)
+            acc = _rescale(acc, alpha, LO)
+            pb = gl.convert_layout(p.to(ks.dtype), LP)
+            before = slot
+            slot = slot1
+            phase = phase1
+        if not OUT_IN_Q:
+            mbarrier.arrive(q_free.index(q_slot), count=1)
+        acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+        # Read once more rather than kept in registers through the loop, which has none to spare.
+        row = _receive(mail, m_slot * ITEM + ROW)
+        sample_head = _receive(mail, m_slot * ITEM + HEAD)
+        kind = _receive(mail, m_slot * ITEM + KIND)
+        sample = sample_head // heads
+        head = sample_head - sample * heads
+        part = -1
+        if SPLIT:
+            part = _receive(mail, m_slot * ITEM + SLOT)
+        mbarrier.arrive(m_free.index(m_slot), count=1)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
+        lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
+        total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
+        top = gl.convert_layout(m, gl.SliceLayout(1, LO))
+        # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
+        kept = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+        factor = 1.0 / total
+        if SINKS:
+            z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
+            if SPLIT:  # partial results leave the sink to the merge
+                z = gl.where(part >= 0, float("-inf"), z)
+            highest = gl.maximum(top, z)
+            shrink = gl.exp2(top - highest)
+            total = total * shrink + gl.exp2(z - highest)
+            factor = shrink / total
+            top = highest
+        if not OUT_IN_Q:
+            tma.store_wait(0)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_free.index(before), count=1)
+        result = gl.where(gl.expand_dims(kept, 1), acc * gl.expand_dims(factor, 1), 0.0)
+        whole = part < 0
+        if LSE:
+            lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
+            inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
+            gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
+        if SPLIT:
+            if part >= 0:
+                o_row = part.to(gl.int64) * (2 * HALF) + lane_o
+                lse2 = gl.where(kept, top + gl.log2(total), float("-inf"))
+                gl.store(p_part_lse + o_row, lse2)
+                o_d = gl.arange(0, D, gl.SliceLayout(0, LO))
+                gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
+            else:
+                if OUT_IN_Q:
+                    _store(d_o, sample, head, row + WHO * HALF, result, qs.index(q_slot * 2 + WHO))
+                else:
+                    _store(d_o, sample, head, row + WHO * HALF, result, os.index(WHO))
+        elif OUT_IN_Q:
+            _store(d_o, sample, head, row + WHO * HALF, result, qs.index(q_slot * 2 + WHO))
+        else:
+            _store(d_o, sample, head, row + WHO * HALF, result, os.index(WHO))
+        if OUT_IN_Q:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(q_slot), count=1)
+        q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+        mbarrier.wait(m_full.index(m_slot), m_phase)
+        count = _receive(mail, m_slot * ITEM + COUNT)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store(d_o, sample, head, row, result, staging):
+    """result (HALF, D) -> rows [row, row + HALF) of out; TMA leaves out what lies before row 0 or past the last."""
+    staging.reshape([result.shape[0], result.shape[1]]).store(result.to(d_o.dtype))
+    fence_async_shared()
+    _tma_store(d_o, [sample, head, row, 0], staging)
+
+
+RUN_TIME_NUMBERS = [
+    "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head", "heads_per_plan",
+    "heads_per_pool", "columns", "token_sample",
+]  # fmt: skip
+POINTERS = [
+    "p_items", "p_entries", "p_counters", "p_rule", "p_lse", "p_sinks", "p_part", "p_part_lse", "p_tokens", "p_bits",
+]  # fmt: skip
+
+
+# Nothing is specialised on a value or an alignment, so that a compiled kernel may be launched again with any other call
+# of the same types (hopper.py does, past Triton's own 40 us of argument handling).
+@gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
+def attention(
+    d_q, d_k, d_v, d_o, d_pool_k, d_pool_v,
+    p_items, p_entries, p_counters, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan, heads_per_pool,
+    columns, token_sample,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
+    CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
+    OUT_IN_Q: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)  # noqa: RUF005
+    ks = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)  # noqa: RUF005
+    vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)  # noqa: RUF005
+    if OUT_IN_Q:
+        os = qs
+    else:
+        os = gl.allocate_shared_memory(d_o.dtype, [2] + d_o.block_type.shape, d_o.layout)  # noqa: RUF005
+    mail = gl.allocate_shared_memory(gl.int32, [2 * ITEM, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    m_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    m_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(m_full.index(i), count=1)
+        mbarrier.init(m_free.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+                p_entries, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads, queries,
+                q_offset, rule_sample, rule_head, heads_per_plan, columns, token_sample,
+                0, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, OUT_IN_Q,
+            )),
+            (_consume, (
+                d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+                p_entries, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads, queries,
+                q_offset, rule_sample, rule_head, heads_per_plan, columns, token_sample,
+                1, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, OUT_IN_Q,
+            )),
+            (_produce, (
+                d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail,
+                m_full, m_free, p_items, p_entries, p_counters, items, heads, group, heads_per_pool,
+                SPLIT_ENTRY, LISTED, COLUMNS, SPLIT,
+            )),
+        ],
+        [4, 1],
+        [232, 32],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "stride_b", "stride_h", "stride_q"])
+def merge(
+    p_merges, p_part, p_part_lse, p_out, p_lse, p_sinks, heads, queries, stride_b, stride_h, stride_q,
+    D: tl.constexpr, BM: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Partial results of rows split over keys -> out, lse. Program (first slot of a row, BM of its 128 queries).
+
+    p_merges: (slots, 4) int32: row of q, sample * H + head, valid rows low | high << 8, how many slots from here on belong
+    to the row; 0 in all slots but a row's first.
+    """
+    slot = tl.program_id(0)
+    count = tl.load(p_merges + slot * 4 + 3)
+    if count > 0:
+        row = tl.load(p_merges + slot * 4)
+        sample_head = tl.load(p_merges + slot * 4 + 1)
+        valid = tl.load(p_merges + slot * 4 + 2)
+        lane = tl.program_id(1) * BM + tl.arange(0, BM)
+        o_d = tl.arange(0, D)
+        o_part = slot.to(tl.int64) * 128 + lane
+        top = tl.full([BM], -1.0e30, tl.float32)
+        for i in range(count):
+            top = tl.maximum(top, tl.load(p_part_lse + o_part + i * 128))
+        z = float("-inf")
+        if SINKS:
+            z = tl.load(p_sinks + sample_head % heads).to(tl.float32) * 1.4426950408889634
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        shift = tl.maximum(top, z)
+        for i in range(count):
+            weight = tl.exp2(tl.load(p_part_lse + o_part + i * 128) - shift)
+            total += weight
+            acc += weight[:, None] * tl.load(p_part + (o_part + i * 128)[:, None] * D + o_d[None])
+        kept = (top > -1.0e30) & (lane >= (valid & 255)) & (lane < ((valid >> 8) & 255))
+        if SINKS:
+            total += tl.exp2(z - shift)
+        sample = (sample_head // heads).to(tl.int64)
+        head = (sample_head % heads).to(tl.int64)
+        inside = (row + lane >= 0) & (row + lane < queries)
+        result = tl.where(kept[:, None], acc / total[:, None], 0.0)
+        o_out = sample * stride_b + head * stride_h + (row + lane).to(tl.int64) * stride_q
+        tl.store(p_out + o_out[:, None] + o_d[None], result.to(p_out.dtype.element_ty), mask=inside[:, None])
+        if LSE:
+            lse = tl.where(kept, (shift + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+            tl.store(p_lse + sample_head.to(tl.int64) * queries + row + lane, lse, mask=inside)

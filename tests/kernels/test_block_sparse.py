@@ -1,0 +1,71 @@
+"""The portable Triton kernel, interpreted in a child process; and the door: which implementation runs, and why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsekit import SparsekitError
+from sparsekit.geometry import Geometry
+from sparsekit.kernels import IMPLEMENTATIONS, attend, choose, choose_call, choose_device, preferred_tile
+from sparsekit.kernels.softmax import Softmax
+from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
+from sparsekit.testing import inputs_for
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    """interpreted_block_sparse.py, where TRITON_INTERPRET is set before anything imports triton."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "interpreted_block_sparse.py"],
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    assert "passed" in ran.stdout
+    assert "skipped" not in ran.stdout
+
+
+def test_a_cpu_runs_torch_and_says_why() -> None:
+    assert choose("cpu") == "torch"
+    assert "not a CUDA device" in choose_device("cpu").why
+    assert preferred_tile("cpu") == (128, 64)
+    geometry = Geometry.of(65)
+    choice = choose_call(*inputs_for(geometry), dense_plan(geometry), Softmax(0.25))
+    assert choice.impl == "torch"
+
+
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_a_kernel_that_cannot_run_here_is_an_error(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    geometry = Geometry.of(65)
+    with pytest.raises(SparsekitError, match=rf"impl='{impl}' cannot run on cpu: it is not a CUDA device"):
+        attend(*inputs_for(geometry), dense_plan(geometry), impl=impl)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsekit.kernels.find_spec", lambda name: None)
+    with pytest.raises(SparsekitError, match="triton is not installed"):
+        choose("cpu", "triton")
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(SparsekitError, match=r"impl='trition': one of .*Did you mean 'triton'\?"):
+        choose("cpu", "trition")
+    assert set(IMPLEMENTATIONS) == {"triton", "hopper", "torch", "reference"}
+
+
+def test_a_plan_on_another_device_is_refused() -> None:
+    geometry = Geometry.of(65, block_q=64)
+    plan = plan_from_rule(TokenRule(1, 5, 60), geometry).to("meta")
+    with pytest.raises(SparsekitError, match=r"plan\.row_ptr is on meta, q on cpu"):
+        attend(*inputs_for(geometry), plan, impl="torch")

@@ -1,0 +1,123 @@
+"""The house: imports go one way, and importing sparsekit costs and changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsekit
+
+PACKAGE = Path(sparsekit.__file__).parent
+
+# Lower rooms first. Rooms on one line do not import one another, except inside their own folder.
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"geometry"},
+    {"plan"},
+    {"flex", "kernels"},
+    {"patterns"},
+    {"functional"},
+    {"config", "testing"},
+    {"explain", "convert", "patch"},
+    {"models"},
+    {"tasks"},
+    {"calibrate", "evaluate", "bench"},
+    {"sweep"},
+    {"plots"},
+    {"report", "demo"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+def _imports(path: Path) -> list[tuple[str, int, bool]]:
+    """(module, line, at run time?) of everything a file imports; `if TYPE_CHECKING:` does not run."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno, id(node) not in typing_only) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write imports from the top, `from sparsekit...`"
+            found.append((node.module or "", node.lineno, id(node) not in typing_only))
+            if node.module == "sparsekit":
+                found += [(f"sparsekit.{alias.name}", node.lineno, id(node) not in typing_only) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p != PACKAGE / "__init__.py"], ids=lambda p: _room(p))
+def test_imports_go_down(path: Path) -> None:
+    room = _room(path)
+    assert room in FLOOR_OF, f"{path.name}: a room that is not in the plan of the house"
+    for module, line, runs in _imports(path):
+        parts = module.split(".")
+        if parts[0] != "sparsekit" or len(parts) < 2 or parts[1] == room or not runs:
+            continue
+        if parts[1].startswith("__") or parts[1] not in FLOOR_OF:
+            assert parts[1] in sparsekit.__all__ or parts[1].startswith("__"), f"{path}:{line}: {module}?"
+            continue
+        assert FLOOR_OF[parts[1]] < FLOOR_OF[room], f"{path}:{line}: {room} imports {parts[1]}, which is not below it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_imports_stay_in_their_rooms(path: Path) -> None:
+    for module, line, runs in _imports(path):
+        top = module.split(".")[0]
+        if top == "triton":
+            assert _room(path) in {"kernels", "bench"}, f"{path}:{line}: triton is for kernels"
+        if top == "transformers" and runs:
+            assert _room(path) in {"patch", "models", "demo", "cli", "evaluate"}, f"{path}:{line}: transformers here"
+
+
+def test_no_room_for_everything() -> None:
+    names = {path.stem for path in MODULES}
+    assert not names & {"utils", "util", "common", "helpers", "misc"}
+
+
+def test_import_is_light() -> None:
+    """In a fresh process: neither triton nor transformers, and no public name missing."""
+    code = (
+        "import sys, sparsekit\n"
+        "import sparsekit.functional, sparsekit.config, sparsekit.testing\n"
+        "for name in sparsekit.__all__:\n"
+        "    getattr(sparsekit, name)\n"
+        "heavy = {'triton', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert set(sparsekit.__all__) <= set(dir(sparsekit))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_without_triton() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, sparsekit\n"
+        "q = torch.randn(1, 2, 100, 16)\n"
+        "assert sparsekit.attention(q, q, q, 'triangle').shape == q.shape\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_names_exist() -> None:
+    for name in sparsekit.__all__:
+        assert getattr(sparsekit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'aply'"):
+        _ = sparsekit.aply

