@@ -208,11 +208,11 @@ def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, .
         SparsekitError: what is wrong with it.
     """
     from sparsekit.config import format_range, load
-    from sparsekit.explain import facts_for, own_layers
+    from sparsekit.explain import facts_for
 
     loaded = load(config)
     resolved = loaded.resolve(facts_for(loaded, model))
-    own = own_layers(resolved, model)
+    own = resolved.own_layers(model)
     runs: list[tuple[str, list[int]]] = []
     for layer in resolved.layers:
         what = f"its own attention ({own[layer.layer]})" if layer.layer in own else str(layer)

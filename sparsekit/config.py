@@ -69,6 +69,29 @@ class ResolvedConfig:
     config: SparseConfig
     layers: tuple[LayerPatterns, ...]
 
+    def own_layers(self, model: object) -> dict[int, str]:
+        """Layers that keep their own attention because they are not full causal attention, each with the reason.
+
+        Args:
+            model: anything with `layer_types` and `sliding_window` as in a model's text config; either may be missing.
+
+        Raises:
+            SparsekitError: a rule names such a layer and gives it a sparse pattern.
+        """
+        types = getattr(model, "layer_types", None)
+        if types is None:
+            only = "sliding_attention" if getattr(model, "sliding_window", None) else "full_attention"
+            types = [only] * len(self.layers)
+        own = {i: f"{kind} layer of the model" for i, kind in enumerate(types) if kind != "full_attention"}
+        for i, reason in own.items():
+            patterns = self.layers[i]
+            if not patterns.dense and patterns.patterns != (self.config.default,):
+                raise SparsekitError(
+                    f"layer {i}: {patterns} cannot replace a {reason}; only full causal attention can be run sparse: "
+                    "leave the layer out of `layers` and `heads`, and it keeps its own attention."
+                )
+        return own
+
     def to_dict(self) -> list[dict[str, Any]]:
         """One object a layer, for result files: layer, and its patterns with all their parameters and heads."""
         return [

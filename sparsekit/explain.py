@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 import torch
 
-from sparsekit.config import LayerPatterns, ModelFacts, ResolvedConfig, SparseConfig, format_range, load
+from sparsekit.config import LayerPatterns, ModelFacts, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.functional import static_plan_heads
 from sparsekit.geometry import Geometry
 from sparsekit.patterns import AShape, StaticPattern, static_plan
 
-__all__ = ["Architecture", "Explanation", "LayerExplanation", "explain", "facts_for", "own_layers", "prefill_after"]
+__all__ = ["Architecture", "Explanation", "LayerExplanation", "explain", "facts_for", "prefill_after"]
 
 # A plan's entry is `position * 4 + flags` in 32 bits.
 MAX_TOKENS = 1 << 29
@@ -234,7 +234,7 @@ def explain(
         raise SparsekitError(f"tokens = {tokens!r}: a whole number from 1 to {MAX_TOKENS} is needed.")
     facts = facts_for(config, model)
     resolved = config.resolve(facts)
-    own = own_layers(resolved, model)
+    own = resolved.own_layers(model)
     geometry = Geometry.of(tokens)
     because = _dense_because(config, tokens)
     counted: dict[Any, LayerExplanation] = {}
@@ -259,28 +259,6 @@ def explain(
         ),
         facts,
     )
-
-
-def own_layers(resolved: ResolvedConfig, model: Architecture | None) -> dict[int, str]:
-    """Layers of `model` that keep their own attention (sliding-window, linear, ...), each with the reason.
-
-    Raises:
-        SparsekitError: a rule names such a layer and gives it a sparse pattern.
-    """
-    types = getattr(model, "layer_types", None)
-    if types is None:
-        types = ("sliding_attention" if getattr(model, "sliding_window", None) else "full_attention",) * len(
-            resolved.layers
-        )
-    own = {i: f"{kind} layer of the model" for i, kind in enumerate(types) if kind != "full_attention"}
-    for i, reason in own.items():
-        patterns = resolved.layers[i]
-        if not patterns.dense and patterns.patterns != (resolved.config.default,):
-            raise SparsekitError(
-                f"layer {i}: {patterns} cannot replace a {reason}; only full causal attention can be run sparse: leave "
-                "the layer out of `layers` and `heads`, and it keeps its own attention."
-            )
-    return own
 
 
 def prefill_after(dense_prefill: float, dense_attention: Iterable[float], attention: Iterable[float]) -> float:

@@ -24,7 +24,7 @@ from sparsekit.config import LayerPatterns, ModelFacts, ResolvedConfig, SparseCo
 from sparsekit.errors import SparsekitError
 from sparsekit.functional import plan_heads
 from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax, attend, choose_call, preferred_tile
+from sparsekit.kernels import Choice, Softmax, attend, choose_call, preferred_tile
 from sparsekit.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     modules = _attention_modules(model, text_config)
     facts = _facts(model, text_config, modules)
     resolved = config.resolve(facts)
-    layers = {module: _classify(module, resolved, text_config) for module in modules}
+    own = resolved.own_layers(text_config)
 
     previous = _HANDLES.get(model)
     if previous is not None:
@@ -116,9 +116,10 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     handle = Handle(model, text_config, resolved)
     _open_door(model, text_config, handle)
     _HANDLES[model] = handle
-    for module, (patterns, own) in layers.items():
-        _LAYERS[module] = _Layer(handle, patterns, own)
-    handle._modules = [weakref.ref(module) for module in layers]
+    for module in modules:
+        index: int = module.layer_idx  # type: ignore[assignment]
+        _LAYERS[module] = _Layer(handle, resolved.layers[index], own.get(index))
+    handle._modules = [weakref.ref(module) for module in modules]
     return handle
 
 
@@ -283,9 +284,9 @@ def _run(
         if wants_kernel and not handle._paused:
             got = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
             raise SparsekitError(
-                f"layer {index} should run {layer.patterns}, but it got {got} not made by transformers' mask "
-                "functions: custom 4-D masks cannot be combined with a sparse pattern; pass a 2-D padding mask or none, "
-                "or use `with handle.pause():`."
+                f"layer {index} should run {layer.patterns}, but it got {got} not made by transformers' "
+                "mask functions: custom 4-D masks cannot be combined with a sparse pattern; pass a 2-D padding mask or "
+                "none, or use `with handle.pause():`."
             )
         _note(layer, "dense", "paused" if handle._paused else "dense by config")
         return None
@@ -317,6 +318,7 @@ def _run(
             geometry.with_tile(*preferred_tile(q.device)),
             softmax,
         )
+        choice = choose_call(q, k, v, plan, softmax)
         out = attend(
             q,
             k,
@@ -325,11 +327,11 @@ def _run(
             scale=softmax.scale,
             softcap=softmax.softcap,
             sink_logits=softmax.sink_logits,
-            return_lse=False,
+            impl=choice.impl,
         )
     assert isinstance(out, Tensor)
-    layer.plan, layer.impl = plan, choose_call(q, k, v, plan, softmax).impl
     _note(layer, "sparse" if not layer.patterns.dense else "dense", "")
+    layer.plan, layer.choice = plan, choice
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -472,24 +474,6 @@ def _facts(model: PreTrainedModel, text_config: Any, modules: list[nn.Module]) -
     )
 
 
-def _classify(module: nn.Module, resolved: ResolvedConfig, text_config: Any) -> tuple[LayerPatterns, str | None]:
-    """A layer's patterns, and why it keeps its own attention (or None)."""
-    index: int = module.layer_idx  # type: ignore[assignment]
-    patterns = resolved.layers[index]
-    own = None
-    types = getattr(text_config, "layer_types", None)
-    if types is not None and types[index] != "full_attention":
-        own = f"{types[index]} layer of the model"
-    elif not module.is_causal:
-        own = "not causal"
-    if own and not patterns.dense and patterns.patterns != (resolved.config.default,):
-        raise SparsekitError(
-            f"layer {index}: {patterns} cannot replace a {own}; only full causal attention can be run sparse: leave "
-            "the layer out of `layers` and `heads`, and it keeps its own attention."
-        )
-    return patterns, own
-
-
 def _open_door(model: PreTrainedModel, text_config: Any, handle: Handle) -> None:
     """Switch the text config to sparsekit, and check that it took."""
     door = _DOORS.get(id(text_config))
@@ -549,7 +533,7 @@ class LayerReport:
     """What one layer did in the last prefill.
 
     `ran`: sparse, dense, own (kept its own attention), or "not run". `density` and `tile_density` are shares of the
-    causal pairs and tiles, `plan_bytes` the plan's tensors, `ms` plan and kernel together.
+    causal pairs and tiles, `plan_bytes` the plan's tensors, `ms` plan and kernel together; `impl_why` says why `impl`.
     """
 
     layer: int

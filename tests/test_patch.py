@@ -210,6 +210,14 @@ def test_window_layers_keep_their_own(family: str) -> None:
     assert model.config._attn_implementation in {"sdpa", "eager"}
 
 
+def test_a_model_of_window_layers_only_keeps_them() -> None:
+    model = tiny("mistral", sliding_window=32)
+    own = _logits(model, _ids())
+    with sparsekit.apply(model, {"default": TRIANGLE}) as handle:
+        assert torch.equal(_logits(model, _ids()), own)
+        assert {row.ran for row in handle.report().layers} == {"own"}
+
+
 # ---- off again
 
 

@@ -186,29 +186,28 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
             listed, columns = count & 0xFFFFF, count >> 20
             if slot >= 0:
                 seen[slot] = row
-            for i in range(listed):
-                if dense:
-                    entry = (begin - i) * step * 4 + (i < diagonal)
-                else:
-                    assert plan.entries is not None
-                    entry = int(plan.entries[begin + i // split_entry]) + (i % split_entry) * step * 4
-                key = (entry >> 2) + torch.arange(step)[None]
-                ok = torch.ones(len(lane), step, dtype=torch.bool)
-                if entry & 3:
-                    ok = key <= query[:, None]
-                if entry & RULE:
-                    assert plan.rule is not None
-                    shape = plan.rule.shape
-                    limits = plan.rule[sample if shape[0] > 1 else 0, head // (HEADS // plan.heads) if shape[1] > 1 else 0]
-                    sink, window, dense_from = limits.tolist()
-                    ok &= (key < sink) | (query[:, None] - key < window) | (query[:, None] >= dense_from)
-                _count(got[sample, head], ok, lane + row, (key + kv_start).expand_as(ok))
+            i = torch.arange(listed)
+            entry = (begin - i) * step * 4 + (i < diagonal)
+            if not dense:
+                assert plan.entries is not None
+                entry = plan.entries[begin + i // split_entry] + i % split_entry * step * 4
+            key = ((entry >> 2)[:, None] + torch.arange(step)).flatten()
+            flags = (entry & 3).repeat_interleave(step)
+            ok = (flags == 0) | (key <= query[:, None])
+            if plan.rule is not None and not dense:
+                shape = plan.rule.shape
+                of_head = head // (HEADS // plan.heads) if shape[1] > 1 else 0
+                sink, window, dense_from = plan.rule[sample if shape[0] > 1 else 0, of_head].tolist()
+                ruled = (key < sink) | (query[:, None] - key < window) | (query[:, None] >= dense_from)
+                ok &= (flags & RULE == 0) | ruled
+            _count(got[sample, head, row + low : row + high], ok, key + kv_start)
             if columns:
                 assert plan.tokens is not None and plan.token_bits is not None
-                tokens = plan.tokens[sample if plan.samples > 1 else 0, head // (HEADS // plan.heads)].long()[: columns * step]
+                mine = plan.tokens[sample if plan.samples > 1 else 0, head // (HEADS // plan.heads)]
+                mine = mine.long()[: columns * step]
                 bits = plan.token_bits[plan_row][:, None] >> torch.arange(32) & 1
-                ok = (tokens <= query[:, None]) & bits.flatten()[: len(tokens)].bool()
-                _count(got[sample, head], ok, lane + row, (tokens + kv_start).expand_as(ok))
+                ok = (mine <= query[:, None]) & bits.flatten()[: len(mine)].bool()
+                _count(got[sample, head, row + low : row + high], ok, mine + kv_start)
         if work.merges is not None:
             firsts = {slot: count for slot, (_, _, _, count) in enumerate(work.merges.tolist()) if count}
             slots = [slot + i for slot, count in firsts.items() for i in range(count)]
@@ -217,9 +216,10 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
     return got
 
 
-def _count(got: Tensor, ok: Tensor, row: Tensor, key: Tensor) -> None:
-    rows = row[:, None].expand_as(ok)[ok]
-    got.index_put_((rows, key[ok]), torch.ones((), dtype=torch.int32), accumulate=True)
+def _count(got: Tensor, ok: Tensor, key: Tensor) -> None:
+    """Add `ok` (rows, n) to the columns `key` (n,) of `got` (rows, K)."""
+    assert not ok[:, key >= got.shape[1]].any()
+    got.index_add_(1, key.clamp(max=got.shape[1] - 1), ok.int())
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
