@@ -82,8 +82,7 @@ class BlockPlan:
             is, no tile of the row holds it. Causality holds for columns.
         order: int32 (S*R,): launch order of (sample, tile) = s * R + r, heaviest first, the heads of a row together.
         long_rows: host count of rows, the first of `order`, that visit more than `LONG` times the mean: on few heads
-        they
-            alone decide the finish, so kernels may cut them over keys. 0 where not known.
+            they alone decide the finish, so kernels may cut them over keys. 0 where not known.
         memo: what an executor derived from this plan (schedules, masks), kept as long as the plan.
     """
 
@@ -232,8 +231,10 @@ class BlockPlan:
 
     def kept_pairs(self) -> int:
         """Query-key pairs computed, over all samples and plan heads. Counted by arithmetic, nothing quadratic."""
-        per_sample = [self._kept_in(s) for s in range(self.samples)]
-        return sum(per_sample) * (self.geometry.batch if self.samples == 1 else 1)
+        if "kept_pairs" not in self.memo:
+            per_sample = [self._kept_in(s) for s in range(self.samples)]
+            self.memo["kept_pairs"] = sum(per_sample) * (self.geometry.batch if self.samples == 1 else 1)
+        return int(self.memo["kept_pairs"])
 
     def _kept_in(self, sample: int) -> int:
         span = self.spans()[sample]

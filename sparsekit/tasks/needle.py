@@ -51,19 +51,23 @@ NOUNS = (
 
 @dataclass(frozen=True)
 class Passkey(Task):
-    """A number of five digits somewhere in the noise (arXiv 2305.16300)."""
+    """A number of five digits somewhere in the noise (after arXiv 2305.16300).
+
+    The published prefix, "The pass key is", leaves SmolLM2-135M free to define the word instead of naming the number: 2
+    of 6 right at 1K tokens, and all of 14 over 1K to 4K with the prefix below.
+    """
 
     def build(self, rng: Random, units: int) -> Sample:
         """A prompt with `units` noise sentences."""
         number, depth = str(rng.randrange(10_000, 100_000)), rng.choice(DEPTHS)
-        text = _hide({f"The pass key is {number}. Remember it. {number} is the pass key.": depth}, units)
+        text = _hide({f"The pass key is the number {number}. Remember it. The number {number} is the pass key.": depth}, units)
         return Sample(
             prompt=(
-                "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-                f"I will quiz you about the important information there.\n{text}\nWhat is the pass key?"
+                "A pass key is hidden within the following text. Make sure to memorize it. "
+                f"I will quiz you about the pass key afterwards.\n{text}\nWhat is the pass key?"
             ),
             answers=(number,),
-            answer_prefix="The pass key is",
+            answer_prefix="The pass key is the number",
             depth=depth,
         )
 
