@@ -87,7 +87,7 @@ def test_the_score_is_the_share_of_answers_found():
 def test_the_prompt_goes_through_the_chat_template(tokenizer):
     sample = task("passkey").build(Random(0), 3)
     text = prompt_text(tokenizer, sample)
-    assert text.endswith("What is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is the number")
+    assert text.endswith(f"provided text?<|im_end|>\n<|im_start|>assistant\n{sample.answer_prefix}")
     assert tokenizer.decode(prompt_ids(tokenizer, sample)[0]) == text
 
 

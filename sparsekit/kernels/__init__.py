@@ -135,7 +135,7 @@ def choose_device(device: torch.device | str, impl: str | None = None) -> Choice
     if impl not in IMPLEMENTATIONS:
         allowed = ", ".join(IMPLEMENTATIONS)
         raise SparsekitError(f"impl={impl!r}: one of {allowed}, or None.{nearest(impl, IMPLEMENTATIONS)}")
-    missing = {"triton": _triton_missing, "hopper": _hopper_missing}.get(impl, _nothing_missing)(device)
+    missing = _missing(impl, device) if device.type == "cuda" else _why_not(impl, device)
     if missing:
         raise SparsekitError(f"impl={impl!r} cannot run on {device}: {missing}.")
     return Choice(impl, "asked for")
@@ -155,8 +155,14 @@ def _best(kind: str, index: int | None) -> Choice:
     return Choice("hopper", "compute capability 9.0 and Gluon; calls it does not cover go to triton")
 
 
-def _nothing_missing(device: torch.device) -> str:
-    return ""
+def _why_not(impl: str, device: torch.device) -> str:
+    """Why `impl` cannot run on `device`, or ""."""
+    if impl == "triton":
+        return _triton_missing(device)
+    return _hopper_missing(device) if impl == "hopper" else ""
+
+
+_missing = lru_cache(maxsize=64)(_why_not)  # of a CUDA device: nothing there changes while a process runs
 
 
 def _triton_missing(device: torch.device) -> str:

@@ -41,7 +41,18 @@ UNSEEN = tl.constexpr(-1.0e15)  # a running maximum below this has seen no key
 
 @triton.jit
 @no_type_check
-def _load_rows(desc, p_base, stride, i_batch, i_head, i_first, row, limit, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr):  # fmt: skip  # noqa: E501
+def _offset(i_batch, i_head, row, batch_step, head_step, row_step):
+    """Elements to a row of one head: 64-bit, since tensors may pass 2^31 elements."""
+    head = tl.cast(i_batch, tl.int64) * batch_step + tl.cast(i_head, tl.int64) * head_step
+    return head + tl.cast(row, tl.int64) * row_step
+
+
+@triton.jit
+@no_type_check
+def _load_rows(
+    desc, p_base, stride, i_batch, i_head, i_first, row, limit,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """(ROWS, DP): rows `row ..` of one head; zeros outside [0, limit) and past the true head size."""
     if TMA:
         return desc.load([i_batch, i_head, i_first + row, 0]).reshape(ROWS, DP)
@@ -121,14 +132,18 @@ def _finish(m, norm, acc, p_sink, i_head, inside):
 
 @triton.jit
 @no_type_check
-def _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, heads, row, q_len, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip  # noqa: E501
+def _store_rows(
+    out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, heads, row, q_len,
+    D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """Writes rows `row ..` of out (through pointers) and lse, those inside the tensor."""
     lane = tl.arange(0, out.shape[0])
     inside = (row + lane >= 0) & (row + lane < q_len)
-    if p_out is not None:
+    if p_out is not None and (not TMA or row < 0):
         column = tl.arange(0, DP)
-        p_tile = p_out + i_batch.to(tl.int64) * o_batch + i_head.to(tl.int64) * o_head + row.to(tl.int64) * o_token
-        p_tile = p_tile + lane[:, None] * o_token + column[None, :]
+        p_tile = (
+            p_out + _offset(i_batch, i_head, row, o_batch, o_head, o_token) + lane[:, None] * o_token + column[None, :]
+        )
         tl.store(p_tile, out.to(p_out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
     if p_lse is not None:
         p_row = p_lse + (i_batch.to(tl.int64) * heads + i_head) * q_len + row
@@ -180,18 +195,19 @@ def _attend(
     """BM queries of one head. Pointers that a call does not need are None, and their code is not compiled."""
     # Consecutive programs walk the query heads of one row, so that the heads of a key head share K and V in L2.
     i_program = tl.program_id(0)
-    items = tl.num_programs(0) // HEADS
-    section = i_program // (items * AT_ONCE)
-    inner = i_program - section * (items * AT_ONCE)
-    i_head = section * AT_ONCE + inner % AT_ONCE
-    i_item = inner // AT_ONCE
+    # AT_ONCE heads at a time, long rows of all heads before all others: they would decide the finish.
+    n_long = long_rows * chunks
+    section_programs = (tl.num_programs(0) // HEADS - n_long) * AT_ONCE
+    after = i_program - n_long * HEADS
+    is_long = after < 0
+    i_head = tl.where(is_long, i_program % HEADS, after // section_programs * AT_ONCE + after % AT_ONCE)
+    i_item = tl.where(is_long, i_program // HEADS, n_long + after % section_programs // AT_ONCE)
     i_chunk = 0
     n_chunks = 1
     if p_part is not None:
-        cut = i_item < long_rows * chunks
-        i_chunk = tl.where(cut, i_item % chunks, 0)
-        n_chunks = tl.where(cut, chunks, 1)
-        i_item = tl.where(cut, i_item // chunks, i_item - long_rows * (chunks - 1))
+        i_chunk = tl.where(is_long, i_item % chunks, 0)
+        n_chunks = tl.where(is_long, chunks, 1)
+        i_item = tl.where(is_long, i_item // chunks, i_item - long_rows * (chunks - 1))
     i_sample, i_tile, i_batch, pos0, row0, start, q_first, q_end, keys = _place(
         i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM
     )
@@ -203,10 +219,36 @@ def _attend(
     q_pos = pos0 + tl.arange(0, BM)
     factor = LOG2E if SOFTCAP else scale * LOG2E
 
-    p_q_head = p_q + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
-    p_k_head = p_k + i_batch.to(tl.int64) * k_batch + i_key_head.to(tl.int64) * k_head + start.to(tl.int64) * k_token
-    p_v_head = p_v + i_batch.to(tl.int64) * v_batch + i_key_head.to(tl.int64) * v_head + start.to(tl.int64) * v_token
-    b_q = _load_rows(d_q, p_q_head, q_token, i_batch, i_head, 0, row0, q_len, BM, D, DP, TMA)
+    causal_steps = tl.where(q_high > q_low, (q_high + BN - 1) // BN, 0)
+    if p_row is not None:  # what the row holds: asked for before q, whose load waits
+        first = tl.load(p_row + i_row)
+        steps = (tl.load(p_row + i_row + 1) - first).to(tl.int32) * SUB_K
+        listed = True
+        if p_dense is not None:
+            listed = tl.load(p_dense + i_row) == 0
+            steps = tl.where(listed, steps, causal_steps)
+        steps = tl.where(q_high > q_low, steps, 0)
+        p_entries = p_entry + first
+        sink = 0
+        low = q_pos
+        if p_rule is not None:
+            p_limits = p_rule + i_sample * rule_sample + i_plan_head * rule_head
+            sink = tl.load(p_limits)
+            low = tl.where(q_pos >= tl.load(p_limits + 2), -1, q_pos - tl.load(p_limits + 1))
+        if SUB_Q > 1:  # the plan's last tiles may lie wholly ahead of this part of its row
+            LAST: tl.constexpr = triton.next_power_of_2(triton.cdiv((SUB_Q - 1) * BM, BN))
+            i_last = tl.where(listed, steps - 1 - tl.arange(0, LAST), -1)
+            b_entry = tl.load(p_entries + i_last // SUB_K, mask=i_last >= 0, other=0)
+            behind = (i_last >= 0) & ((b_entry >> 2) + i_last % SUB_K * BN < q_high)
+            reached = tl.maximum(tl.max(tl.where(behind, i_last + 1, 0), 0), steps - LAST)
+            steps = tl.where(listed, reached, steps)
+
+    if p_q is not None:
+        p_q += _offset(i_batch, i_head, 0, q_batch, q_head, q_token)
+    if p_k is not None:
+        p_k += _offset(i_batch, i_key_head, start, k_batch, k_head, k_token)
+        p_v += _offset(i_batch, i_key_head, start, v_batch, v_head, v_token)
+    b_q = _load_rows(d_q, p_q, q_token, i_batch, i_head, 0, row0, q_len, BM, D, DP, TMA)
 
     m = tl.full([BM], MASKED, tl.float32)
     norm = tl.zeros([BM], tl.float32)
@@ -230,43 +272,28 @@ def _attend(
             bits = tl.load(p_bits + at // 32, mask=at < n_tokens, other=0)
             needed = (((bits >> (at % 32)) & 1) != 0) & (key < keys)
             key = tl.where(needed, key, 0)
-            b_k = _gather_rows(p_k_head, k_token, key, D, DP)
+            b_k = _gather_rows(p_k, k_token, key, D, DP)
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             b_s = tl.where(needed[None, :] & (key[None, :] <= q_pos[:, None]), b_s, MASKED)
-            b_v = _gather_rows(p_v_head, v_token, key, D, DP)
+            b_v = _gather_rows(p_v, v_token, key, D, DP)
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
 
-    causal_steps = tl.where(q_high > q_low, (q_high + BN - 1) // BN, 0)
     if p_row is None:  # dense everywhere: no index memory, and the tiles below the diagonal in a loop without a mask
         low_step = causal_steps * i_chunk // n_chunks
         high_step = causal_steps * (i_chunk + 1) // n_chunks
         whole = tl.minimum(tl.maximum((q_low + 1) // BN, low_step), high_step)
         for i in tl.range(low_step, whole, num_stages=STAGES):
-            b_k = _load_rows(d_k, p_k_head, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_k = _load_rows(d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
-            b_v = _load_rows(d_v, p_v_head, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_v = _load_rows(d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
         for i in tl.range(whole, high_step, num_stages=STAGES):
-            b_k = _load_rows(d_k, p_k_head, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_k = _load_rows(d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             b_s = _mask_tile(b_s, q_pos, q_pos, i * BN, 1, 0, False)
-            b_v = _load_rows(d_v, p_v_head, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_v = _load_rows(d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
     else:
-        first = tl.load(p_row + i_row)
-        steps = (tl.load(p_row + i_row + 1) - first).to(tl.int32) * SUB_K
-        listed = True
-        if p_dense is not None:
-            listed = tl.load(p_dense + i_row) == 0
-            steps = tl.where(listed, steps, causal_steps)
-        steps = tl.where(q_high > q_low, steps, 0)
-        p_entries = p_entry + first
-        sink = 0
-        low = q_pos
-        if p_rule is not None:
-            p_limits = p_rule + i_sample * rule_sample + i_plan_head * rule_head
-            sink = tl.load(p_limits)
-            low = tl.where(q_pos >= tl.load(p_limits + 2), -1, q_pos - tl.load(p_limits + 1))
         low_step = steps * i_chunk // n_chunks
         high_step = steps * (i_chunk + 1) // n_chunks
         for i in tl.range(low_step, high_step, num_stages=STAGES):
@@ -278,11 +305,11 @@ def _attend(
                 pos = (entry >> 2) + i % SUB_K * BN
             # The flag speaks for the plan's tile; a part of it that ends at the first query needs no causal mask.
             flags = tl.where(pos + BN - 1 > q_low, entry & 3, entry & 2)
-            b_k = _load_rows(d_k, p_k_head, k_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
+            b_k = _load_rows(d_k, p_k, k_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             if flags != 0:
                 b_s = _mask_tile(b_s, q_pos, low, pos, flags, sink, p_rule is not None)
-            b_v = _load_rows(d_v, p_v_head, v_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
+            b_v = _load_rows(d_v, p_v, v_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
 
     whole_row = True
@@ -297,8 +324,9 @@ def _attend(
     if whole_row:
         out, lse = _finish(m, norm, acc, p_sink, i_head, (q_pos >= q_first) & (q_pos < q_end))
         if TMA:
-            d_out.store([i_batch, i_head, row0, 0], out.to(d_out.dtype).reshape(1, 1, BM, DP))
-        _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0, q_len, D, DP)
+            if row0 >= 0:  # the copy engine clips a store past the end; one before the start is an illegal instruction
+                d_out.store([i_batch, i_head, row0, 0], out.to(d_out.dtype).reshape(1, 1, BM, DP))
+        _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0, q_len, D, DP, TMA)
 
 
 @triton.jit(do_not_specialize=["q_offset", "q_len", "rows", "samples", "batch_per", "chunks"])
@@ -332,7 +360,9 @@ def _merge(
         m = m_new
     q_pos = pos0 + lane
     out, lse = _finish(m, norm, acc, p_sink, i_head, (q_pos >= q_first) & (q_pos < q_end))
-    _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0 + strip, q_len, D, DP)
+    _store_rows(
+        out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0 + strip, q_len, D, DP, False
+    )
 
 
 # ---- the launcher
@@ -347,16 +377,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By (architecture, padded head size, bytes of an element). One line a measurement, made by `python -m sparsekit.bench`.
+# By padded head size and bytes of an element, for compute capability 9.0. H100, bfloat16, 32 heads over 8, best of the
+# tiles that fit, ms: dense at 32K (256: 16K).
 _HOPPER: dict[tuple[int, int], Tile] = {
-    (64, 2): Tile(128, 64, 4, 2),
-    (128, 2): Tile(128, 64, 4, 2),
-    (256, 2): Tile(128, 64, 8, 2),
+    (64, 2): Tile(128, 64, 4, 3),  # 9.97; 2 stages 11.1, 128x128 10.1, 64x64 10.1, 8 warps 10.5; cuDNN 9.64
+    (128, 2): Tile(128, 64, 4, 2),  # 16.1; 8 warps 18.3, 128x128 17.0, 64x64 17.5; cuDNN 14.3
+    (256, 2): Tile(128, 64, 8, 2),  # 7.76; 128x32 9.37, 64x32 10.0; cuDNN 6.15
     (64, 4): Tile(64, 64, 4, 2),
     (128, 4): Tile(64, 32, 4, 2),
     (256, 4): Tile(64, 32, 8, 2),
 }
-# What every architecture has room for: at most 64 KiB of shared memory but for the widest heads, which shrink the tile.
+# The same for listed rows of few tiles, where a program's start and end weigh: Triangle (8, 512, 128) at 32K.
+_HOPPER_SHORT = _HOPPER | {
+    (128, 2): Tile(64, 64, 4, 3),  # 1.02; 128x64 1.16
+}
+SHORT_ROW_STEPS = 32
+# What every architecture has room for: 64 KiB of shared memory for bfloat16 of head size 128.
 _ANY: dict[tuple[int, int], Tile] = {
     (64, 2): Tile(128, 64, 4, 2),
     (128, 2): Tile(64, 64, 4, 2),
@@ -365,6 +401,7 @@ _ANY: dict[tuple[int, int], Tile] = {
     (128, 4): Tile(32, 32, 4, 2),
     (256, 4): Tile(32, 16, 4, 2),
 }
+COLUMN_BLOCK = 32  # single columns a step: Triangle + 1024 at 128K 9.8 ms, 64 a step 12.3 ms (H100)
 
 # Rows that are cut over keys: a chunk has at least so many tiles, and all partial results together so many bytes at
 # most (or 1/64 of q, k, v and out).
@@ -374,9 +411,9 @@ PARTIAL_BYTES = 1 << 25
 STRIP = 16
 
 
-def tile_for(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Tile:
-    """The kernel's tile on an architecture, for a head size and an element type."""
-    table = _HOPPER if capability[0] == 9 else _ANY
+def tile_for(capability: tuple[int, int], dim: int, dtype: torch.dtype, short_rows: bool = False) -> Tile:
+    """The kernel's tile on an architecture, for a head size and an element type; `short_rows`: few tiles a row."""
+    table = (_HOPPER_SHORT if short_rows else _HOPPER) if capability[0] == 9 else _ANY
     return table[max(_padded(dim), 64), dtype.itemsize]
 
 
@@ -480,6 +517,7 @@ class _Launch:
 
     device: torch.device
     padded: bool
+    early: bool  # whether a query tile begins before the first query
     tma: bool
     grid: tuple[int]
     merge_grid: tuple[int]
@@ -488,28 +526,31 @@ class _Launch:
     partials: int  # floats
     plan: tuple[Tensor | None, ...]  # spans, row_ptr, entries, rule, dense_rows, tokens, token_bits, order
     numbers: tuple[int, ...]
+    form: int  # number of what Triton compiles for, of all this
     options: dict[str, Any]
     merge_options: dict[str, Any]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax) -> None:
-        args, options = self.arguments(q, k, v, out, lse, softmax)
-        _attend[self.grid](*args, **options)
+        form, args, options = self.arguments(q, k, v, out, lse, softmax)
+        _start(_attend, form, self.grid, args, options)
         if self.merge_grid[0]:
-            spans, order = self.plan[0], self.plan[7]
-            part = args[10]
+            spans, order, sinks = self.plan[0], self.plan[7], softmax.sink_logits
             q_offset, q_len, rows, samples, batch_per, *_, chunks = self.numbers
-            _merge[self.merge_grid](
-                part, out, lse, softmax.sink_logits, spans, order, *out.stride()[:3],
-                q_offset, q_len, rows, samples, batch_per, chunks, **self.merge_options,
-            )  # fmt: skip
+            steps = out.stride()[:3]
+            numbers = (*steps, q_offset, q_len, rows, samples, batch_per, chunks)
+            merge_form = (self.form, lse is None, _pointer_form(sinks), _pointer_form(out), steps)
+            merge_args = (args[10], out, lse, sinks, spans, order, *numbers)
+            _start(_merge, merge_form, self.merge_grid, merge_args, self.merge_options)
 
     def arguments(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What `_attend` is called with."""
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+        """What `_attend` is compiled for, its arguments, and its options."""
         spans, row_ptr, entries, rule, dense, tokens, bits, order = self.plan
-        tma = self.tma and all(_fits_tma(t) for t in (q, k, v, out))
+        tma = self.tma and _fits_tma(q) and _fits_tma(k) and _fits_tma(v) and _fits_tma(out)
         descriptors: tuple[Any, ...] = (None,) * 4
+        pointers: tuple[Any, ...] = (q, k, v, out)
+        steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
         if tma:
             m, n, dim = self.tile.block_m, self.tile.block_n, self.options["DP"]
             descriptors = (
@@ -518,25 +559,68 @@ class _Launch:
                 _descriptor(v, self.key_rows, n, dim),
                 _descriptor(out, out.shape[2], m, dim),
             )
+            # Through pointers go only single columns, and the store of a tile that begins before the first query.
+            columns, early = tokens is not None, self.early
+            pointers = (None, k if columns else None, v if columns else None, out if early else None)
+            steps = (0, 0, 0, *(steps[3:9] if columns else (0,) * 6), *(steps[9:] if early else (0, 0, 0)))
         part = None
         if self.partials:
             part = torch.empty(self.partials, dtype=torch.float32, device=q.device)
+        sinks, capped = softmax.sink_logits, softmax.softcap is not None
         args = (
-            *descriptors, q, k, v, None if tma else out, lse, softmax.sink_logits, part, spans,
-            row_ptr, entries, rule, dense, tokens, bits, order,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
+            *descriptors, *pointers, lse, sinks, part, spans, row_ptr, entries, rule, dense, tokens, bits, order,
+            *steps, float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
         )  # fmt: skip
-        return args, {**self.options, "TMA": tma, "SOFTCAP": softmax.softcap is not None}
+        form = (self.form, tma, capped, lse is None, _pointer_form(sinks), *map(_pointer_form, pointers), steps)
+        return form, args, {**self.options, "TMA": tma, "SOFTCAP": capped}
+
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_FORMS: dict[tuple[Any, ...], int] = {}
+
+
+def _intern(form: tuple[Any, ...]) -> int:
+    """A number for a form: long tuples cost microseconds to hash at every call."""
+    return _FORMS.setdefault(form, len(_FORMS))
+
+
+def _start(
+    kernel: Any, form: tuple[Any, ...], grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Launch. Triton's own look at 60 arguments costs the host 200 us a call (H100), a look-up by `form` far less.
+
+    The kernel is compiled for what it is handed first, so `form` holds all that Triton specialises on: types, what is
+    None, alignment of pointers, and strides.
+    """
+    if interpreted():
+        kernel[grid](*args, **options)
+        return
+    found = _COMPILED.get(form)
+    if found is None:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        found = _COMPILED[form] = compiled, tuple(options[name] for name in kernel.arg_names if name in options)
+    found[0][(grid[0], 1, 1)](*args, *found[1])
+
+
+def _pointer_form(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
 def _launch_for(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> _Launch:
     key = ("block_sparse", q.shape[1], k.shape[1], q.shape[3], q.dtype, q.device)
     launch = plan.memo.get(key)
     if launch is None:
-        tile = tile_for(_capability(q.device), q.shape[3], q.dtype)
-        launch = plan.memo[key] = _make_launch(q, k, plan, tile, _capability(q.device))
+        capability = _capability(q.device)
+        tile = tile_for(capability, q.shape[3], q.dtype, _rows_are_short(plan))
+        launch = plan.memo[key] = _make_launch(q, k, plan, tile, capability)
     return launch
+
+
+def _rows_are_short(plan: BlockPlan) -> bool:
+    """By what the host knows: the entries there is room for, a row."""
+    if plan.entries is None or plan.long_rows * 8 > plan.rows:
+        return False
+    return plan.entries.numel() <= SHORT_ROW_STEPS * plan.samples * plan.heads * plan.rows
 
 
 def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: tuple[int, int]) -> _Launch:
@@ -545,7 +629,6 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
     tile = tile._replace(block_m=min(tile.block_m, plan.block_q), block_n=min(tile.block_n, plan.block_kv))
     sub_q, sub_k = plan.block_q // tile.block_m, plan.block_kv // tile.block_n
     padded_dim, batch_per = _padded(dim), batch // plan.samples
-    column_block = min(max(tile.block_n, 32), 64)
     per_row = batch_per * sub_q
     long_rows, chunks = _cut(q, k, plan, tile)
     items = plan.samples * plan.rows * per_row + long_rows * per_row * (chunks - 1)
@@ -555,16 +638,16 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
         rule_head = plan.rule.stride(1) if plan.rule.shape[1] > 1 else 0
     if plan.tokens is not None and plan.token_bits is not None:
         n_tokens, n_words = plan.tokens.shape[-1], plan.token_bits.shape[-1]
-        groups = _padded(max(-(-n_tokens // column_block), 1))
+        groups = _padded(max(-(-n_tokens // COLUMN_BLOCK), 1))
     shared = {"HEADS": heads, "SUB_Q": sub_q, "BM": tile.block_m, "D": dim, "DP": padded_dim}
     options = {
         **shared,
         "GROUP": heads // key_heads,
         "PLAN_HEADS": plan.heads,
-        "AT_ONCE": heads if plan.heads == 1 else heads // key_heads,
+        "AT_ONCE": heads if plan.heads == 1 and not plan.all_dense else heads // key_heads,
         "SUB_K": sub_k,
         "BN": tile.block_n,
-        "BC": column_block,
+        "BC": COLUMN_BLOCK,
         "COLUMN_GROUPS": groups,
         "STAGES": tile.stages,
         "PRECISION": _precision(capability, q.dtype),
@@ -574,59 +657,75 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
     dense = plan.dense_rows if plan.dense_rows is None else plan.dense_rows.view(torch.uint8)
     numbers = (g.q_offset, q_len, plan.rows, plan.samples, batch_per, rule_sample, rule_head, n_tokens, n_words)
     partials = long_rows * per_row * chunks * heads
+    plan_tensors = (
+        _spans(g, q.device), plan.row_ptr, plan.entries, plan.rule, dense, plan.tokens, plan.token_bits, plan.order,
+    )  # fmt: skip
     return _Launch(
         device=q.device,
         padded=any(span.q_end - span.q_first != q_len for span in g.spans),
+        early=any(g.q_index(b, span.q_first // plan.block_q * plan.block_q) < 0 for b, span in enumerate(g.spans)),
         tma=_has_tma(q.device),
         grid=(items * heads,),
         merge_grid=(long_rows * per_row * heads * (tile.block_m // STRIP) if chunks > 1 else 0,),
         tile=tile,
         key_rows=max(max(g.kv_end), 1),
         partials=partials * tile.block_m * (padded_dim + 2) if chunks > 1 else 0,
-        plan=(
-            _spans(g, q.device), plan.row_ptr, plan.entries, plan.rule, dense, plan.tokens, plan.token_bits, plan.order,
-        ),
+        plan=plan_tensors,
         numbers=(*numbers, long_rows * per_row, chunks),
+        form=_intern((q.device, q.dtype, chunks > 1, *options.values(), *map(_pointer_form, plan_tensors))),
         options=options,
         merge_options={**shared, "STRIP": STRIP, "num_warps": 4},
     )  # fmt: skip
 
 
 def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
-    """(plan rows, chunks each) that are cut over keys: so many that none runs longer than a quarter of the whole launch.
+    """(long plan rows, chunks each): cut over keys so that none runs longer than a quarter of the whole launch.
 
-    Host arithmetic on shapes. Triangle's last rows at 128K are a chain of 2048 tiles; 8 heads leave 800 tiles a processor.
+    Host arithmetic on shapes. Triangle's last rows at 128K are a chain of 2048 tiles: with 32 heads the rest hides it, 8
+    heads leave 800 tiles a processor. H100, 8 heads: 4.0 ms whole, 1.2 ms cut.
     """
     g, heads, batch = plan.geometry, q.shape[1], q.shape[0]
     per_row = batch // plan.samples * (plan.block_q // tile.block_m)
-    long_rows = plan.samples * plan.rows if plan.all_dense else min(plan.long_rows, plan.samples * plan.rows)
+    known = plan.samples * plan.rows if plan.all_dense else min(plan.long_rows, plan.samples * plan.rows)
+    whole = (0 if plan.all_dense else known), 1
     longest = max(-(-span.q_end // tile.block_n) for span in g.spans)
-    if not long_rows or longest < 2 * MIN_CHUNK_STEPS:
-        return 0, 1
-    total = long_rows * per_row * heads * longest
+    if not known or longest < 2 * MIN_CHUNK_STEPS:
+        return whole
+    total = float(known * per_row * heads * longest)
     if plan.entries is not None:
         listed = plan.entries.numel() * (plan.block_kv // tile.block_n) * (plan.block_q // tile.block_m)
         total += listed * (heads // plan.heads) * (batch // plan.samples)
     share = total / _processors(q.device)
-    if 2 * longest <= share:
-        return 0, 1
-    partial = long_rows * per_row * heads * tile.block_m * (_padded(q.shape[3]) + 2) * 4
+    if longest <= share:
+        return whole
+    partial = known * per_row * heads * tile.block_m * (_padded(q.shape[3]) + 2) * 4
     budget = max(PARTIAL_BYTES, (2 * q.nbytes + 2 * k.nbytes) // 64)
     chunks = min(math.ceil(4 * longest / share), longest // MIN_CHUNK_STEPS, MAX_CHUNKS, budget // partial)
-    return (long_rows, chunks) if chunks > 1 else (0, 1)
+    return (known, chunks) if chunks > 1 else whole
 
 
 def _fits_tma(tensor: Tensor) -> bool:
     """Whether the copy engine can read it: 16-byte steps, no repeated dimension."""
-    if tensor.data_ptr() % 16:
-        return False
-    step = 16 // tensor.element_size()
-    return all(n == 1 or (s and s % step == 0) for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+    return tensor.data_ptr() % 16 == 0 and _steps_fit_tma(tensor.shape, tensor.stride(), tensor.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps_fit_tma(shape: tuple[int, ...], strides: tuple[int, ...], element: int) -> bool:
+    return all(n == 1 or (s > 0 and s * element % 16 == 0) for n, s in zip(shape[:3], strides[:3], strict=True))
 
 
 def _descriptor(tensor: Tensor, rows: int, block: int, dim: int) -> TensorDescriptor:
-    """A box of `block` rows of one head, cut to `rows`: neighbouring heads and dead cache rows are out of its reach."""
+    """A box of `block` rows of one head, cut to `rows`: neighbouring heads and dead cache rows are out of its reach.
+
+    Filled in past the constructor, whose checks cost 5 us each; `_fits_tma` has made them.
+    """
     batch, heads, _, size = tensor.shape
     # A dimension of one element may have any stride; the copy engine wants a multiple of 16 bytes even so.
-    strides = [s if n > 1 else size for n, s in zip((batch, heads, rows), tensor.stride(), strict=False)]
-    return TensorDescriptor(tensor, [batch, heads, rows, size], [*strides, 1], [1, 1, block, dim])
+    strides = [s if n > 1 else size for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+    strides[3] = 1
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(
+        base=tensor, shape=[batch, heads, rows, size], strides=strides, block_shape=[1, 1, block, dim], padding="zero",
+        round_f32_to_tf32=False,
+    )  # fmt: skip
+    return made

@@ -1,18 +1,19 @@
 """The shared kernel's Hopper form: the same plans at the speed of the best dense kernels, on sm_90.
 
-`hopper_kernel.py` is the device code, in Gluon (part of Triton >= 3.6). Here is what it covers, the work list of a plan,
-and the launch. Nothing here synchronises with the host.
+`hopper_kernel.py` is the device code, in Gluon (part of Triton >= 3.6). Here is what it covers, the work list of a
+plan, and the launch. Nothing here synchronises with the host.
 
 The work list is made once per plan, on the device, and stays in `plan.memo`: one item a (sample, head, query tile),
 heaviest first inside a section of heads whose K and V stay in L2, and items so long that they would decide the finish
-before all others. Where even that does not help (the dense last rows of Triangle with few heads, short chunks over a long
-cache), those rows are split over keys and merged by their log-sum-exp.
+before all others. Where even that does not help (the dense last rows of Triangle with few heads, short chunks over a
+long cache), those rows are split over keys and merged by their log-sum-exp.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.geometry import Geometry
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.plan import FLAG_BITS, BlockPlan
 
@@ -37,14 +39,18 @@ SHORTEST_PIECE = 16
 WORKSPACE_SHARE = 0.015
 WORKSPACE_BYTES = 8 << 20
 H100_SMS = 132
+LOG2E = 1.4426950408889634
+
+_Pair = tuple["Tensor | None", "Tensor | None"]
 MERGE_ROWS = 32
 FARTHEST = 1 << (31 - FLAG_BITS)
+WORK_BITS = 24  # of a sort key: steps of an item; its section stands above
 
 
 def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> str:
-    """Why this call must go to the portable kernel, in one clause; "" where the Hopper form runs it. Host only, no sync.
+    """Why this call must go to the portable kernel, in one clause; "" where the Hopper form runs it.
 
-    Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap, padding and chunks are covered.
+    On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap, padding and chunks are covered.
     """
     if q.device.type != "cuda" or _capability(q.device.index) != (9, 0):
         return "needs a CUDA device of compute capability 9.0"
@@ -56,6 +62,16 @@ def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, r
 
 def _form_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
     """The part of `covers` that looks at the call, not at the machine."""
+    key = ("hopper covers", q.dtype, q.shape, q.stride(), k.stride(), v.stride(), softmax.scale > 0)
+    reason = plan.memo.get(key)
+    if reason is None:
+        reason = plan.memo[key] = _shape_missing(q, k, v, plan, softmax)
+    if not reason and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return "q, k or v not on a 16-byte boundary, as TMA wants them"
+    return str(reason)
+
+
+def _shape_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
     if q.dtype not in DTYPES:
         return f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
     if q.shape[3] not in HEAD_SIZES:
@@ -70,11 +86,9 @@ def _form_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Sof
     if not softmax.scale > 0:
         return f"softmax scale {softmax.scale}: above 0"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        strides = x.stride()
-        if strides[3] != 1 or x.data_ptr() % 16 or any(
-            n > 1 and (s % 8 or s <= 0) for s, n in zip(strides[:3], x.shape[:3], strict=True)
-        ):
-            return f"{name} with strides {tuple(strides)}: TMA wants the last one 1, others multiples of 8, a 16-byte base"
+        outer = zip(x.stride()[:3], x.shape[:3], strict=True)
+        if x.stride(3) != 1 or any(n > 1 and (s % 8 or s <= 0) for s, n in outer):
+            return f"{name} with strides {x.stride()}: TMA wants the last one 1 and the others multiples of 8"
     return ""
 
 
@@ -122,29 +136,25 @@ def attend_hopper(
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return attend_hopper(q, k, v, plan, softmax, return_lse)
+    sinks = softmax.sink_logits
+    stream = torch.cuda.current_stream().cuda_stream
+    key = (
+        "hopper launches", q.dtype, q.shape, q.stride(), k.stride(), v.stride(), softmax.scale, softmax.softcap,
+        None if sinks is None else sinks.dtype, return_lse, stream,
+    )  # fmt: skip
+    launches = plan.memo.get(key)
+    if launches is None:
+        launches = plan.memo[key] = _prepare(q, k, v, plan, softmax, return_lse, stream)
     batch, heads, q_len, dim = q.shape
-    padded = _is_padded(plan)
-    make = q.new_zeros if padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
-    lse = None
-    if return_lse:
-        lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
-        if padded:
-            lse.fill_(float("-inf"))
-    for work in _works(plan, q, k):
-        call = _call(q, k, v, out, lse, plan, softmax, work)
-        _compiled(call)[(work.blocks, 1, 1)](*call.arguments)
-        if work.slots:
-            _merge(call, out, lse, softmax, work)
+    padded = launches.padded
+    out = (q.new_zeros if padded else q.new_empty)((batch, q_len, heads, dim)).transpose(1, 2)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
+    if padded and lse is not None:
+        lse.fill_(float("-inf"))
+    pool = _pool(k, v, plan) if launches.columns else (None, None)
+    for launch in launches.launches:
+        launch.run(q, k, v, out, lse, pool, sinks, stream)
     return out, lse
-
-
-def _is_padded(plan: BlockPlan) -> bool:
-    """Whether some row of q is no query of the plan."""
-    if "hopper padded" not in plan.memo:
-        g = plan.geometry
-        plan.memo["hopper padded"] = any(span.q_end - span.q_first != g.q_len for span in g.spans)
-    return bool(plan.memo["hopper padded"])
 
 
 # ---- the work list
@@ -178,7 +188,7 @@ def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
     if works is None:
         g = plan.geometry
         ends = sorted({end for end, span in zip(g.kv_end, g.spans, strict=True) if span.q_end > span.q_first})
-        groups = [[b for b in range(batch) if g.kv_end[b] == end] for end in ends]
+        groups = [tuple(b for b in range(batch) if g.kv_end[b] == end) for end in ends]
         works = tuple(
             _make_work(plan, samples, end, heads, heads // k.shape[1], step, slots, q.device)
             for samples, end in zip(groups, ends, strict=True)
@@ -215,70 +225,98 @@ def _upload(values: list[Any], device: torch.device) -> Tensor:
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def _make_work(
-    plan: BlockPlan, samples: list[int], kv_end: int, heads: int, group: int, step: int, slots: int, device: torch.device
-) -> _Work:
-    code = _device_code()
-    g, rows = plan.geometry, plan.rows
-    spans = [(g.kv_start[b], g.spans[b].q_first, g.spans[b].q_end, b) for b in samples]
-    kv_start, q_first, q_end, sample = _upload(spans, device)[:, :, None].unbind(1)  # (n, 1) each
-    first_row = q_first // BLOCK_Q
-    start = (first_row + torch.arange(rows, device=device, dtype=torch.int32)) * BLOCK_Q  # (n, R)
-    low, high = (q_first - start).clamp(0, BLOCK_Q), (q_end - start).clamp(0, BLOCK_Q)
-    live = high > low
-    dense_steps = (start + high + (step - 1)) // step  # (n, R)
+@dataclass(frozen=True)
+class _Grid:
+    """What the work list owes to lengths and head counts alone, as tensors of one entry an item, (n, H, R) flattened.
 
-    split_entry = plan.block_kv // step
-    shape = (len(samples), heads, rows)
+    items: int32 (n*H*R, 8), as if every row were dense. rows: index into the plan's rows. dense_steps: their lengths.
+    section: launch sections, << WORK_BITS. tile: the valid query rows, low | high << 8. dead: no valid query.
+    """
 
-    def per_head(x: Tensor) -> Tensor:
-        """(S * P * R,) of the plan -> (n, H, R)."""
-        x = x.view(plan.samples, plan.heads, 1, rows).expand(-1, -1, heads // plan.heads, -1).flatten(1, 2)
-        if plan.samples > 1 and len(samples) < plan.samples:
-            return x[samples[0] : samples[-1] + 1] if samples[-1] - samples[0] + 1 == len(samples) else x[sample[:, 0]]
-        return x.expand(shape)
+    items: Tensor
+    rows: Tensor
+    dense_steps: Tensor
+    section: Tensor
+    tile: Tensor
+    dead: Tensor
 
-    diagonal = BLOCK_Q // step
-    by_bounds = int(code.DENSE.value) | diagonal << int(code.DIAGONAL_SHIFT.value)
-    columns = None
-    if plan.row_ptr is None:
-        count = dense_steps[:, None].expand(shape)
-        begin = count - 1
-        kind = torch.full_like(count, by_bounds)
-    else:
-        count = per_head(plan.row_ptr.diff() * split_entry)
-        begin = per_head(plan.row_ptr[:-1])
-        kind = torch.zeros_like(count)
-        if plan.dense_rows is not None:
-            dense = per_head(plan.dense_rows)
-            count = torch.where(dense, dense_steps[:, None], count)
-            begin = torch.where(dense, dense_steps[:, None] - 1, begin)
-            kind = torch.where(dense, by_bounds, kind)
-        if plan.token_bits is not None:
-            columns = per_head(_column_steps(plan.token_bits, step))
-    work = count if columns is None else count + columns
-    empty = ~(live[:, None] & (work > 0))
-    count, begin = torch.where(empty, 1, count), torch.where(empty, 0, begin)
-    kind = torch.where(empty, by_bounds | int(code.EMPTY.value), kind) | (low | high << 8)[:, None]
-    work = torch.where(empty, 1, work)
-    if columns is not None:
-        count = count | torch.where(empty, 0, columns) << int(code.COLUMN_SHIFT.value)
 
+@lru_cache(maxsize=8)
+def _grid(
+    g: Geometry, samples: tuple[int, ...], shared: bool, plan_heads: int, heads: int, group: int, step: int,
+    device: torch.device,
+) -> _Grid:  # fmt: skip
+    """The grid of `samples`; `shared`: one plan sample serves them all. Kept for plans that are made anew each call."""
+    code, rows = _device_code(), g.rows
+    spans = [(g.kv_start[b], g.spans[b].q_first, g.spans[b].q_end, b, 0 if shared else b) for b in samples]
+    kv_start, q_first, q_end, sample, plan_sample = _upload(spans, device)[:, :, None, None].unbind(1)  # (n, 1, 1) each
+    row = torch.arange(rows, device=device, dtype=torch.int32)
     head = torch.arange(heads, device=device, dtype=torch.int32)[:, None]
-    plan_sample = sample if plan.samples > 1 else torch.zeros_like(sample)
-    plan_row = (plan_sample[:, None] * plan.heads + head // (heads // plan.heads)) * rows
-    row = (start + kv_start - g.q_offset)[:, None]
-    fields = [row, sample[:, None] * heads + head, begin, count, kv_start[:, None], kind, torch.full_like(head, -1)]
-    fields.append(plan_row + torch.arange(rows, device=device, dtype=torch.int32))
-    items = torch.stack([x.expand(shape) for x in fields], -1).view(-1, len(fields))
-    work = work.reshape(-1)
+    start = (q_first // BLOCK_Q + row) * BLOCK_Q
+    low, high = (q_first - start).clamp(0, BLOCK_Q), (q_end - start).clamp(0, BLOCK_Q)
+    dead = high <= low
+    steps = torch.where(dead, 1, (start + high + (step - 1)) // step)
+    by_bounds = int(code.DENSE.value) | BLOCK_Q // step << int(code.DIAGONAL_SHIFT.value)
+    tile = low | high << 8
+    kind = tile | torch.where(dead, by_bounds | int(code.EMPTY.value), by_bounds)
+    plan_row = (plan_sample * plan_heads + head // (heads // plan_heads)) * rows + row
+    shape = (len(samples), heads, rows)
+    fields = [
+        start + kv_start - g.q_offset, sample * heads + head, torch.where(dead, 0, steps - 1), steps, kv_start, kind,
+        torch.full_like(row, -1), plan_row,
+    ]  # fmt: skip
+    items = torch.stack([x.expand(shape) for x in fields], -1).view(-1, len(fields)).to(torch.int32)
+    section = (items[:, 1] // (group * KEY_HEADS_AT_ONCE)).clamp(max=120) + 1
+    flat = [x.expand(shape).reshape(-1) for x in (plan_row, steps, tile, dead)]
+    return _Grid(items, flat[0].long(), flat[1], section << WORK_BITS, flat[2], flat[3])
+
+
+def _make_work(
+    plan: BlockPlan,
+    samples: tuple[int, ...],
+    kv_end: int,
+    heads: int,
+    group: int,
+    step: int,
+    slots: int,
+    device: torch.device,
+) -> _Work:
+    grid = _grid(plan.geometry, samples, plan.samples == 1, plan.heads, heads, group, step, device)
+    items, work = (grid.items, grid.dense_steps) if plan.row_ptr is None else _listed(plan, grid, step)
     processors = _processors(device.index)
-    items, work = _in_order(items, work, heads, group, processors)
+    items, work = _in_order(items, work, grid.section, processors)
+    merges = None
     if slots:
-        items, merges = _split(items, work, slots, split_entry, processors)
-    else:
-        merges = None
-    return _Work(items.contiguous(), merges, slots, kv_end, min(len(items), processors))
+        items, merges = _split(items, work, slots, plan.block_kv // step, processors)
+    return _Work(items, merges, slots, kv_end, min(len(items), processors))
+
+
+def _listed(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
+    """(items, steps of each) of a plan with lists."""
+    assert plan.row_ptr is not None
+    code, split_entry = _device_code(), plan.block_kv // step
+    begin = plan.row_ptr[:-1][grid.rows]
+    count = (plan.row_ptr[1:] - plan.row_ptr[:-1])[grid.rows]
+    if split_entry > 1:
+        count = count * split_entry
+    dense = columns = None
+    if plan.dense_rows is not None:
+        dense = plan.dense_rows[grid.rows]
+        count = torch.where(dense, grid.dense_steps, count)
+    work = count
+    if plan.token_bits is not None:
+        columns = _column_steps(plan.token_bits, step)[grid.rows]
+        work = count + columns
+        count = count | columns << int(code.COLUMN_SHIFT.value)
+    # Rows that keep nothing stay as the grid has them, dense by bounds, with one step that is masked whole.
+    empty = grid.dead | (work == 0)
+    bounded = empty if dense is None else empty | dense
+    items = grid.items.clone()
+    items[:, 2] = torch.where(bounded, items[:, 2], begin)
+    items[:, 2].masked_fill_(empty, 0)
+    items[:, 3] = torch.where(empty, 1, count)
+    items[:, 5] = torch.where(bounded, items[:, 5], grid.tile) | empty * int(code.EMPTY.value)
+    return items, torch.where(empty, 1, work)
 
 
 def _column_steps(bits: Tensor, step: int) -> Tensor:
@@ -288,16 +326,14 @@ def _column_steps(bits: Tensor, step: int) -> Tensor:
     return (last_word * 32 + (step - 1)) // step
 
 
-def _in_order(items: Tensor, work: Tensor, heads: int, group: int, processors: int) -> tuple[Tensor, Tensor]:
-    section = (items[:, 1] // (group * KEY_HEADS_AT_ONCE)).clamp(max=120) + 1
-    section = torch.where(work * (4 * processors) > work.sum(), 0, section)
-    order = torch.sort(section * (1 << 24) - work.clamp(max=(1 << 24) - 1), stable=True).indices
-    return items[order].to(torch.int32), work[order]
+def _in_order(items: Tensor, work: Tensor, section: Tensor, processors: int) -> tuple[Tensor, Tensor]:
+    """Heaviest first inside a section; items that would decide the finish before all sections."""
+    key = torch.where(work * (4 * processors) > work.sum(), 0, section) - work.clamp(max=(1 << WORK_BITS) - 1)
+    order = torch.sort(key, stable=True).indices
+    return items[order], work[order]
 
 
-def _split(
-    items: Tensor, work: Tensor, slots: int, split_entry: int, processors: int
-) -> tuple[Tensor, Tensor]:
+def _split(items: Tensor, work: Tensor, slots: int, split_entry: int, processors: int) -> tuple[Tensor, Tensor]:
     """Items longer than a processor's share of the work, cut into pieces of half of that: (items, merges)."""
     code = _device_code()
     shift = int(code.COLUMN_SHIFT.value)
@@ -337,58 +373,126 @@ def _split(
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Kernel arguments, and the form of the kernel that they need."""
+class _Launches:
+    launches: tuple[_Launch, ...]
+    padded: bool  # some row of q is no query of the plan
+    columns: bool
 
-    form: tuple[Any, ...]
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch with all that stays the same from call to call: a call puts its own tensors in.
+
+    arguments: the kernel's, those of the call None. boxes: descriptor contents of q, k, v, out and the two pools.
+    """
+
+    kernel: Any
+    work: _Work
     arguments: tuple[Any, ...]
-    partial: Tensor | None
-    partial_lse: Tensor | None
+    descriptor: type
+    boxes: tuple[dict[str, Any] | None, ...]
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None,
+        stream: int,
+    ) -> None:  # fmt: skip
+        arguments, partial = self.fill(q, k, v, out, lse, pool, sinks)
+        self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
+        if self.work.slots:
+            _, heads, q_len, dim = out.shape
+            _device_code().merge[(self.work.slots, BLOCK_Q // MERGE_ROWS)](
+                self.work.merges, *partial, out, lse, sinks, heads, q_len, *out.stride()[:3],
+                D=dim, BM=MERGE_ROWS, LSE=lse is not None, SINKS=sinks is not None,
+            )  # fmt: skip
+
+    def fill(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None
+    ) -> tuple[list[Any], _Pair]:  # fmt: skip
+        """The call's arguments, and its workspace."""
+        arguments = list(self.arguments)
+        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool), strict=True)):
+            if box is not None:
+                # Past the constructor, whose checks cost 5 us each and were made by `covers`.
+                made: Any = object.__new__(self.descriptor)
+                made.__dict__.update(box, base=x)
+                arguments[i] = made
+        partial = partial_lse = None
+        if self.work.slots:
+            partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
+            partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
+        arguments[OUT_ARGUMENT : OUT_ARGUMENT + 5] = (out, lse, sinks, partial, partial_lse)
+        return arguments, (partial, partial_lse)
 
 
+OUT_ARGUMENT = 10  # place of p_out, which p_lse, p_sinks, p_part and p_part_lse follow
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: BlockPlan, softmax: Softmax, work: _Work
-) -> _Call:
-    batch, heads, q_len, dim = q.shape
-    key_heads = k.shape[1]
-    step = _step_keys(dim, plan.block_kv)
-    listed, rule, sinks, cap = plan.entries, plan.rule, softmax.sink_logits, softmax.softcap
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0
+) -> _Launches:
+    """Work lists, descriptor contents, scalars and compiled kernels of such a call."""
+    g = plan.geometry
     columns = plan.tokens is not None and plan.token_bits is not None
-    partial = partial_lse = pool_k = pool_v = None
-    if work.slots:
-        partial = q.new_empty(work.slots, BLOCK_Q, dim, dtype=torch.float32)
-        partial_lse = q.new_empty(work.slots, BLOCK_Q, dtype=torch.float32)
-    width = 0
+    launches = tuple(_launch(q, k, v, plan, softmax, return_lse, work, stream) for work in _works(plan, q, k))
+    return _Launches(launches, any(span.q_end - span.q_first != g.q_len for span in g.spans), columns)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
+) -> _Launch:
+    batch, heads, q_len, dim = q.shape
+    key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
+    step = _step_keys(dim, plan.block_kv)
+    rule, cap, sinks = plan.rule, softmax.softcap, softmax.sink_logits
+    width, pool_heads = 0, heads if plan.heads == heads else key_heads
+    boxes = [
+        _box(q.shape, q.stride(), q_len, half, q.dtype),
+        _box(k.shape, k.stride(), work.kv_end, step, q.dtype),
+        _box(v.shape, v.stride(), work.kv_end, step, q.dtype),
+        _box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
+        None,
+        None,
+    ]
+    columns = plan.tokens is not None and plan.token_bits is not None
     if columns:
         assert plan.tokens is not None
         width = plan.tokens.shape[2]
-        pool_k, pool_v = (_descriptor(x, width, step) for x in _pool(k, v, plan))
-    half = BLOCK_Q // 2
-    pool_heads = heads if plan.heads == heads else key_heads
+        shape = (batch, pool_heads, width, dim)
+        boxes[4] = boxes[5] = _box(shape, (pool_heads * width * dim, width * dim, dim, 1), width, step, q.dtype)
     rule_sample = rule_head = 0
     if rule is not None:
         rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
         rule_head = 3 if rule.shape[1] > 1 else 0
+    early = any(
+        span.q_first // BLOCK_Q * BLOCK_Q + start < g.q_offset
+        for span, start in zip(g.spans, g.kv_start, strict=True)
+        if span.q_end > span.q_first
+    )
     flags = (
-        _stages(dim, step), 1 if dim == 256 else 2, plan.block_kv // step,
-        listed is not None, rule is not None, cap is not None, lse is not None, sinks is not None, columns,
-        work.slots > 0, dim == 256,
+        _stages(dim, step), 1 if dim == 256 else 2, plan.block_kv // step, plan.row_ptr is not None, rule is not None,
+        cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, dim == 256,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
-        _descriptor(q, q_len, half), _descriptor(k, work.kv_end, step), _descriptor(v, work.kv_end, step),
-        _descriptor(out, q_len, half), pool_k, pool_v,
-        work.items, listed, _counters(plan, q.device), rule, lse, sinks, partial, partial_lse, plan.tokens, plan.token_bits,
-        scale if cap is None else float(cap), 0.0 if cap is None else 2 * 1.4426950408889634 * scale / cap,
-        len(work.items), heads, heads // key_heads, q_len, plan.geometry.q_offset, rule_sample, rule_head,
+        *boxes,
+        work.items, plan.entries, _counters(plan, q.device, stream), rule, None, None, None, None, None, plan.tokens,
+        plan.token_bits,
+        scale if cap is None else float(cap), 0.0 if cap is None else 2 * LOG2E * scale / cap,
+        len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, heads // pool_heads, width, plan.heads * width if plan.samples > 1 else 0,
         *flags,
     )  # fmt: skip
+    launch = _Launch(None, work, arguments, _layout(half, dim, q.dtype)[0], tuple(boxes))
     form = (q.device, q.dtype, dim, step, None if sinks is None else sinks.dtype, *flags)
-    return _Call(form, arguments, partial, partial_lse)
+    if form not in _FORMS:
+        out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
+        lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
+        filled, _ = launch.fill(q, k, v, out, lse, (k, v), sinks)
+        # Compiled once, then launched directly: Triton's own argument handling costs 40 us more a call.
+        # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 32.
+        _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
+    return replace(launch, kernel=_FORMS[form])
 
 
 def _stages(dim: int, step: int) -> int:
@@ -396,28 +500,13 @@ def _stages(dim: int, step: int) -> int:
     return 2 if dim == 256 else 2 * (128 // dim) * (128 // step)
 
 
-def _compiled(call: _Call) -> Any:
-    """The compiled kernel of this form. Launched directly: Triton's own argument handling costs 40 us more a call."""
-    kernel = _FORMS.get(call.form)
-    if kernel is None:
-        # 168 registers x 384 threads fill the register file; `warp_specialize` then gives consumers 232 and the producer 32.
-        kernel = _device_code().attention.warmup(*call.arguments, grid=(1,), num_warps=4, maxnreg=168)
-        _FORMS[call.form] = kernel
-    return kernel
+def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
+    """Triton's compiled kernel for such a call, not launched: q, k, v may lie on the CPU where a driver is mocked."""
+    return _prepare(q, k, v, plan, softmax, return_lse).launches[0].kernel
 
 
-def compile_form(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool = False
-) -> Any:
-    """Triton's compiled kernel for such a call, without a launch: q, k, v may lie on the CPU where a driver is mocked."""
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    return _compiled(_call(q, k, v, out, lse, plan, softmax, _works(plan, q, k)[0]))
-
-
-def _counters(plan: BlockPlan, device: torch.device) -> Tensor:
-    """Two int32 zeros that the kernel itself puts back to zero; one pair a stream, since launches of two may overlap."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def _counters(plan: BlockPlan, device: torch.device, stream: int) -> Tensor:
+    """Two int32 zeros that the kernel itself puts back to zero; a pair for each stream, since their launches overlap."""
     key = ("hopper counters", device, stream)
     counters = plan.memo.get(key)
     if counters is None:
@@ -435,21 +524,13 @@ def _layout(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int], A
     return TensorDescriptor, block, gl.NVMMASharedLayout.get_default_for(block, element)
 
 
-def _descriptor(x: Tensor, tokens: int, rows: int) -> Any:
-    """TMA descriptor of x (B, heads, N, D) whose token dimension ends at `tokens`, in boxes of `rows` tokens.
-
-    Filled in past the constructor, whose checks cost 5 us each and were made by `covers`.
-    """
-    batch, heads, _, dim = x.shape
-    kind, block, layout = _layout(rows, dim, x.dtype)
-    strides = [s if n > 1 else dim for s, n in zip(x.stride(), x.shape, strict=True)]
-    strides[3] = 1
-    made = object.__new__(kind)
-    made.__dict__.update(
-        base=x, shape=[batch, heads, tokens, dim], strides=strides, block_shape=block, layout=layout, padding="zero",
-        round_f32_to_tf32=False,
-    )  # fmt: skip
-    return made
+def _box(shape: Sequence[int], strides: Sequence[int], tokens: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a TMA descriptor of a tensor (B, heads, N, D) holds; tokens end at `tokens` and come in boxes of `rows`."""
+    batch, heads, _, dim = shape
+    _, block, layout = _layout(rows, dim, dtype)
+    steps = [s if n > 1 else dim for s, n in zip(strides[:3], shape[:3], strict=True)]
+    contents = {"shape": [batch, heads, tokens, dim], "strides": [*steps, 1], "block_shape": block, "layout": layout}
+    return {**contents, "padding": "zero", "round_f32_to_tf32": False}
 
 
 def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
@@ -471,12 +552,3 @@ def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
         index = (batch, heads if per_key_head else heads // (plan.heads // k.shape[1]), tokens)
         plan.memo[key] = index
     return k[index], v[index]
-
-
-def _merge(call: _Call, out: Tensor, lse: Tensor | None, softmax: Softmax, work: _Work) -> None:
-    batch, heads, q_len, dim = out.shape
-    sinks = softmax.sink_logits
-    _device_code().merge[(work.slots, BLOCK_Q // MERGE_ROWS)](
-        work.merges, call.partial, call.partial_lse, out, lse, sinks, heads, q_len, *out.stride()[:3],
-        D=dim, BM=MERGE_ROWS, LSE=lse is not None, SINKS=sinks is not None,
-    )  # fmt: skip

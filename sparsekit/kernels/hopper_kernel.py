@@ -2,7 +2,7 @@
 
 One persistent kernel, three roles a block: a producer warp (work counter, TMA loads of Q, K and V) and two consumer
 warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
-i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: an entry of the plan, or half of one.
+i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, or half of one.
 
 A work item is 8 int32 (the names below are its columns):
     ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
@@ -10,13 +10,15 @@ A work item is 8 int32 (the names below are its columns):
     START   listed: index into entries; dense: the first step to run, from which the others go down to 0.
     COUNT   steps over entries, plus steps over single columns << COLUMN_SHIFT. 0: nothing to do, skip.
     KV      key index of position 0.
-    KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; how many first steps of a dense item cross
-            the diagonal, << DIAGONAL_SHIFT; EMPTY for a row that keeps nothing.
+    KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; EMPTY for a row that keeps nothing; how
+            many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT.
     SLOT    place of a partial result in the workspace, or -1.
     PLAN    the plan's row, for token bits.
 """
 
-# Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against.
+# Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against; a branch that is chosen
+# when compiling needs its else, and what ruff calls a list is a compile-time shape.
+# ruff: noqa: RET505, RUF005, SIM108, E741
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -35,6 +37,10 @@ __all__ = ["attention", "merge"]
 
 ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(8))
 ITEM = gl.constexpr(8)
+# What the producer mails to the consumers: an item, and what else they would wait for at a tile's start, as loads from
+# global memory: the row's token rule and its first two steps.
+SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1 = (gl.constexpr(i) for i in range(8, 13))
+MAIL = gl.constexpr(16)
 DENSE = gl.constexpr(1 << 16)
 EMPTY = gl.constexpr(1 << 17)
 DIAGONAL_SHIFT = gl.constexpr(18)
@@ -77,10 +83,8 @@ def _rescale(acc, alpha, LO: gl.constexpr):
         return gl.inline_asm_elementwise(
             RESCALE_64, CONSTRAINTS_64, [acc, full], dtype=gl.float32, is_pure=False, pack=64
         )
-    else:  # noqa: RET505: compile-time branches of a kernel need the else
-        return gl.inline_asm_elementwise(
-            RESCALE_32, CONSTRAINTS_32, [acc, full], dtype=gl.float32, is_pure=False, pack=32
-        )
+    # noqa: RET505: compile-time branches of a kernel need the else
+    return gl.inline_asm_elementwise(RESCALE_32, CONSTRAINTS_32, [acc, full], dtype=gl.float32, is_pure=False, pack=32)
 
 
 @gluon.jit
@@ -105,7 +109,7 @@ def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.co
     dense = (start - i) * (4 * BN) + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
     if not LISTED:
         return dense
-    else:  # noqa: RET505
+    else:
         is_dense = (kind & DENSE) != 0
         at = p_entries + start + i // SPLIT_ENTRY
         entry = gl.load(at, mask=(i < count) & (is_dense == 0), other=0) + (i % SPLIT_ENTRY) * (4 * BN)
@@ -116,8 +120,8 @@ def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.co
 def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr):
     """-inf where causality or, in a flagged step, the token rule drops the pair.
 
-    s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The valid
-    key length needs no test of its own: it only ever cuts off keys after the last valid query.
+    s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The
+    valid key length needs no test of its own: it only ever cuts off keys after the last valid query.
     """
     key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
     ok = gl.expand_dims(key, 0) <= gl.expand_dims(query, 1)
@@ -144,7 +148,7 @@ def _cap(s, cap_scale, CAP: gl.constexpr):
     """tanh(scale / softcap * s) where there is a soft-cap; `cap_scale` is 2 log2(e) scale / softcap."""
     if CAP:
         return 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_scale))
-    else:  # noqa: RET505
+    else:
         return s
 
 
@@ -168,8 +172,8 @@ def _load_keys(desc, at, full, buffer):
 @gluon.jit
 def _produce(
     d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-    p_items, p_entries, p_counters, items, heads, group, heads_per_pool,
-    SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
+    p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool,
+    SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -192,19 +196,6 @@ def _produce(
         kind = gl.load(p_item + KIND)
         t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
         if count > 0:
-            mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-            _send(mail, m_slot * ITEM + ROW, row)
-            _send(mail, m_slot * ITEM + HEAD, sample_head)
-            _send(mail, m_slot * ITEM + START, start)
-            _send(mail, m_slot * ITEM + COUNT, count)
-            _send(mail, m_slot * ITEM + KV, kv_start)
-            _send(mail, m_slot * ITEM + KIND, kind)
-            if SPLIT:
-                _send(mail, m_slot * ITEM + SLOT, gl.load(p_item + SLOT))
-            if COLUMNS:
-                _send(mail, m_slot * ITEM + PLAN, gl.load(p_item + PLAN))
-            mbarrier.arrive(m_full.index(m_slot), count=1)
-            m_slot, m_phase = _next(m_slot, m_phase, 2)
             listed = count
             steps = count
             if COLUMNS:
@@ -214,6 +205,27 @@ def _produce(
             head = sample_head - sample * heads
             key_head = head // group
             e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+            _send(mail, m_slot * MAIL + ROW, row)
+            _send(mail, m_slot * MAIL + HEAD, sample_head)
+            _send(mail, m_slot * MAIL + START, start)
+            _send(mail, m_slot * MAIL + COUNT, count)
+            _send(mail, m_slot * MAIL + KV, kv_start)
+            _send(mail, m_slot * MAIL + KIND, kind)
+            _send(mail, m_slot * MAIL + STEP_0, e)
+            _send(mail, m_slot * MAIL + STEP_1, e1)
+            if RULE:
+                p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
+                _send(mail, m_slot * MAIL + SINK, gl.load(p_my_rule))
+                _send(mail, m_slot * MAIL + WINDOW, gl.load(p_my_rule + 1))
+                _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
+            if SPLIT:
+                _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+            if COLUMNS:
+                _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
+            mbarrier.arrive(m_full.index(m_slot), count=1)
+            m_slot, m_phase = _next(m_slot, m_phase, 2)
             mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
             mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
             _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
@@ -244,7 +256,7 @@ def _produce(
                     _load_keys(d_v, [sample, key_head, key, 0], v_full.index(slot), vs.index(slot))
                 slot, phase = _next(slot, phase, STAGES)
     mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-    _send(mail, m_slot * ITEM + COUNT, 0)
+    _send(mail, m_slot * MAIL + COUNT, 0)
     mbarrier.arrive(m_full.index(m_slot), count=1)
     # The last block leaves the counters ready for the next launch.
     if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
@@ -255,10 +267,11 @@ def _produce(
 @gluon.jit
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-    p_entries, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
-    scale, cap_scale, heads, queries, q_offset, rule_sample, rule_head, heads_per_plan, columns, token_sample,
+    p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample,
     WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
-    LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+    OUT_IN_Q: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -279,11 +292,11 @@ def _consume(
     mbarrier.wait(m_full.index(0), 0)
     count = _receive(mail, COUNT)
     while count > 0:
-        row = _receive(mail, m_slot * ITEM + ROW)
-        sample_head = _receive(mail, m_slot * ITEM + HEAD)
-        start = _receive(mail, m_slot * ITEM + START)
-        kv_start = _receive(mail, m_slot * ITEM + KV)
-        kind = _receive(mail, m_slot * ITEM + KIND)
+        row = _receive(mail, m_slot * MAIL + ROW)
+        sample_head = _receive(mail, m_slot * MAIL + HEAD)
+        start = _receive(mail, m_slot * MAIL + START)
+        kv_start = _receive(mail, m_slot * MAIL + KV)
+        kind = _receive(mail, m_slot * MAIL + KIND)
         p_row_bits = p_bits
         p_row_tokens = p_tokens
         listed = count
@@ -291,20 +304,20 @@ def _consume(
         sample = sample_head // heads
         head = sample_head - sample * heads
         if COLUMNS:
-            p_row_bits = p_bits + _receive(mail, m_slot * ITEM + PLAN).to(gl.int64) * ((columns + 31) // 32)
+            p_row_bits = p_bits + _receive(mail, m_slot * MAIL + PLAN).to(gl.int64) * ((columns + 31) // 32)
             p_row_tokens = p_tokens + sample * token_sample + head // heads_per_plan * columns
             listed = count & ((1 << COLUMN_SHIFT) - 1)
             steps = listed + (count >> COLUMN_SHIFT)
-        e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
-        e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+        e = _receive(mail, m_slot * MAIL + STEP_0)
+        e1 = _receive(mail, m_slot * MAIL + STEP_1)
         lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
         query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
         low = query
         if RULE:
-            p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
-            sink = gl.load(p_my_rule)
-            low = gl.where(query >= gl.load(p_my_rule + 2), -1, query - gl.load(p_my_rule + 1))
+            sink = _receive(mail, m_slot * MAIL + SINK)
+            window = _receive(mail, m_slot * MAIL + WINDOW)
+            low = gl.where(query >= _receive(mail, m_slot * MAIL + DENSE_FROM), -1, query - window)
         acc = gl.zeros([HALF, D], gl.float32, LO)
         q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
         mbarrier.wait(q_full.index(q_slot), q_phase)
@@ -368,14 +381,14 @@ def _consume(
             mbarrier.arrive(q_free.index(q_slot), count=1)
         acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
         # Read once more rather than kept in registers through the loop, which has none to spare.
-        row = _receive(mail, m_slot * ITEM + ROW)
-        sample_head = _receive(mail, m_slot * ITEM + HEAD)
-        kind = _receive(mail, m_slot * ITEM + KIND)
+        row = _receive(mail, m_slot * MAIL + ROW)
+        sample_head = _receive(mail, m_slot * MAIL + HEAD)
+        kind = _receive(mail, m_slot * MAIL + KIND)
         sample = sample_head // heads
         head = sample_head - sample * heads
         part = -1
         if SPLIT:
-            part = _receive(mail, m_slot * ITEM + SLOT)
+            part = _receive(mail, m_slot * MAIL + SLOT)
         mbarrier.arrive(m_free.index(m_slot), count=1)
         m_slot, m_phase = _next(m_slot, m_phase, 2)
         lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
@@ -403,45 +416,62 @@ def _consume(
             lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
             inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
             gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
+        if OUT_IN_Q:
+            staging = qs.index(q_slot * 2 + WHO)
+        else:
+            staging = os.index(WHO)
         if SPLIT:
             if part >= 0:
-                o_row = part.to(gl.int64) * (2 * HALF) + lane_o
+                o_row = part.to(gl.int64) * (2 * HALF) + lane_o  # type: ignore[attr-defined]
                 lse2 = gl.where(kept, top + gl.log2(total), float("-inf"))
                 gl.store(p_part_lse + o_row, lse2)
                 o_d = gl.arange(0, D, gl.SliceLayout(0, LO))
                 gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
             else:
-                if OUT_IN_Q:
-                    _store(d_o, sample, head, row + WHO * HALF, result, qs.index(q_slot * 2 + WHO))
-                else:
-                    _store(d_o, sample, head, row + WHO * HALF, result, os.index(WHO))
-        elif OUT_IN_Q:
-            _store(d_o, sample, head, row + WHO * HALF, result, qs.index(q_slot * 2 + WHO))
+                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
         else:
-            _store(d_o, sample, head, row + WHO * HALF, result, os.index(WHO))
+            _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
         if OUT_IN_Q:
             tma.store_wait(0)
             mbarrier.arrive(q_free.index(q_slot), count=1)
         q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
         mbarrier.wait(m_full.index(m_slot), m_phase)
-        count = _receive(mail, m_slot * ITEM + COUNT)
+        count = _receive(mail, m_slot * MAIL + COUNT)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _store(d_o, sample, head, row, result, staging):
-    """result (HALF, D) -> rows [row, row + HALF) of out; TMA leaves out what lies before row 0 or past the last."""
+def _store(d_o, p_out, sample, head, row, result, staging, queries, heads, LO: gl.constexpr, EARLY: gl.constexpr):
+    """result (HALF, D) -> rows [row, row + HALF) of out, of which those before 0 or past the last are left out."""
+    if EARLY:
+        if row < 0:
+            # TMA clips a store past the end, but one that starts before row 0 is an illegal instruction (H100).
+            o_row = row + gl.arange(0, result.shape[0], gl.SliceLayout(1, LO))
+            o_d = gl.arange(0, result.shape[1], gl.SliceLayout(0, LO))
+            o_out = ((sample.to(gl.int64) * queries + o_row) * heads + head) * result.shape[1]
+            inside = gl.expand_dims((o_row >= 0) & (o_row < queries), 1)
+            at = p_out + gl.expand_dims(o_out, 1) + gl.expand_dims(o_d, 0)
+            gl.store(at, result.to(d_o.dtype), mask=inside)
+        else:
+            _store_by_tma(d_o, sample, head, row, result, staging)
+    else:
+        _store_by_tma(d_o, sample, head, row, result, staging)
+
+
+@gluon.jit
+def _store_by_tma(d_o, sample, head, row, result, staging):
     staging.reshape([result.shape[0], result.shape[1]]).store(result.to(d_o.dtype))
     fence_async_shared()
     _tma_store(d_o, [sample, head, row, 0], staging)
 
 
 RUN_TIME_NUMBERS = [
-    "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head", "heads_per_plan",
-    "heads_per_pool", "columns", "token_sample",
+    "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head",
+    "heads_per_plan", "heads_per_pool", "columns", "token_sample",
 ]  # fmt: skip
 POINTERS = [
-    "p_items", "p_entries", "p_counters", "p_rule", "p_lse", "p_sinks", "p_part", "p_part_lse", "p_tokens", "p_bits",
+    "p_items", "p_entries", "p_counters", "p_rule", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
+    "p_tokens", "p_bits",
 ]  # fmt: skip
 
 
@@ -450,22 +480,22 @@ POINTERS = [
 @gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def attention(
     d_q, d_k, d_v, d_o, d_pool_k, d_pool_v,
-    p_items, p_entries, p_counters, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
     scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan, heads_per_pool,
     columns, token_sample,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
     CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
-    OUT_IN_Q: gl.constexpr, num_warps: gl.constexpr,
+    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)  # noqa: RUF005
-    ks = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)  # noqa: RUF005
-    vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)  # noqa: RUF005
+    qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
+    ks = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
+    vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
     if OUT_IN_Q:
         os = qs
     else:
-        os = gl.allocate_shared_memory(d_o.dtype, [2] + d_o.block_type.shape, d_o.layout)  # noqa: RUF005
-    mail = gl.allocate_shared_memory(gl.int32, [2 * ITEM, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        os = gl.allocate_shared_memory(d_o.dtype, [2] + d_o.block_type.shape, d_o.layout)
+    mail = gl.allocate_shared_memory(gl.int32, [2 * MAIL, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -490,20 +520,20 @@ def attention(
         [
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-                p_entries, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads, queries,
-                q_offset, rule_sample, rule_head, heads_per_plan, columns, token_sample,
-                0, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, OUT_IN_Q,
+                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
+                queries, q_offset, heads_per_plan, columns, token_sample,
+                0, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q,
             )),
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-                p_entries, p_rule, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads, queries,
-                q_offset, rule_sample, rule_head, heads_per_plan, columns, token_sample,
-                1, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, OUT_IN_Q,
+                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
+                queries, q_offset, heads_per_plan, columns, token_sample,
+                1, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q,
             )),
             (_produce, (
                 d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail,
-                m_full, m_free, p_items, p_entries, p_counters, items, heads, group, heads_per_pool,
-                SPLIT_ENTRY, LISTED, COLUMNS, SPLIT,
+                m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head,
+                heads_per_plan, heads_per_pool, SPLIT_ENTRY, LISTED, RULE, COLUMNS, SPLIT,
             )),
         ],
         [4, 1],
@@ -518,8 +548,8 @@ def merge(
 ):  # fmt: skip
     """Partial results of rows split over keys -> out, lse. Program (first slot of a row, BM of its 128 queries).
 
-    p_merges: (slots, 4) int32: row of q, sample * H + head, valid rows low | high << 8, how many slots from here on belong
-    to the row; 0 in all slots but a row's first.
+    p_merges: (slots, 4) int32: row of q, sample * H + head, valid rows low | high << 8, and how many slots from here on
+    belong to the row; 0 in all slots but a row's first.
     """
     slot = tl.program_id(0)
     count = tl.load(p_merges + slot * 4 + 3)

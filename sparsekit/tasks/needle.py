@@ -53,21 +53,22 @@ NOUNS = (
 class Passkey(Task):
     """A number of five digits somewhere in the noise (after arXiv 2305.16300).
 
-    The published prefix, "The pass key is", leaves SmolLM2-135M free to define the word instead of naming the number: 2
-    of 6 right at 1K tokens, and all of 14 over 1K to 4K with the prefix below.
+    The published prefix, "The pass key is", lets SmolLM2-135M define the word in place of naming the number. Answering
+    with "mentioned in the provided text" and "the number" keeps it to the text.
     """
 
     def build(self, rng: Random, units: int) -> Sample:
         """A prompt with `units` noise sentences."""
         number, depth = str(rng.randrange(10_000, 100_000)), rng.choice(DEPTHS)
-        text = _hide({f"The pass key is the number {number}. Remember it. The number {number} is the pass key.": depth}, units)
+        fact = f"The pass key is the number {number}. Remember it. The number {number} is the pass key."
         return Sample(
             prompt=(
                 "A pass key is hidden within the following text. Make sure to memorize it. "
-                f"I will quiz you about the pass key afterwards.\n{text}\nWhat is the pass key?"
+                f"I will quiz you about the pass key afterwards.\n{_hide({fact: depth}, units)}\n"
+                "What is the pass key mentioned in the provided text?"
             ),
             answers=(number,),
-            answer_prefix="The pass key is the number",
+            answer_prefix="The pass key mentioned in the provided text is the number",
             depth=depth,
         )
 

@@ -18,7 +18,16 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, attend
 from sparsekit.kernels import hopper as host
 from sparsekit.kernels.reference import attend_reference
-from sparsekit.plan import CAUSAL, RULE, BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule, stack_heads
+from sparsekit.plan import (
+    CAUSAL,
+    RULE,
+    BlockPlan,
+    TokenRule,
+    dense_plan,
+    plan_from_block_mask,
+    plan_from_rule,
+    stack_heads,
+)
 
 HEADS, KEY_HEADS = 4, 2
 NEVER = 2**31 - 1
@@ -79,7 +88,7 @@ def _mixed_heads(geometry: Geometry) -> BlockPlan:
 
 
 def _any_key(geometry: Geometry) -> BlockPlan:
-    """Tiles off the grid: one at key 5, and the diagonal's from odd keys on; two heads, one of them with an empty row."""
+    """Tiles off the grid, one at key 5 and the diagonal's from odd keys on; two heads, one with an empty row."""
     width, rows, plan = geometry.block_kv, geometry.rows, BlockPlan(geometry)
     lists: list[list[int]] = []
     samples = 1 if geometry.uniform else geometry.batch
@@ -174,6 +183,7 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
     got = torch.zeros(g.batch, HEADS, g.q_len, g.kv_len, dtype=torch.int32)
     for work in host._works(plan, q, k):
         seen: dict[int, int] = {}
+        assert work.items.dtype == torch.int32 and work.items.is_contiguous()
         for row, sample_head, begin, count, kv_start, kind, slot, plan_row in work.items.tolist():
             if count == 0:
                 continue
@@ -276,7 +286,7 @@ def test_covers_names_the_reason() -> None:
     assert "tile 64 x 64" in form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=64)))
     assert "scale" in form(q, softmax=Softmax(-1.0))
     assert "strides" in form(torch.empty(1, 4, 256, 129, dtype=torch.bfloat16)[..., :128])
-    assert "strides" in form(torch.empty(1, 4, 256 * 128 + 8, dtype=torch.bfloat16)[..., 1:-7].view(1, 4, 256, 128))
+    assert "16-byte" in form(torch.empty(4 * 256 * 128 + 8, dtype=torch.bfloat16)[1:-7].view(1, 4, 256, 128))
     assert "strides" in form(q[:, :1].expand(-1, 4, -1, -1))
 
 
@@ -364,7 +374,7 @@ def _inputs(geometry: Geometry, dim: int, dtype: torch.dtype, gain: float = 1.0)
     return clean, dirty
 
 
-# Relative error of the whole, and of the worst row: P is rounded to 16 bits before P V (bf16: 1.7e-3 to 2.3e-3 measured).
+# Relative error of the whole, and of the worst row: P is rounded to 16 bits before P V (bf16: 1.7e-3 to 2.4e-3 seen).
 BUDGETS = {torch.bfloat16: (3e-3, 2e-2), torch.float16: (5e-4, 4e-3)}
 
 
@@ -393,9 +403,9 @@ def _agrees(
     assert float(error.norm()) <= whole * float(expected.norm())
     seen = expected_lse.isfinite()
     assert not out[~seen].any()
-    assert float((error.norm(dim=-1)[seen] / expected.norm(dim=-1)[seen]).max()) < worst
+    assert bool((error.norm(dim=-1)[seen] < worst * expected.norm(dim=-1)[seen]).all())
     assert torch.equal(lse == float("-inf"), ~seen)
-    assert float((lse.double() - expected_lse)[seen].abs().max()) < 1e-3
+    assert bool(((lse.double() - expected_lse)[seen].abs() < 1e-3).all())
 
 
 @pytest.mark.gpu
