@@ -3,7 +3,7 @@
     python -m sparsekit.bench --out docs/results/kernel.jsonl
 
 Peers: PyTorch's SDPA on cuDNN and on FlashAttention-2, and compiled FlexAttention on the same static masks, whose mask
-is built outside the clock and timed apart. A rate counts what is visited: `2 N^2 D H` for dense, `4 BM BN D` for a tile.
+is built outside the clock and timed apart. A rate counts what is visited: `2 N^2 D H` for dense, `4 BM BN D` a tile.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ COLUMNS = 1024
 # FlexAttention's mask is evaluated pair by pair, and its dense form runs at half the rate: longer ones are left out.
 FLEX_DENSE_TOKENS = 32768
 SPREAD = (0.5, 0.2, 0.8)
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Something to time. `flops` counts what a rate is about, where it is known."""
+
+    name: str
+    call: Callable[[], Any]
+    flops: float | None
+    extra: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def bench_kernel(
         impls: kernels; default all that run here, out of "triton" and "hopper".
         cases: out of `CASES`. peers: out of `PEERS`.
         million: Triangle at 2^20 tokens too.
-        repeat_ms: about so long each row is repeated.
+        repeat_ms: about so long each row is repeated, in three rounds that alternate with its peers'.
         out: JSONL file, written row by row.
         show: gets a line for every row.
 
@@ -82,7 +93,7 @@ def bench_kernel(
         what it ran on.
 
     Raises:
-        SparsekitError: no CUDA device, an unknown case or peer, or a kernel whose numbers are wrong: then nothing is timed.
+        SparsekitError: no CUDA device, an unknown case or peer, or a kernel whose numbers are wrong (nothing is timed).
     """
     if not torch.cuda.is_available():
         raise SparsekitError("bench kernel needs a CUDA device; `sparsekit doctor` says what this machine can run.")
@@ -306,21 +317,22 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     q, k, v = _inputs(shape)
     for case in cases:
+        runs: list[_Run] = []
         for peer in peers:
             run, extra = _peer(peer, case, shape, q, k, v)
-            if run is None:
-                continue
-            flops = 2.0 * shape.tokens**2 * shape.dim * shape.heads if case == "dense" else None
-            yield {**_row(case, peer, shape, run, flops, repeat_ms), **extra}
+            if run is not None:
+                flops = 2.0 * shape.tokens**2 * shape.dim * shape.heads if case == "dense" else None
+                runs.append(_Run(peer, run, flops, extra))
         for impl in impls:
             start = time.perf_counter()
             plan = _plan(case, shape, _tile(impl))
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
+            extra = {"plan_ms": round((time.perf_counter() - start) * 1e3, 3), "plan_bytes": plan.nbytes}
             ran = choose_call(q, k, v, plan, Softmax(shape.dim**-0.5), impl=impl).impl
-            row = _row(case, ran, shape, _attend(q, k, v, plan, impl), _flops(plan, shape), repeat_ms)
-            yield {**row, "plan_ms": round(seconds * 1e3, 3), "plan_bytes": plan.nbytes, "block_kv": plan.block_kv}
-            del plan
+            extra["block_kv"] = plan.block_kv
+            runs.append(_Run(ran, _attend(q, k, v, plan, impl), _flops(plan, shape), extra))
+        yield from _timed(case, shape, runs, repeat_ms)
+        del runs
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -329,14 +341,32 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str) -> Call
     return lambda: attend(q, k, v, plan, impl=impl)
 
 
-def _row(
-    case: str, impl: str, shape: Shape, run: Callable[[], Any], flops: float | None, repeat_ms: int
-) -> dict[str, Any]:
+def _timed(case: str, shape: Shape, runs: Sequence[_Run], repeat_ms: int) -> Iterator[dict[str, Any]]:
+    """One row a run. Runs take turns, so that a card that clocks down under load does so for all of them."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for run, all_ms in zip(runs, times, strict=True):
+            all_ms += _milliseconds(run.call, repeat_ms)
+    for run, all_ms in zip(runs, times, strict=True):
+        yield {**_row(case, run.name, shape, all_ms, run.flops), **run.extra}
+
+
+def _milliseconds(call: Callable[[], Any], repeat_ms: int) -> list[float]:
+    """Times of a third of the repeats, after a warm-up; caches are flushed before each."""
     from triton.testing import do_bench
 
-    run()
+    call()
     torch.cuda.synchronize()
-    ms, low, high = do_bench(run, warmup=25, rep=repeat_ms, quantiles=list(SPREAD))
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = (time.perf_counter() - start) * 1e3
+    found: list[float] = do_bench(call, warmup=20, rep=max(repeat_ms / ROUNDS, 2 * once), return_mode="all")
+    return found
+
+
+def _row(case: str, impl: str, shape: Shape, all_ms: Sequence[float], flops: float | None) -> dict[str, Any]:
+    ms, low, high = torch.tensor(all_ms).quantile(torch.tensor(SPREAD)).tolist()
     return {
         "case": case,
         "impl": impl,
@@ -348,6 +378,7 @@ def _row(
         "ms": round(ms, 4),
         "ms_p20": round(low, 4),
         "ms_p80": round(high, 4),
+        "repeats": len(all_ms),
         "tflops": None if flops is None else round(flops / ms / 1e9, 1),
     }
 

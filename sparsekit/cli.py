@@ -7,6 +7,7 @@ mistyped command or option is exit code 2; `sparsekit --debug COMMAND` shows the
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,11 +104,17 @@ def _demo(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and records.")] = DEMO_FOLDER,
     samples: Annotated[int | None, typer.Option(min=1, help="Four-key prompts; default what the time allows.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    also_from: Annotated[
+        list[int] | None, typer.Option(min=0, max=29, help="A further row: triangle from here.")
+    ] = None,
 ) -> None:
     """Dense against sparse prefill on a small real model: answers, time, density."""
-    from sparsekit.demo import run_demo
+    from sparsekit.demo import SETTINGS, run_demo, triangle_from
 
-    run_demo(out, samples=samples, seed=seed)
+    settings = (*SETTINGS, *map(triangle_from, also_from or ()))
+    command = shlex.join(["sparsekit", *sys.argv[1:]])
+    run_demo(out, samples=samples, seed=seed, device=device, settings=settings, command=command)
 
 
 @app.command("patterns")

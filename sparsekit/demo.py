@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from sparsekit.tasks import Sample, Task, task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SETTINGS", "Outcome", "Setting", "run_demo"]
+__all__ = ["SETTINGS", "Outcome", "Setting", "run_demo", "triangle_from"]
 
 MODEL = "smollm2-135m"
 TIMED_TOKENS = (2048, 8192)
@@ -47,11 +48,17 @@ class Setting:
     config: SparseConfig | None
 
 
+def triangle_from(layer: int) -> Setting:
+    """TriangleMix with that first triangle layer, of the demo model's 30."""
+    mix = load({"layers": {f"{layer}-29": "triangle"}})
+    return Setting(f"TriangleMix (from layer {layer})", mix)
+
+
 SETTINGS = (
     Setting("dense", None),
-    Setting("TriangleMix (triangle from layer 21)", load({"layers": {"21-29": "triangle"}})),
-    Setting("triangle in every layer", load({"default": "triangle"})),
-    Setting("streaming in every layer", load({"default": "a_shape"})),
+    triangle_from(21),
+    Setting("triangle (every layer)", load({"default": "triangle"})),
+    Setting("streaming (every layer)", load({"default": "a_shape"})),
 )
 
 
@@ -72,8 +79,9 @@ def run_demo(
     out: Path | str = "sparsekit-demo",
     *,
     samples: int | None = None,
-    budget_s: float = 210.0,
+    budget_s: float = 190.0,
     seed: int = 0,
+    device: str = "cpu",
     settings: Sequence[Setting] = SETTINGS,
     console: Console | None = None,
     command: str = "sparsekit demo",
@@ -84,6 +92,8 @@ def run_demo(
         samples: four-key prompts; default as many as fit the budget, at most 96.
         budget_s: seconds after which no further prompt is begun when `samples` is not given.
         seed: of the prompts.
+        device: where the model runs.
+        settings: the rows; the first is what the others are compared with.
     """
     from sparsekit.models import fast_dtype
     from sparsekit.models import load as load_model
@@ -92,20 +102,18 @@ def run_demo(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    console.print(f"[bold]sparsekit demo[/]: {MODEL}-instruct, a real model of 30 layers, on this machine's CPU.")
+    console.print(f"[bold]sparsekit demo[/]: {MODEL}-instruct, a real model of 30 layers, on this machine's {device}.")
     with console.status("loading the model (the first time it is unpacked, which takes half a minute)"):
-        dtype = fast_dtype()
-        model, tokenizer = load_model(MODEL, dtype=dtype)
+        dtype = fast_dtype(device)
+        model, tokenizer = load_model(MODEL, dtype=dtype, device=device)
     console.print(f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} (the faster one here).")
 
     outcomes = [Outcome(setting) for setting in settings]
-    run = _Run(model, tokenizer, outcomes, _meta(dtype, seed, command), folder / "results.jsonl")
+    run = _Run(model, tokenizer, outcomes, _meta(dtype, seed, device, command), folder / "results.jsonl")
     with _progress(console) as progress:
         bar = progress.add_task("prompts", total=None)
-        for number, (kind, sample, tokens) in enumerate(_prompts(tokenizer, samples, seed)):
-            needles = len(outcomes[0].needle)
-            enough = kind.name == "needle4" and needles >= LEAST_NEEDLES
-            if samples is None and enough and time.monotonic() - start > budget_s:
+        for number, (kind, sample, tokens, needed) in enumerate(_prompts(tokenizer, samples, seed)):
+            if not needed and time.monotonic() - start > budget_s:
                 break
             progress.update(bar, completed=number, description=f"{kind.name}, {tokens} tokens")
             run.prompt(kind, sample, tokens)
@@ -132,7 +140,8 @@ class _Run:
         self.example: tuple[Sample, list[str]] | None = None
         records.write_text("")
         with torch.inference_mode():
-            self.model(torch.arange(1, 513)[None])  # first calls are slow
+            for tokens in (512, 1024):  # first calls are slow
+                self.model(torch.arange(1, tokens + 1, device=model.device)[None])
 
     def prompt(self, kind: Task, sample: Sample, tokens: int) -> None:
         """Answer one prompt in every setting; the first setting is what the others are compared with."""
@@ -179,42 +188,50 @@ class _Run:
             file.write(json.dumps(row) + "\n")
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, samples: int | None, seed: int) -> Iterator[tuple[Task, Sample, int]]:
-    """(task, sample, token budget): passkeys first, the timed lengths before the others; then four-key prompts."""
-    passkey, needle = task("passkey"), task("needle4")
-    for i, tokens in enumerate((*TIMED_TOKENS, *PASSKEY_TOKENS)):
-        yield passkey, passkey.samples(tokenizer, tokens=tokens, count=1, seed=seed + i)[0], tokens
-    for i in range(96 if samples is None else samples):
-        yield needle, needle.samples(tokenizer, tokens=NEEDLE_TOKENS, count=1, seed=seed + i)[0], NEEDLE_TOKENS
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, samples: int | None, seed: int
+) -> Iterator[tuple[Task, Sample, int, bool]]:
+    """(task, sample, token budget, needed whatever the time): what the table cannot do without comes first."""
+
+    def passkeys(lengths: Sequence[int], offset: int) -> Iterator[tuple[Task, Sample, int]]:
+        for i, tokens in enumerate(lengths):
+            kind = task("passkey")
+            yield kind, kind.samples(tokenizer, tokens=tokens, count=1, seed=seed + offset + i)[0], tokens
+
+    def needles(first: int, last: int) -> Iterator[tuple[Task, Sample, int]]:
+        for i in range(first, last):
+            kind = task("needle4")
+            yield kind, kind.samples(tokenizer, tokens=NEEDLE_TOKENS, count=1, seed=seed + i)[0], NEEDLE_TOKENS
+
+    count = 96 if samples is None else samples
+    least = count if samples is not None else LEAST_NEEDLES
+    for prompt in (*passkeys(TIMED_TOKENS, 0), *needles(0, least)):
+        yield *prompt, True
+    for prompt in chain(passkeys(PASSKEY_TOKENS, len(TIMED_TOKENS)), needles(least, count)):
+        yield *prompt, samples is not None
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
+    """Two lines a row: the value, and below it the interval, or the ratio to dense."""
     dense = outcomes[0]
-    needles = len(dense.needle)
-    title = (
-        f"{len(dense.passkey)} passkey prompts of 1K to 8K tokens, {needles} four-key prompts of 2.2K; 95% intervals"
-    )
-    table = Table(title=title, title_justify="left")
+    title = f"{len(dense.passkey)} passkey prompts of 1K to 8K tokens, {len(dense.needle)} four-key prompts of 2.2K"
+    caption = "KL of the answer's tokens from dense, nats a token. Below the values: 95% intervals; time against dense."
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_lines=True)
     table.add_column("prefill")
-    for head in (
-        "passkey",
-        "four-key",
-        "KL from dense, nats/token",
-        *(f"first token at {n // 1024}K" for n in TIMED_TOKENS),
-    ):
+    heads = ("passkey", "four-key", "KL", *(f"first token\nat {n // 1024}K" for n in TIMED_TOKENS))
+    for head in (*heads, f"density\nat {dense.longest // 1024}K"):
         table.add_column(head, justify="right")
-    table.add_column(f"density at {dense.longest // 1024}K", justify="right")
     for outcome in outcomes:
         times = []
         for n in TIMED_TOKENS:
             mine, base = median(outcome.ttft_s[n]), median(dense.ttft_s[n])
-            times.append(f"{mine:.2f} s" + ("" if outcome is dense else f"  x{mine / base:.2f}"))
+            times.append(f"{mine:.2f} s" + ("" if outcome is dense else f"\nx{mine / base:.2f}"))
         kl, width = mean_interval(outcome.kl)
         table.add_row(
-            outcome.setting.label,
+            outcome.setting.label.replace(" (", "\n("),
             f"{sum(outcome.passkey):.0f}/{len(outcome.passkey)}",
-            "{:.2f} ({:.2f}-{:.2f})".format(*share_interval(outcome.needle)),
-            "-" if outcome is dense else f"{kl:.4f} ± {width:.4f}",
+            "{:.2f}\n{:.2f}-{:.2f}".format(*share_interval(outcome.needle)),
+            "-" if outcome is dense else f"{kl:.4f}\n± {width:.4f}",
             *times,
             f"{outcome.density:.3f}",
         )
@@ -226,7 +243,7 @@ def _question(example: tuple[Sample, list[str]] | None) -> str:
         return ""
     sample, texts = example
     said = f"One of the prompts asked: {sample.prompt.splitlines()[-1]} Answer: {sample.answers[0]}. "
-    return said + f"Dense said{texts[0].rstrip()!r}, TriangleMix said{texts[1].rstrip()!r}."
+    return said + f"Dense said {texts[0].strip()!r}, TriangleMix said {texts[1].strip()!r}."
 
 
 def _next_steps() -> str:
@@ -238,11 +255,11 @@ def _draw_masks(settings: Sequence[Setting], folder: Path, console: Console) -> 
 
     for setting in settings:
         if setting.config is not None:
-            name = setting.label.split(" (")[0].lower().replace(" ", "-")
+            name = "".join(c if c.isalnum() else "-" for c in setting.label.lower()).strip("-").replace("--", "-")
             draw_masks(setting.config, tokens=2048, out=folder / f"mask-{name}.png")
 
 
-def _meta(dtype: torch.dtype, seed: int, command: str) -> dict[str, Any]:
+def _meta(dtype: torch.dtype, seed: int, device: str, command: str) -> dict[str, Any]:
     import transformers
 
     return {
@@ -250,6 +267,7 @@ def _meta(dtype: torch.dtype, seed: int, command: str) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "threads": torch.get_num_threads(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "sparsekit": __version__,

@@ -125,9 +125,15 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16, or float32 where the device has no arithmetic for bfloat16.
 
     A CPU with AVX2 alone emulates it: on two EPYC cores a linear layer of SmolLM2 over 2200 tokens takes 202 ms there
-    instead of 25, a prefill of 2200 tokens 28 s instead of 4.7. A measurement of 0.1 s decides, not the CPU's name.
+    instead of 25, a prefill of 2200 tokens 28 s instead of 4.7. A measurement of 0.2 s decides, not the CPU's name; on
+    one thread, since threads of a busy machine wait for each other longer than the whole measurement.
     """
-    seconds = {dtype: _linear_seconds(dtype, torch.device(device)) for dtype in (torch.bfloat16, torch.float32)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = {dtype: _linear_seconds(dtype, torch.device(device)) for dtype in (torch.bfloat16, torch.float32)}
+    finally:
+        torch.set_num_threads(threads)
     return torch.float32 if seconds[torch.float32] < 0.5 * seconds[torch.bfloat16] else torch.bfloat16
 
 

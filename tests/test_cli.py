@@ -165,8 +165,14 @@ def test_demo_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     seen = []
     monkeypatch.setattr(demo, "run_demo", lambda folder, **options: seen.append((folder, options)))
-    out("demo", "-o", str(tmp_path), "--samples", "3", "--seed", "7")
-    assert seen == [(tmp_path, {"samples": 3, "seed": 7})]
+    out("demo", "-o", str(tmp_path), "--samples", "3", "--seed", "7", "--also-from", "18")
+    [(folder, options)] = seen
+    assert folder == tmp_path
+    assert (options["samples"], options["seed"], options["device"]) == (3, 7, "cpu")
+    assert [setting.label for setting in options["settings"]][1::3] == [
+        "TriangleMix (from layer 21)",
+        "TriangleMix (from layer 18)",
+    ]
 
 
 # ---- the frame

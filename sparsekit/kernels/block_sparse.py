@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -197,7 +197,7 @@ def _attend(
     i_program = tl.program_id(0)
     # AT_ONCE heads at a time, long rows of all heads before all others: they would decide the finish.
     n_long = long_rows * chunks
-    section_programs = (tl.num_programs(0) // HEADS - n_long) * AT_ONCE
+    section_programs = tl.maximum(tl.num_programs(0) // HEADS - n_long, 1) * AT_ONCE
     after = i_program - n_long * HEADS
     is_long = after < 0
     i_head = tl.where(is_long, i_program % HEADS, after // section_programs * AT_ONCE + after % AT_ONCE)
@@ -323,8 +323,9 @@ def _attend(
             tl.store(p_mine + BM * DP + BM + lane, norm)
     if whole_row:
         out, lse = _finish(m, norm, acc, p_sink, i_head, (q_pos >= q_first) & (q_pos < q_end))
-        if TMA:
-            if row0 >= 0:  # the copy engine clips a store past the end; one before the start is an illegal instruction
+        if TMA:  # noqa: SIM102  (a choice of the compiler, then one of the program)
+            # The copy engine clips a store past the end; one before the start is an illegal instruction (H100).
+            if row0 >= 0:
                 d_out.store([i_batch, i_head, row0, 0], out.to(d_out.dtype).reshape(1, 1, BM, DP))
         _store_rows(out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0, q_len, D, DP, TMA)
 
@@ -399,7 +400,7 @@ _ANY: dict[tuple[int, int], Tile] = {
     (256, 2): Tile(64, 32, 8, 2),
     (64, 4): Tile(64, 32, 4, 2),
     (128, 4): Tile(32, 32, 4, 2),
-    (256, 4): Tile(32, 16, 4, 2),
+    (256, 4): Tile(16, 16, 4, 2),
 }
 COLUMN_BLOCK = 32  # single columns a step: Triangle + 1024 at 128K 9.8 ms, 64 a step 12.3 ms (H100)
 
@@ -468,7 +469,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(-1) != 1:
             raise SparsekitError(
-                f"{name} has strides {tensor.stride()}: impl='triton' needs the last one to be 1; call {name}.contiguous()."
+                f"{name} has strides {tensor.stride()}: impl='triton' needs the last one to be 1: {name}.contiguous()."
             )
     if not softmax.scale > 0 or (softmax.softcap is not None and not softmax.softcap > 0):
         raise SparsekitError(f"scale={softmax.scale}, softcap={softmax.softcap}: impl='triton' needs them positive.")
@@ -502,13 +503,22 @@ def _precision(capability: tuple[int, int], dtype: torch.dtype) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _spans(geometry: Geometry, device: torch.device) -> Tensor:
-    """int32 (B, 4): kv_start, first and last query position, keys. One copy a geometry, which a forward's layers share."""
+    """int32 (B, 4): kv_start, q_first, q_end, keys. One copy a geometry, which a forward's layers share."""
     rows = [
         [start, span.q_first, span.q_end, span.keys]
         for start, span in zip(geometry.kv_start, geometry.spans, strict=True)
     ]
     spans = torch.tensor(rows, dtype=torch.int32)
     return spans.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else spans
+
+
+class _Layout(NamedTuple):
+    """What follows from the strides of q, k, v: whether the copy engine takes them, descriptors but for addresses."""
+
+    tma: bool
+    descriptors: tuple[dict[str, Any], ...]
+    tma_steps: tuple[int, ...]
+    steps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -529,10 +539,11 @@ class _Launch:
     form: int  # number of what Triton compiles for, of all this
     options: dict[str, Any]
     merge_options: dict[str, Any]
+    layouts: dict[Any, _Layout] = field(default_factory=dict)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax) -> None:
-        form, args, options = self.arguments(q, k, v, out, lse, softmax)
-        _start(_attend, form, self.grid, args, options)
+        form, args, flags = self.arguments(q, k, v, out, lse, softmax)
+        _start(_attend, form, self.grid, args, self.options, flags)
         if self.merge_grid[0]:
             spans, order, sinks = self.plan[0], self.plan[7], softmax.sink_logits
             q_offset, q_len, rows, samples, batch_per, *_, chunks = self.numbers
@@ -540,29 +551,26 @@ class _Launch:
             numbers = (*steps, q_offset, q_len, rows, samples, batch_per, chunks)
             merge_form = (self.form, lse is None, _pointer_form(sinks), _pointer_form(out), steps)
             merge_args = (args[10], out, lse, sinks, spans, order, *numbers)
-            _start(_merge, merge_form, self.merge_grid, merge_args, self.merge_options)
+            _start(_merge, merge_form, self.merge_grid, merge_args, self.merge_options, {})
 
     def arguments(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-        """What `_attend` is compiled for, its arguments, and its options."""
+        """What `_attend` is compiled for, its arguments, and the options that the call decides."""
         spans, row_ptr, entries, rule, dense, tokens, bits, order = self.plan
-        tma = self.tma and _fits_tma(q) and _fits_tma(k) and _fits_tma(v) and _fits_tma(out)
+        strides = q.stride(), k.stride(), v.stride()
+        layout = self.layouts.get(strides)
+        if layout is None:
+            layout = self.layouts[strides] = self._layout(q, k, v, out)
+        tma = layout.tma and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15
         descriptors: tuple[Any, ...] = (None,) * 4
         pointers: tuple[Any, ...] = (q, k, v, out)
-        steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
         if tma:
-            m, n, dim = self.tile.block_m, self.tile.block_n, self.options["DP"]
-            descriptors = (
-                _descriptor(q, q.shape[2], m, dim),
-                _descriptor(k, self.key_rows, n, dim),
-                _descriptor(v, self.key_rows, n, dim),
-                _descriptor(out, out.shape[2], m, dim),
-            )
+            descriptors = tuple(map(_descriptor, (q, k, v, out), layout.descriptors))
             # Through pointers go only single columns, and the store of a tile that begins before the first query.
-            columns, early = tokens is not None, self.early
-            pointers = (None, k if columns else None, v if columns else None, out if early else None)
-            steps = (0, 0, 0, *(steps[3:9] if columns else (0,) * 6), *(steps[9:] if early else (0, 0, 0)))
+            columns = tokens is not None
+            pointers = (None, k if columns else None, v if columns else None, out if self.early else None)
+        steps = layout.tma_steps if tma else layout.steps
         part = None
         if self.partials:
             part = torch.empty(self.partials, dtype=torch.float32, device=q.device)
@@ -572,7 +580,20 @@ class _Launch:
             *steps, float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
         )  # fmt: skip
         form = (self.form, tma, capped, lse is None, _pointer_form(sinks), *map(_pointer_form, pointers), steps)
-        return form, args, {**self.options, "TMA": tma, "SOFTCAP": capped}
+        return form, args, {"TMA": tma, "SOFTCAP": capped}
+
+    def _layout(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> _Layout:
+        m, n, dim = self.tile.block_m, self.tile.block_n, self.options["DP"]
+        boxes = (q, q.shape[2], m), (k, self.key_rows, n), (v, self.key_rows, n), (out, out.shape[2], m)
+        steps = tuple(step for tensor in (q, k, v, out) for step in tensor.stride()[:3])
+        keys = steps[3:9] if self.plan[5] is not None else (0,) * 6
+        tma_steps = (0, 0, 0, *keys, *(steps[9:] if self.early else (0, 0, 0)))
+        return _Layout(
+            self.tma and all(_steps_fit_tma(tensor) for tensor, _, _ in boxes),
+            tuple(_descriptor_fields(tensor, rows, block, dim) for tensor, rows, block in boxes),
+            tma_steps,
+            steps,
+        )
 
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -585,7 +606,12 @@ def _intern(form: tuple[Any, ...]) -> int:
 
 
 def _start(
-    kernel: Any, form: tuple[Any, ...], grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    form: tuple[Any, ...],
+    grid: tuple[int],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    flags: dict[str, Any],
 ) -> None:
     """Launch. Triton's own look at 60 arguments costs the host 200 us a call (H100), a look-up by `form` far less.
 
@@ -593,10 +619,11 @@ def _start(
     None, alignment of pointers, and strides.
     """
     if interpreted():
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, **flags)
         return
     found = _COMPILED.get(form)
     if found is None:
+        options = {**options, **flags}
         compiled = kernel.warmup(*args, grid=grid, **options)
         found = _COMPILED[form] = compiled, tuple(options[name] for name in kernel.arg_names if name in options)
     found[0][(grid[0], 1, 1)](*args, *found[1])
@@ -653,6 +680,7 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
         "PRECISION": _precision(capability, q.dtype),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # a multiply-add a logit; Triton 3.10 turns it off by default
     }
     dense = plan.dense_rows if plan.dense_rows is None else plan.dense_rows.view(torch.uint8)
     numbers = (g.q_offset, q_len, plan.rows, plan.samples, batch_per, rule_sample, rule_head, n_tokens, n_words)
@@ -681,8 +709,8 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
 def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
     """(long plan rows, chunks each): cut over keys so that none runs longer than a quarter of the whole launch.
 
-    Host arithmetic on shapes. Triangle's last rows at 128K are a chain of 2048 tiles: with 32 heads the rest hides it, 8
-    heads leave 800 tiles a processor. H100, 8 heads: 4.0 ms whole, 1.2 ms cut.
+    Host arithmetic on shapes. Triangle's last rows at 128K are a chain of 2048 tiles: with 32 heads the rest hides it,
+    8 heads leave 800 tiles a processor. H100, 8 heads: 4.0 ms whole, 1.2 ms cut.
     """
     g, heads, batch = plan.geometry, q.shape[1], q.shape[0]
     per_row = batch // plan.samples * (plan.block_q // tile.block_m)
@@ -704,28 +732,28 @@ def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
     return (known, chunks) if chunks > 1 else whole
 
 
-def _fits_tma(tensor: Tensor) -> bool:
-    """Whether the copy engine can read it: 16-byte steps, no repeated dimension."""
-    return tensor.data_ptr() % 16 == 0 and _steps_fit_tma(tensor.shape, tensor.stride(), tensor.element_size())
+def _steps_fit_tma(tensor: Tensor) -> bool:
+    """Whether the copy engine can walk it: steps of 16 bytes, no repeated dimension."""
+    size, element = tensor.shape, tensor.element_size()
+    return all(n == 1 or (s > 0 and s * element % 16 == 0) for n, s in zip(size[:3], tensor.stride()[:3], strict=True))
 
 
-@functools.lru_cache(maxsize=1024)
-def _steps_fit_tma(shape: tuple[int, ...], strides: tuple[int, ...], element: int) -> bool:
-    return all(n == 1 or (s > 0 and s * element % 16 == 0) for n, s in zip(shape[:3], strides[:3], strict=True))
-
-
-def _descriptor(tensor: Tensor, rows: int, block: int, dim: int) -> TensorDescriptor:
-    """A box of `block` rows of one head, cut to `rows`: neighbouring heads and dead cache rows are out of its reach.
-
-    Filled in past the constructor, whose checks cost 5 us each; `_fits_tma` has made them.
-    """
+def _descriptor_fields(tensor: Tensor, rows: int, block: int, dim: int) -> dict[str, Any]:
+    """A box of `block` rows of one head, cut to `rows`: neighbouring heads and dead cache rows are out of its reach."""
     batch, heads, _, size = tensor.shape
     # A dimension of one element may have any stride; the copy engine wants a multiple of 16 bytes even so.
     strides = [s if n > 1 else size for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
-    strides[3] = 1
+    return {
+        "shape": [batch, heads, rows, size],
+        "strides": [*strides[:3], 1],
+        "block_shape": [1, 1, block, dim],
+        "padding": "zero",
+        "round_f32_to_tf32": False,
+    }
+
+
+def _descriptor(tensor: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """Filled in past the constructor, whose checks cost 5 us each; `_Layout` made them."""
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(
-        base=tensor, shape=[batch, heads, rows, size], strides=strides, block_shape=[1, 1, block, dim], padding="zero",
-        round_f32_to_tf32=False,
-    )  # fmt: skip
+    made.__dict__.update(fields, base=tensor)
     return made

@@ -30,10 +30,15 @@ __all__ = ["attend_hopper", "compile_form", "covers"]
 BLOCK_Q = 128
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
-# Key heads worked on at once, so that their K and V stay in L2: worth 3% dense and 15 to 24% on per-head lists (H100).
+# Key heads worked on at once, so that their K and V stay in L2: worth 3% dense, and 15 to 24% on lists of each head's
+# own, which like 1 a little better (random tiles, 10% density, 128K: 613 against 600 TFLOP/s, H100).
 KEY_HEADS_AT_ONCE = 2
+KEY_HEADS_AT_ONCE_LISTED = 1
 # Rows of fewer steps are not worth a second launch for the merge.
 SPLIT_FROM_STEPS = 64
+# A row is long from this many times a processor's share on. At 1.0 a chunk of 512 queries over 128K keys, whose 128
+# items fill 132 processors as they are, lost 7% to the merge (H100).
+LONG_SHARE = 1.5
 SHORTEST_PIECE = 16
 # Workspace of split rows, as a share of q, k, v and out, or this many bytes.
 WORKSPACE_SHARE = 0.015
@@ -50,7 +55,8 @@ WORK_BITS = 24  # of a sort key: steps of an item; its section stands above
 def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> str:
     """Why this call must go to the portable kernel, in one clause; "" where the Hopper form runs it.
 
-    On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap, padding and chunks are covered.
+    On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap,
+    padding and chunks are covered.
     """
     if q.device.type != "cuda" or _capability(q.device.index) != (9, 0):
         return "needs a CUDA device of compute capability 9.0"
@@ -214,7 +220,7 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
             shared = batch * heads // (plan.samples * plan.heads)
             total = plan.entries.numel() * shared * (plan.block_kv // step)
         budget = max(int(WORKSPACE_SHARE * 2 * (q.nbytes + k.nbytes)), WORKSPACE_BYTES)
-        wanted = longest >= SPLIT_FROM_STEPS and longest * _processors(q.device.index) > total
+        wanted = longest >= SPLIT_FROM_STEPS and longest * _processors(q.device.index) > LONG_SHARE * total
         plan.memo[key] = min(budget // (BLOCK_Q * (dim + 1) * 4), 4 * _processors(q.device.index)) if wanted else 0
     return int(plan.memo[key])
 
@@ -266,7 +272,8 @@ def _grid(
         torch.full_like(row, -1), plan_row,
     ]  # fmt: skip
     items = torch.stack([x.expand(shape) for x in fields], -1).view(-1, len(fields)).to(torch.int32)
-    section = (items[:, 1] // (group * KEY_HEADS_AT_ONCE)).clamp(max=120) + 1
+    at_once = KEY_HEADS_AT_ONCE if plan_heads == 1 else KEY_HEADS_AT_ONCE_LISTED
+    section = (items[:, 1] // (group * at_once)).clamp(max=120) + 1
     flat = [x.expand(shape).reshape(-1) for x in (plan_row, steps, tile, dead)]
     return _Grid(items, flat[0].long(), flat[1], section << WORK_BITS, flat[2], flat[3])
 
@@ -334,14 +341,14 @@ def _in_order(items: Tensor, work: Tensor, section: Tensor, processors: int) -> 
 
 
 def _split(items: Tensor, work: Tensor, slots: int, split_entry: int, processors: int) -> tuple[Tensor, Tensor]:
-    """Items longer than a processor's share of the work, cut into pieces of half of that: (items, merges)."""
+    """Items much longer than a processor's share of the work, cut into pieces of half of that: (items, merges)."""
     code = _device_code()
     shift = int(code.COLUMN_SHIFT.value)
     count, columns = items[:, 3] & ((1 << shift) - 1), items[:, 3] >> shift
     share = work.sum() // (2 * processors) + 1
-    long = torch.where(work > 2 * share, work, 0).sum() * 2 // slots
+    long = torch.where(work > int(2 * LONG_SHARE) * share, work, 0).sum() * 2 // slots
     piece = torch.maximum(share, long).clamp(min=SHORTEST_PIECE) // split_entry * split_entry + split_entry
-    pieces = torch.where(count > 2 * piece, (count + piece - 1) // piece, 1)
+    pieces = torch.where(count > int(2 * LONG_SHARE) * piece, (count + piece - 1) // piece, 1)
     taken = torch.where(pieces > 1, pieces, 0).cumsum(0)
     pieces = torch.where(taken <= slots, pieces, 1)
     first_slot = torch.where(pieces > 1, taken - pieces, -1)
@@ -490,7 +497,7 @@ def _launch(
         lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
         filled, _ = launch.fill(q, k, v, out, lse, (k, v), sinks)
         # Compiled once, then launched directly: Triton's own argument handling costs 40 us more a call.
-        # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 32.
+        # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])
 
@@ -506,7 +513,7 @@ def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Soft
 
 
 def _counters(plan: BlockPlan, device: torch.device, stream: int) -> Tensor:
-    """Two int32 zeros that the kernel itself puts back to zero; a pair for each stream, since their launches overlap."""
+    """Two int32 zeros that the kernel itself puts back to zero; a pair a stream, since launches of two may overlap."""
     key = ("hopper counters", device, stream)
     counters = plan.memo.get(key)
     if counters is None:

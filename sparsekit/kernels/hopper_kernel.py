@@ -18,7 +18,7 @@ A work item is 8 int32 (the names below are its columns):
 
 # Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against; a branch that is chosen
 # when compiling needs its else, and what ruff calls a list is a compile-time shape.
-# ruff: noqa: RET505, RUF005, SIM108, E741
+# ruff: noqa: E741, RET505, RUF005, SIM102, SIM108
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -83,8 +83,10 @@ def _rescale(acc, alpha, LO: gl.constexpr):
         return gl.inline_asm_elementwise(
             RESCALE_64, CONSTRAINTS_64, [acc, full], dtype=gl.float32, is_pure=False, pack=64
         )
-    # noqa: RET505: compile-time branches of a kernel need the else
-    return gl.inline_asm_elementwise(RESCALE_32, CONSTRAINTS_32, [acc, full], dtype=gl.float32, is_pure=False, pack=32)
+    else:
+        return gl.inline_asm_elementwise(
+            RESCALE_32, CONSTRAINTS_32, [acc, full], dtype=gl.float32, is_pure=False, pack=32
+        )
 
 
 @gluon.jit
@@ -118,17 +120,19 @@ def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.co
 
 @gluon.jit
 def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr):
-    """-inf where causality or, in a flagged step, the token rule drops the pair.
+    """-inf where causality or the token rule drops the pair, each where the step's flags ask for it.
 
     s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The
     valid key length needs no test of its own: it only ever cuts off keys after the last valid query.
     """
     key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
-    ok = gl.expand_dims(key, 0) <= gl.expand_dims(query, 1)
+    if (flags & 1) != 0:
+        s = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
     if RULE:
-        sink = gl.where((flags & 2) != 0, sink, FAR)
-        ok = ok & (gl.expand_dims(gl.where(key < sink, FAR, key), 0) > gl.expand_dims(low, 1))
-    return gl.where(ok, s, float("-inf"))
+        if (flags & 2) != 0:
+            near = gl.where(key < sink, FAR, key)
+            s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
+    return s
 
 
 @gluon.jit
@@ -170,6 +174,43 @@ def _load_keys(desc, at, full, buffer):
 
 
 @gluon.jit
+def _item(p_items, t, items):
+    p_item = p_items + t * ITEM
+    there = t < items
+    row = gl.load(p_item + ROW, mask=there, other=0)
+    sample_head = gl.load(p_item + HEAD, mask=there, other=0)
+    start = gl.load(p_item + START, mask=there, other=0)
+    count = gl.load(p_item + COUNT, mask=there, other=0)
+    kv_start = gl.load(p_item + KV, mask=there, other=0)
+    kind = gl.load(p_item + KIND, mask=there, other=0)
+    return row, sample_head, start, count, kv_start, kind
+
+
+@gluon.jit
+def _load_step(
+    d_k, d_v, d_pool_k, d_pool_v, k, v, k_full, k_free, v_full, v_free, phase,
+    sample, key_head, key, pool_head, column_step, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """K and V of a step, from the key index `key` on, or of single columns where `column_step` is not negative."""
+    BN: gl.constexpr = k.shape[2]
+    mbarrier.wait(k_free, phase ^ 1)
+    if COLUMNS:
+        if column_step < 0:
+            _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
+        else:
+            _load_keys(d_pool_k, [sample, pool_head, column_step * BN, 0], k_full, k)
+        mbarrier.wait(v_free, phase ^ 1)
+        if column_step < 0:
+            _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
+        else:
+            _load_keys(d_pool_v, [sample, pool_head, column_step * BN, 0], v_full, v)
+    else:
+        _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
+        mbarrier.wait(v_free, phase ^ 1)
+        _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
+
+
+@gluon.jit
 def _produce(
     d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
     p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool,
@@ -186,14 +227,9 @@ def _produce(
     m_slot = 0
     m_phase = 0
     t = gl.program_id(0)
+    row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
     while t < items:
         p_item = p_items + t * ITEM
-        row = gl.load(p_item + ROW)
-        sample_head = gl.load(p_item + HEAD)
-        start = gl.load(p_item + START)
-        count = gl.load(p_item + COUNT)
-        kv_start = gl.load(p_item + KV)
-        kind = gl.load(p_item + KIND)
         t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
         if count > 0:
             listed = count
@@ -204,6 +240,12 @@ def _produce(
             sample = sample_head // heads
             head = sample_head - sample * heads
             key_head = head // group
+            pool_head = head // heads_per_pool
+            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
+            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
+            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
+            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
+            q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
             e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
             e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
@@ -226,35 +268,28 @@ def _produce(
                 _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
             mbarrier.arrive(m_full.index(m_slot), count=1)
             m_slot, m_phase = _next(m_slot, m_phase, 2)
-            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
-            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
-            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
-            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
-            q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
-            for i in range(steps):
-                key = kv_start + (e >> 2)
-                e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
-                mbarrier.wait(k_free.index(slot), phase ^ 1)
-                if COLUMNS:
-                    column = (i - listed) * BN
-                    if i < listed:
-                        _load_keys(d_k, [sample, key_head, key, 0], k_full.index(slot), ks.index(slot))
-                    else:
-                        _load_keys(
-                            d_pool_k, [sample, head // heads_per_pool, column, 0], k_full.index(slot), ks.index(slot)
-                        )
-                    mbarrier.wait(v_free.index(slot), phase ^ 1)
-                    if i < listed:
-                        _load_keys(d_v, [sample, key_head, key, 0], v_full.index(slot), vs.index(slot))
-                    else:
-                        _load_keys(
-                            d_pool_v, [sample, head // heads_per_pool, column, 0], v_full.index(slot), vs.index(slot)
-                        )
-                else:
-                    _load_keys(d_k, [sample, key_head, key, 0], k_full.index(slot), ks.index(slot))
-                    mbarrier.wait(v_free.index(slot), phase ^ 1)
-                    _load_keys(d_v, [sample, key_head, key, 0], v_full.index(slot), vs.index(slot))
+            key = kv_start + (e >> 2)
+            _load_step(
+                d_k, d_v, d_pool_k, d_pool_v, ks.index(slot), vs.index(slot), k_full.index(slot), k_free.index(slot),
+                v_full.index(slot), v_free.index(slot), phase, sample, key_head, key, pool_head, 0 - listed, COLUMNS,
+            )  # fmt: skip
+            slot, phase = _next(slot, phase, STAGES)
+            # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
+            row, sample_head, start1, count, next_kv_start, kind1 = _item(p_items, t, items)
+            for i in range(1, steps):
+                key = kv_start + (e1 >> 2)
+                e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                _load_step(
+                    d_k, d_v, d_pool_k, d_pool_v, ks.index(slot), vs.index(slot), k_full.index(slot),
+                    k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, sample, key_head, key, pool_head,
+                    i - listed, COLUMNS,
+                )  # fmt: skip
                 slot, phase = _next(slot, phase, STAGES)
+            start = start1
+            kv_start = next_kv_start
+            kind = kind1
+        else:
+            row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
     mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
     _send(mail, m_slot * MAIL + COUNT, 0)
     mbarrier.arrive(m_full.index(m_slot), count=1)
@@ -355,8 +390,9 @@ def _consume(
                     s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
                 elif (now & 3) != 0:
                     s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
-            elif (now & 3) != 0:
-                s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
+            elif LISTED or BN < 2 * HALF:  # else only the first step of a tile crosses the diagonal
+                if (now & 3) != 0:
+                    s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
             m_new = gl.maximum(m, _row_max(s, L) * scale2)
             # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
             m_new = gl.where(m_new > m + 8.0, m_new, m)
@@ -537,7 +573,7 @@ def attention(
             )),
         ],
         [4, 1],
-        [232, 32],
+        [232, 40],
     )  # fmt: skip
 
 

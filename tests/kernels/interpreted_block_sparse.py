@@ -143,7 +143,7 @@ def test_heads(heads: int, key_heads: int) -> None:
 
 @pytest.mark.usefixtures("descriptors")
 def test_strides() -> None:
-    """Heads-first, tokens-first, a slice of a fused projection, and strides or addresses that descriptors cannot take."""
+    """Heads-first, tokens-first, slices of a fused projection, and strides or addresses that descriptors refuse."""
     geometry, plan = G150, rule_plan(TRIANGLE, G150)
     q, k, v = tensors(geometry, torch.float16)
     expected = attend(q, k, v, plan, impl="triton")
@@ -153,9 +153,8 @@ def test_strides() -> None:
     shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in (q, k, v)]
     for inputs in ([x.contiguous() for x in (q, k, v)], sliced, odd, shifted):
         assert torch.equal(attend(*inputs, plan, impl="triton"), expected)
-    assert not block_sparse._fits_tma(odd[0])
-    assert not block_sparse._fits_tma(shifted[0])
-    assert block_sparse._fits_tma(sliced[0])
+    assert not block_sparse._steps_fit_tma(odd[0])
+    assert block_sparse._steps_fit_tma(sliced[0])
 
 
 @pytest.mark.parametrize("tma", [False, True])

@@ -26,7 +26,7 @@ TRIANGLE, A_SHAPE = "triangle", "a_shape"
 
 
 def rule_plan(kind: str, geometry: Geometry, window: int = 40) -> BlockPlan:
-    """dense, a_shape or triangle with 5 sinks, `window` keys and 20 last rows, as the patterns of those names make it."""
+    """dense, a_shape or triangle with 5 sinks, `window` keys and 20 last rows, as those patterns make it."""
     if kind == "dense":
         return dense_plan(geometry)
     last = 20 if kind == TRIANGLE else 0

@@ -82,7 +82,7 @@ def test_softmax_variants(options: dict[str, object]) -> None:
         check(plan, _inputs(plan.geometry, torch.bfloat16), "triton", **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("heads", [1, 4])
 def test_rows_cut_over_keys(heads: int) -> None:
     """A short chunk over a long cache, and Triangle's last rows on few heads: against PyTorch in float32."""
     geometry = Geometry.of(100, 20000, block_q=128, block_kv=64)
@@ -101,7 +101,7 @@ def test_rows_cut_over_keys(heads: int) -> None:
 
 
 def _last_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    n = q.shape[2]
+    n = k.shape[2]
     scores = q[:, :, -rows:].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     ahead = torch.arange(n, device="cuda") > torch.arange(n - rows, n, device="cuda")[:, None]
     scores = scores.masked_fill(ahead, float("-inf"))
@@ -152,7 +152,7 @@ def test_the_door() -> None:
     assert odd.impl == "triton", odd
     if best.impl == "hopper":
         assert "float32" in odd.why
-        with pytest.raises(SparsekitError, match="impl='hopper' does not cover this call: .*float32"):
+        with pytest.raises(SparsekitError, match=r"impl='hopper' does not cover this call: .*float32"):
             attend(q.float(), k.float(), v.float(), plan, impl="hopper")
     with pytest.raises(SparsekitError, match="on one device"):
         attend(q, k.cpu(), v, plan)
