@@ -324,6 +324,7 @@ def _rows(
                 flops = 2.0 * shape.tokens**2 * shape.dim * shape.heads if case == "dense" else None
                 runs.append(_Run(peer, run, flops, extra))
         for impl in impls:
+            torch.cuda.synchronize()
             start = time.perf_counter()
             plan = _plan(case, shape, _tile(impl))
             torch.cuda.synchronize()
