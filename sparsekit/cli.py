@@ -63,6 +63,8 @@ app = typer.Typer(
 )
 plots_app = typer.Typer(help="Draw pictures of a config.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plots_app, name="plots")
+bench_app = typer.Typer(help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Length of the prompt, in tokens.")]
@@ -184,6 +186,18 @@ def _plots_mask(
 
         draw_masks(config, tokens, output, also=also)
     typer.echo(str(output))
+
+
+# Its options are bench.py's own, so that the card needs neither typer nor this file.
+@bench_app.command(
+    "kernel",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def _bench_kernel(context: typer.Context) -> None:
+    """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first. `--help` lists options."""
+    from sparsekit.bench import main as bench_main
+
+    raise typer.Exit(bench_main(context.args))
 
 
 # ---- the same as Python functions (explain, plots and demo have modules of their own)

@@ -95,9 +95,12 @@ def run_demo(
         device: where the model runs.
         settings: the rows; the first is what the others are compared with.
     """
+    import transformers
+
     from sparsekit.models import fast_dtype
     from sparsekit.models import load as load_model
 
+    transformers.utils.logging.disable_progress_bar()  # ours is enough
     console = console or Console()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sparsekit
@@ -173,6 +174,14 @@ def test_demo_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "TriangleMix (from layer 21)",
         "TriangleMix (from layer 18)",
     ]
+
+
+def test_bench_needs_a_card_and_names_its_options() -> None:
+    result = run.invoke(app, ["bench", "kernel", "--lengths", "4096"])
+    if not torch.cuda.is_available():
+        assert result.exit_code == 1
+        assert "bench kernel needs a CUDA device" in result.output
+    assert "--repeat-ms" in run.invoke(app, ["bench", "kernel", "--help"]).output
 
 
 # ---- the frame
