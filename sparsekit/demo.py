@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -194,34 +194,42 @@ class _Run:
 def _prompts(
     tokenizer: PreTrainedTokenizerBase, samples: int | None, seed: int
 ) -> Iterator[tuple[Task, Sample, int, bool]]:
-    """(task, sample, token budget, needed whatever the time): what the table cannot do without comes first."""
+    """(task, sample, token budget, needed whatever the time): what the table cannot do without comes first.
 
-    def passkeys(lengths: Sequence[int], offset: int) -> Iterator[tuple[Task, Sample, int]]:
-        for i, tokens in enumerate(lengths):
-            kind = task("passkey")
-            yield kind, kind.samples(tokenizer, tokens=tokens, count=1, seed=seed + offset + i)[0], tokens
+    Then passkeys of other lengths, and four-key prompts with a passkey after every sixth.
+    """
 
-    def needles(first: int, last: int) -> Iterator[tuple[Task, Sample, int]]:
-        for i in range(first, last):
-            kind = task("needle4")
-            yield kind, kind.samples(tokenizer, tokens=NEEDLE_TOKENS, count=1, seed=seed + i)[0], NEEDLE_TOKENS
+    def prompt(name: str, tokens: int, number: int) -> tuple[Task, Sample, int]:
+        kind = task(name)
+        return kind, kind.samples(tokenizer, tokens=tokens, count=1, seed=seed + number)[0], tokens
 
-    count = 96 if samples is None else samples
-    least = count if samples is not None else LEAST_NEEDLES
-    for prompt in (*passkeys(TIMED_TOKENS, 0), *needles(0, least)):
-        yield *prompt, True
-    for prompt in chain(passkeys(PASSKEY_TOKENS, len(TIMED_TOKENS)), needles(least, count)):
-        yield *prompt, samples is not None
+    count, asked = (96, False) if samples is None else (samples, True)
+    least = min(count, LEAST_NEEDLES)
+    passkeys = enumerate(chain(TIMED_TOKENS, PASSKEY_TOKENS, cycle((*PASSKEY_TOKENS, TIMED_TOKENS[0]))))
+    for number, tokens in islice(passkeys, len(TIMED_TOKENS)):
+        yield *prompt("passkey", tokens, number), True
+    for number in range(least):
+        yield *prompt("needle4", NEEDLE_TOKENS, number), True
+    for number, tokens in islice(passkeys, len(PASSKEY_TOKENS)):
+        yield *prompt("passkey", tokens, number), asked
+    for number in range(least, count):
+        yield *prompt("needle4", NEEDLE_TOKENS, number), asked
+        if number % 6 == 5:
+            length_number, tokens = next(passkeys)
+            yield *prompt("passkey", tokens, length_number), asked
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     """Two lines a row: the value, and below it the interval, or the ratio to dense."""
     dense = outcomes[0]
     title = f"{len(dense.passkey)} passkey prompts of 1K to 8K tokens, {len(dense.needle)} four-key prompts of 2.2K"
-    caption = "KL of the answer's tokens from dense, nats a token. Below the values: 95% intervals; time against dense."
+    caption = (
+        "KL of the answer's tokens from dense, nats a token; TTFT: time to first token.\n"
+        "Below the values: 95% intervals; time against dense."
+    )
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_lines=True)
     table.add_column("prefill")
-    heads = ("passkey", "four-key", "KL", *(f"first token\nat {n // 1024}K" for n in TIMED_TOKENS))
+    heads = ("passkey", "four-key", "KL", *(f"TTFT\nat {n // 1024}K" for n in TIMED_TOKENS))
     for head in (*heads, f"density\nat {dense.longest // 1024}K"):
         table.add_column(head, justify="right")
     for outcome in outcomes:
