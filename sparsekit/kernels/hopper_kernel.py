@@ -125,11 +125,12 @@ def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr)
     s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The
     valid key length needs no test of its own: it only ever cuts off keys after the last valid query.
     """
-    key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
     if (flags & 1) != 0:
+        key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
         s = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
     if RULE:
         if (flags & 2) != 0:
+            key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
             near = gl.where(key < sink, FAR, key)
             s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
     return s
