@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
@@ -31,7 +32,7 @@ from sparsekit.tasks import Sample, Task, task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SETTINGS", "Outcome", "Setting", "run_demo", "triangle_from"]
+__all__ = ["SETTINGS", "Outcome", "Setting", "markdown_table", "read_outcomes", "run_demo", "triangle_from"]
 
 MODEL = "smollm2-135m"
 TIMED_TOKENS = (2048, 8192)
@@ -73,6 +74,27 @@ class Outcome:
     ttft_s: dict[int, list[float]] = field(default_factory=dict)
     density: float = 1.0  # mean over the layers, at the longest prompt
     longest: int = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take one record of `results.jsonl` in."""
+        if row["task"] == "passkey":
+            self.passkey.append(row["score"])
+        else:
+            self.needle.append(row["score"])
+            self.kl.append(row["kl_nats_per_token"])
+        self.ttft_s.setdefault(row["tokens"], []).append(row["ttft_s"])
+        if row["tokens"] > self.longest:
+            self.longest, self.density = row["tokens"], row["density"]
+
+
+def read_outcomes(path: Path | str) -> list[Outcome]:
+    """The outcomes that a `results.jsonl` holds, in the order of its settings."""
+    outcomes: dict[str, Outcome] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        config = None if row["config"] is None else load(row["config"])
+        outcomes.setdefault(row["setting"], Outcome(Setting(row["setting"], config))).add(row)
+    return list(outcomes.values())
 
 
 def run_demo(
@@ -165,13 +187,6 @@ class _Run:
         self, outcome: Outcome, kind: Task, sample: Sample, tokens: int, answers: list[Answer], density: float
     ) -> None:
         got = answers[-1]
-        kl = kl_divergence(answers[0], got)
-        (outcome.passkey if kind.name == "passkey" else outcome.needle).append(got.score)
-        if kind.name == "needle4":
-            outcome.kl.append(kl)
-        outcome.ttft_s.setdefault(tokens, []).append(got.ttft_s)
-        if tokens > outcome.longest:
-            outcome.longest, outcome.density = tokens, density
         row = {
             "setting": outcome.setting.label,
             "config": None if outcome.setting.config is None else outcome.setting.config.to_dict(),
@@ -182,11 +197,12 @@ class _Run:
             "answer": sample.answers[0],
             "text": got.text,
             "score": got.score,
-            "kl_nats_per_token": kl,
+            "kl_nats_per_token": kl_divergence(answers[0], got),
             "ttft_s": got.ttft_s,
             "density": density,
             **self.meta,
         }
+        outcome.add(row)
         with self.records.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -219,34 +235,58 @@ def _prompts(
             yield *prompt("passkey", tokens, length_number), asked
 
 
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    """Two lines a row: the value, and below it the interval, or the ratio to dense."""
+def _title(dense: Outcome) -> str:
+    return f"{len(dense.passkey)} passkey prompts of 1K to 8K tokens, {len(dense.needle)} four-key prompts of 2.2K"
+
+
+def _cells(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
+    """The header, then a row for each outcome; a line break parts a value from its interval, or its ratio to dense."""
     dense = outcomes[0]
-    title = f"{len(dense.passkey)} passkey prompts of 1K to 8K tokens, {len(dense.needle)} four-key prompts of 2.2K"
-    caption = (
-        "KL of the answer's tokens from dense, nats a token; TTFT: time to first token.\n"
-        "Below the values: 95% intervals; time against dense."
-    )
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_lines=True)
-    table.add_column("prefill")
-    heads = ("passkey", "four-key", "KL", *(f"TTFT\nat {n // 1024}K" for n in TIMED_TOKENS))
-    for head in (*heads, f"density\nat {dense.longest // 1024}K"):
-        table.add_column(head, justify="right")
+    timed = [tokens for tokens in TIMED_TOKENS if tokens in dense.ttft_s]
+    times = [f"TTFT\nat {n // 1024}K" for n in timed]
+    yield ["prefill", "passkey", "four-key", "KL", *times, f"density\nat {dense.longest // 1024}K"]
     for outcome in outcomes:
         times = []
-        for n in TIMED_TOKENS:
+        for n in timed:
             mine, base = median(outcome.ttft_s[n]), median(dense.ttft_s[n])
             times.append(f"{mine:.2f} s" + ("" if outcome is dense else f"\nx{mine / base:.2f}"))
         kl, width = mean_interval(outcome.kl)
-        table.add_row(
+        yield [
             outcome.setting.label.replace(" (", "\n("),
             f"{sum(outcome.passkey):.0f}/{len(outcome.passkey)}",
-            "{:.2f}\n{:.2f}-{:.2f}".format(*share_interval(outcome.needle)),
+            "{:.2f}\n({:.2f}-{:.2f})".format(*share_interval(outcome.needle)),
             "-" if outcome is dense else f"{kl:.4f}\n± {width:.4f}",
             *times,
             f"{outcome.density:.3f}",
-        )
+        ]
+
+
+CAPTION = (
+    "KL of the answer's tokens from dense, nats a token; TTFT: time to first token.\n"
+    "Below the values: 95% intervals; time against dense."
+)
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(
+        title=_title(outcomes[0]), title_justify="left", caption=CAPTION, caption_justify="left", show_lines=True
+    )
+    head, *rows = _cells(outcomes)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def markdown_table(path: Path | str) -> str:
+    """The demo's table of a `results.jsonl`, as Markdown; for pages that show it."""
+    outcomes = read_outcomes(path)
+    head, *rows = ([cell.replace("\n", " ") for cell in row] for row in _cells(outcomes))
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    caption = CAPTION.replace("\n", " ").replace("Below the values", "Beside the values")
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{_title(outcomes[0])}. {caption}\n"
 
 
 def _question(example: tuple[Sample, list[str]] | None) -> str:
@@ -297,3 +337,7 @@ def _progress(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+if __name__ == "__main__":  # python -m sparsekit.demo results.jsonl: the table as Markdown
+    print(markdown_table(sys.argv[1]), end="")
