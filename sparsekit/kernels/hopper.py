@@ -23,11 +23,12 @@ from torch import Tensor
 
 from sparsekit.geometry import Geometry
 from sparsekit.kernels.softmax import Softmax
-from sparsekit.plan import FLAG_BITS, BlockPlan
+from sparsekit.plan import FLAG_BITS, RULE, BlockPlan
 
 __all__ = ["attend_hopper", "compile_form", "covers"]
 
 BLOCK_Q = 128
+BLOCK_KV = (32, 64, 128)
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 # Key heads worked on at once, so that their K and V stay in L2: worth 3% dense, and 15 to 24% on lists of each head's
@@ -83,8 +84,8 @@ def _shape_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: So
     if q.shape[3] not in HEAD_SIZES:
         return f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
     g = plan.geometry
-    if g.block_q != BLOCK_Q or g.block_kv not in (64, 128):
-        return f"tile {g.block_q} x {g.block_kv}: 128 x 64 or 128 x 128"
+    if g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV:
+        return f"tile {g.block_q} x {g.block_kv}: 128 x {', '.join(map(str, BLOCK_KV))}"
     if plan.row_ptr is not None and plan.row_ptr.dtype != torch.int32:
         return f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
     if g.kv_len >= FARTHEST:
@@ -180,14 +181,14 @@ class _Work:
     blocks: int
 
 
-def _step_keys(dim: int, block_kv: int) -> int:
-    """Keys of a step. At head size 256 registers and shared memory hold no more than 64."""
-    return min(block_kv, 64) if dim == 256 else block_kv
+def _step_keys(dim: int) -> int:
+    """Keys of a step: an entry, half of one, or several. At head size 256 registers and shared memory hold 64."""
+    return 64 if dim == 256 else 128
 
 
 def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
     batch, heads, _, dim = q.shape
-    step = _step_keys(dim, plan.block_kv)
+    step = _step_keys(dim)
     slots = _workspace_slots(plan, q, k, step)
     key = ("hopper", q.device, heads, k.shape[1], step, slots)
     works = plan.memo.get(key)
@@ -214,11 +215,11 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
         g = plan.geometry
         longest = -(-max(span.q_end for span in g.spans) // step)
         if plan.entries is None:
-            total = heads * sum(int(plan._causal_tiles(s).sum()) for s in range(plan.samples)) * (plan.block_kv // step)
-            total *= batch // plan.samples
+            total = heads * sum(int(plan._causal_tiles(s).sum()) for s in range(plan.samples))
+            total = total * (batch // plan.samples) * plan.block_kv // step
         else:
             shared = batch * heads // (plan.samples * plan.heads)
-            total = plan.entries.numel() * shared * (plan.block_kv // step)
+            total = plan.entries.numel() * shared * plan.block_kv // step
         budget = max(int(WORKSPACE_SHARE * 2 * (q.nbytes + k.nbytes)), WORKSPACE_BYTES)
         wanted = longest >= SPLIT_FROM_STEPS and longest * _processors(q.device.index) > LONG_SHARE * total
         plan.memo[key] = min(budget // (BLOCK_Q * (dim + 1) * 4), 4 * _processors(q.device.index)) if wanted else 0
@@ -294,18 +295,26 @@ def _make_work(
     items, work = _in_order(items, work, grid.section, processors)
     merges = None
     if slots:
-        items, merges = _split(items, work, slots, plan.block_kv // step, processors)
+        items, merges = _split(items, work, slots, plan.block_kv, step, processors)
     return _Work(items, merges, slots, kv_end, min(len(items), processors))
 
 
 def _listed(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
     """(items, steps of each) of a plan with lists."""
-    assert plan.row_ptr is not None
-    code, split_entry = _device_code(), plan.block_kv // step
+    assert plan.row_ptr is not None and plan.entries is not None
+    code, parts = _device_code(), _parts(plan, step)
     begin = plan.row_ptr[:-1][grid.rows]
     count = (plan.row_ptr[1:] - plan.row_ptr[:-1])[grid.rows]
-    if split_entry > 1:
-        count = count * split_entry
+    kind = grid.tile
+    if parts > 1:
+        kind = kind | (-count & (parts - 1)) << int(code.MISSING_SHIFT.value)
+        count = (count + (parts - 1)) // parts
+    elif plan.rule is not None and plan.entries.numel():
+        narrow = _only_sinks(plan, grid, begin, count, int(code.NARROW_KEYS.value))
+        kind = kind | narrow * int(code.NARROW.value)
+        begin, count = begin + narrow, count - narrow
+    if plan.block_kv > step:
+        count = count * (plan.block_kv // step)
     dense = columns = None
     if plan.dense_rows is not None:
         dense = plan.dense_rows[grid.rows]
@@ -322,8 +331,27 @@ def _listed(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
     items[:, 2] = torch.where(bounded, items[:, 2], begin)
     items[:, 2].masked_fill_(empty, 0)
     items[:, 3] = torch.where(empty, 1, count)
-    items[:, 5] = torch.where(bounded, items[:, 5], grid.tile) | empty * int(code.EMPTY.value)
+    items[:, 5] = torch.where(bounded, items[:, 5], kind) | empty * int(code.EMPTY.value)
     return items, torch.where(empty, 1, work)
+
+
+def _parts(plan: BlockPlan, step: int) -> int:
+    """Entries of a step: 1, or several smaller ones; a plan that is dense everywhere has none."""
+    return 1 if plan.row_ptr is None else max(step // plan.block_kv, 1)
+
+
+def _only_sinks(plan: BlockPlan, grid: _Grid, begin: Tensor, count: Tensor, keys: int) -> Tensor:
+    """int32 (n*H*R,): 1 where of the item's first entry the rule keeps nothing but sinks, and no more than `keys`.
+
+    That is what Triangle's and the A-shape's rows look like, one entry in six at a window of 512 tokens.
+    """
+    assert plan.rule is not None and plan.entries is not None
+    rule = plan.rule.expand(plan.samples, plan.heads, 3).reshape(-1, 3)[grid.rows // plan.rows]
+    sink, window, dense_from = rule.unbind(1)
+    start = grid.items[:, 0] + plan.geometry.q_offset - grid.items[:, 4]
+    first = plan.entries[begin.clamp(max=plan.entries.numel() - 1)] == RULE
+    few = first & (sink <= keys) & (count > 1)
+    return (few & (start - window + 1 >= plan.block_kv) & (start + BLOCK_Q <= dense_from)).to(torch.int32)
 
 
 def _column_steps(bits: Tensor, step: int) -> Tensor:
@@ -340,9 +368,12 @@ def _in_order(items: Tensor, work: Tensor, section: Tensor, processors: int) -> 
     return items[order], work[order]
 
 
-def _split(items: Tensor, work: Tensor, slots: int, split_entry: int, processors: int) -> tuple[Tensor, Tensor]:
+def _split(
+    items: Tensor, work: Tensor, slots: int, block_kv: int, step: int, processors: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Items much longer than a processor's share of the work, cut into pieces of half of that: (items, merges)."""
     code = _device_code()
+    split_entry, parts = max(block_kv // step, 1), max(step // block_kv, 1)
     shift = int(code.COLUMN_SHIFT.value)
     count, columns = items[:, 3] & ((1 << shift) - 1), items[:, 3] >> shift
     share = work.sum() // (2 * processors) + 1
@@ -365,8 +396,11 @@ def _split(items: Tensor, work: Tensor, slots: int, split_entry: int, processors
     final = nth == pieces[owner] - 1
     length = torch.where(exists, length | torch.where(final, columns[owner], 0) << shift, 0)
     dense = (kind & int(code.DENSE.value)) != 0
-    begin = torch.where(dense, begin - skipped, begin + skipped // split_entry)
-    kind = torch.where(dense & (nth > 0), kind & ((1 << int(code.DIAGONAL_SHIFT.value)) - 1), kind)
+    begin = torch.where(dense, begin - skipped, begin + skipped * parts // split_entry)
+    # Only a row's first piece crosses the diagonal and has the sinks, and only its last one lacks entries.
+    later = (1 << int(code.DIAGONAL_SHIFT.value)) - 1 | 3 << int(code.MISSING_SHIFT.value)
+    kind = torch.where(nth > 0, kind & later, kind)
+    kind = torch.where(final, kind, kind & ~(3 << int(code.MISSING_SHIFT.value)))
     slot = torch.where(many & exists, first_slot[owner] + nth, -1)
     pieced = torch.stack([row, sample_head, begin, length, kv_start, kind, slot, plan_row], 1).to(torch.int32)
 
@@ -390,7 +424,8 @@ class _Launches:
 class _Launch:
     """One launch with all that stays the same from call to call: a call puts its own tensors in.
 
-    arguments: the kernel's, those of the call None. boxes: descriptor contents of q, k, v, out and the two pools.
+    arguments: the kernel's, those of the call None. boxes: descriptor contents of q, k, v, out, the two pools, and
+    again of k and v in smaller boxes.
     """
 
     kernel: Any
@@ -417,7 +452,7 @@ class _Launch:
     ) -> tuple[list[Any], _Pair]:  # fmt: skip
         """The call's arguments, and its workspace."""
         arguments = list(self.arguments)
-        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool), strict=True)):
+        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool, k, v), strict=True)):
             if box is not None:
                 # Past the constructor, whose checks cost 5 us each and were made by `covers`.
                 made: Any = object.__new__(self.descriptor)
@@ -431,7 +466,7 @@ class _Launch:
         return arguments, (partial, partial_lse)
 
 
-OUT_ARGUMENT = 10  # place of p_out, which p_lse, p_sinks, p_part and p_part_lse follow
+OUT_ARGUMENT = 12  # place of p_out, which p_lse, p_sinks, p_part and p_part_lse follow
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -450,7 +485,9 @@ def _launch(
 ) -> _Launch:
     batch, heads, q_len, dim = q.shape
     key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
-    step = _step_keys(dim, plan.block_kv)
+    step = _step_keys(dim)
+    parts = _parts(plan, step)
+    narrow = plan.rule is not None and parts == 1
     rule, cap, sinks = plan.rule, softmax.softcap, softmax.sink_logits
     width, pool_heads = 0, heads if plan.heads == heads else key_heads
     boxes = [
@@ -460,7 +497,14 @@ def _launch(
         _box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
         None,
         None,
+        None,
+        None,
     ]
+    if parts > 1 or narrow:
+        code = _device_code()
+        rows = plan.block_kv if parts > 1 else int(code.NARROW_KEYS.value)
+        for i, x in enumerate((k, v)):
+            boxes[6 + i] = _box(x.shape, x.stride(), work.kv_end, rows, q.dtype, int(code.CHUNK.value))
     columns = plan.tokens is not None and plan.token_bits is not None
     if columns:
         assert plan.tokens is not None
@@ -477,8 +521,9 @@ def _launch(
         if span.q_end > span.q_first
     )
     flags = (
-        _stages(dim, step), 1 if dim == 256 else 2, plan.block_kv // step, plan.row_ptr is not None, rule is not None,
-        cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, dim == 256,
+        _stages(dim, step), 1 if dim == 256 else 2, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
+        rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, dim == 256,
+        narrow,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
@@ -491,7 +536,7 @@ def _launch(
         *flags,
     )  # fmt: skip
     launch = _Launch(None, work, arguments, _layout(half, dim, q.dtype)[0], tuple(boxes))
-    form = (q.device, q.dtype, dim, step, None if sinks is None else sinks.dtype, *flags)
+    form = (q.device, q.dtype, dim, step, plan.block_kv, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
         lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
@@ -531,10 +576,12 @@ def _layout(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int], A
     return TensorDescriptor, block, gl.NVMMASharedLayout.get_default_for(block, element)
 
 
-def _box(shape: Sequence[int], strides: Sequence[int], tokens: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a TMA descriptor of a tensor (B, heads, N, D) holds; tokens end at `tokens` and come in boxes of `rows`."""
+def _box(
+    shape: Sequence[int], strides: Sequence[int], tokens: int, rows: int, dtype: torch.dtype, width: int | None = None
+) -> dict[str, Any]:
+    """What a TMA descriptor of a tensor (B, heads, N, D) holds: tokens end at `tokens`, boxes are `rows` x `width`."""
     batch, heads, _, dim = shape
-    _, block, layout = _layout(rows, dim, dtype)
+    _, block, layout = _layout(rows, width or dim, dtype)
     steps = [s if n > 1 else dim for s, n in zip(strides[:3], shape[:3], strict=True)]
     contents = {"shape": [batch, heads, tokens, dim], "strides": [*steps, 1], "block_shape": block, "layout": layout}
     return {**contents, "padding": "zero", "round_f32_to_tf32": False}

@@ -2,7 +2,9 @@
 
 One persistent kernel, three roles a block: a producer warp (work counter, TMA loads of Q, K and V) and two consumer
 warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
-i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, or half of one.
+i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, half of one, or
+PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the 128-byte swizzle stores a
+tile: pieces of several entries in the right order are one tile.
 
 A work item is 8 int32 (the names below are its columns):
     ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
@@ -11,7 +13,9 @@ A work item is 8 int32 (the names below are its columns):
     COUNT   steps over entries, plus steps over single columns << COLUMN_SHIFT. 0: nothing to do, skip.
     KV      key index of position 0.
     KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; EMPTY for a row that keeps nothing; how
-            many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT.
+            many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT; NARROW: before all steps comes one
+            of NARROW_KEYS keys from position 0 on, of which the rule's sinks are kept; how many entries of a listed
+            item's last step are missing, << MISSING_SHIFT.
     SLOT    place of a partial result in the workspace, or -1.
     PLAN    the plan's row, for token bits.
 """
@@ -44,7 +48,12 @@ MAIL = gl.constexpr(16)
 DENSE = gl.constexpr(1 << 16)
 EMPTY = gl.constexpr(1 << 17)
 DIAGONAL_SHIFT = gl.constexpr(18)
+NARROW = gl.constexpr(1 << 20)
+MISSING_SHIFT = gl.constexpr(21)
 COLUMN_SHIFT = gl.constexpr(20)
+NARROW_KEYS = gl.constexpr(16)
+CHUNK = gl.constexpr(64)  # columns of a row that the 128-byte swizzle keeps together, in 16-bit elements
+NOWHERE = gl.constexpr(((1 << 29) - 4096) * 4 + 1)  # an entry past all keys: zeros by TMA, and masked
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -55,6 +64,8 @@ FAR = gl.constexpr(1 << 30)  # beyond any position
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+# Public from Triton 3.8 on.
+REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 def _rescale_asm(n):
@@ -119,6 +130,47 @@ def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.co
 
 
 @gluon.jit
+def _part(p_entries, start, i, part, count, kind, BN: gl.constexpr, PARTS: gl.constexpr):
+    """Entry `part` of step i, where a step is PARTS entries; `NOWHERE` where the last step has fewer."""
+    is_dense = (kind & DENSE) != 0
+    dense = ((start - i) * BN + part * (BN // PARTS)) * 4 + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
+    at = i * PARTS + part
+    listed = (at < count * PARTS - ((kind >> MISSING_SHIFT) & 3)) & (is_dense == 0)
+    return gl.where(is_dense, dense, gl.load(p_entries + start + at, mask=listed, other=NOWHERE))
+
+
+@gluon.jit
+def _parts_flags(p_entries, start, i, count, kind, BN: gl.constexpr, PARTS: gl.constexpr):
+    """All flags of the entries of step i."""
+    flags = 0
+    for part in gl.static_range(PARTS):
+        flags = flags | _part(p_entries, start, i, part, count, kind, BN, PARTS)
+    return flags & 3
+
+
+@gluon.jit
+def _mask_parts(
+    s, query, low, sink, p_entries, start, i, count, kind, L: gl.constexpr, RULE: gl.constexpr, PARTS: gl.constexpr
+):
+    """`_mask` of a step of several entries, read again: few steps have a flag."""
+    ROWS: gl.constexpr = s.shape[1] // PARTS
+    lane = gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+    key = lane * 0 - 1
+    for part in gl.static_range(PARTS):
+        e = _part(p_entries, start, i, part, count, kind, s.shape[1], PARTS)
+        key = gl.where((lane // ROWS == part) & ((e & 1) != 0), (e >> 2) + lane - part * ROWS, key)
+    s = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
+    if RULE:
+        near = lane * 0 + FAR
+        for part in gl.static_range(PARTS):
+            e = _part(p_entries, start, i, part, count, kind, s.shape[1], PARTS)
+            at = (e >> 2) + lane - part * ROWS
+            near = gl.where((lane // ROWS == part) & ((e & 2) != 0) & (at >= sink), at, near)
+        s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
+    return s
+
+
+@gluon.jit
 def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr):
     """-inf where causality or the token rule drops the pair, each where the step's flags ask for it.
 
@@ -134,6 +186,29 @@ def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr)
             near = gl.where(key < sink, FAR, key)
             s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
     return s
+
+
+@gluon.jit
+def _mask_step(
+    s, query, low, sink, e, p_entries, start, i, count, kind,
+    L: gl.constexpr, RULE: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        return _mask_parts(s, query, low, sink, p_entries, start, i, count, kind, L, RULE, PARTS)
+    else:
+        return _mask(s, query, low, sink, e >> 2, e, L, RULE)
+
+
+@gluon.jit
+def _first_rows(buffer, ROWS: gl.constexpr):
+    """(ROWS, D): what `_load_part` put first into a buffer (1, 1, BN, D)."""
+    D: gl.constexpr = buffer.shape[3]
+    SHAPE: gl.constexpr = [buffer.shape[2] // ROWS, 1, 1, ROWS, D]
+    if REINTERPRET:
+        tiles = buffer.reinterpret(buffer.dtype, SHAPE, buffer.layout)
+    else:
+        tiles = buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
+    return tiles.index(0).reshape([ROWS, D])
 
 
 @gluon.jit
@@ -175,6 +250,54 @@ def _load_keys(desc, at, full, buffer):
 
 
 @gluon.jit
+def _load_part(desc, sample, head, key, part, full, buffer, PARTS: gl.constexpr):
+    """Box `part` of a buffer (1, 1, BN, D) of PARTS boxes, a chunk of columns at a time; the caller expects the bytes.
+
+    PARTS may also be more than are loaded: then the boxes are the first rows of a smaller tile of the same layout.
+    """
+    ROWS: gl.constexpr = desc.block_type.shape[2]
+    CHUNKS: gl.constexpr = buffer.shape[3] // CHUNK
+    SHAPE: gl.constexpr = [buffer.shape[2] // ROWS * CHUNKS, 1, 1, ROWS, CHUNK]
+    if REINTERPRET:
+        pieces = buffer.reinterpret(buffer.dtype, SHAPE, desc.layout)
+    else:
+        pieces = buffer._reinterpret(buffer.dtype, SHAPE, desc.layout)
+    for chunk in gl.static_range(CHUNKS):
+        _tma_load(desc, [sample, head, key, chunk * CHUNK], full, pieces.index(chunk * PARTS + part))
+
+
+@gluon.jit
+def _load_entries(
+    d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS: gl.constexpr,
+):  # fmt: skip
+    """K and V of step i: entry `e`, or the PARTS entries in `p_entries`."""
+    BN: gl.constexpr = k.shape[2]
+    if PARTS == 1:
+        mbarrier.wait(k_free, phase ^ 1)
+        _load_keys(d_k, [sample, key_head, kv_start + (e >> 2), 0], k_full, k)
+        mbarrier.wait(v_free, phase ^ 1)
+        _load_keys(d_v, [sample, key_head, kv_start + (e >> 2), 0], v_full, v)
+    elif (kind & DENSE) != 0:
+        key = kv_start + (start - i) * BN
+        mbarrier.wait(k_free, phase ^ 1)
+        _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
+        mbarrier.wait(v_free, phase ^ 1)
+        _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
+    else:
+        mbarrier.wait(k_free, phase ^ 1)
+        mbarrier.expect(k_full, d_k.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
+            _load_part(d_part_k, sample, key_head, key, part, k_full, k, PARTS)
+        mbarrier.wait(v_free, phase ^ 1)
+        mbarrier.expect(v_full, d_v.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
+            _load_part(d_part_v, sample, key_head, key, part, v_full, v, PARTS)
+
+
+@gluon.jit
 def _item(p_items, t, items):
     p_item = p_items + t * ITEM
     there = t < items
@@ -189,38 +312,44 @@ def _item(p_items, t, items):
 
 @gluon.jit
 def _load_step(
-    d_k, d_v, d_pool_k, d_pool_v, k, v, k_full, k_free, v_full, v_free, phase,
-    sample, key_head, key, pool_head, column_step, COLUMNS: gl.constexpr,
+    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, kv_start, sample, key_head, e, pool_head,
+    PARTS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """K and V of a step, from the key index `key` on, or of single columns where `column_step` is not negative."""
+    """K and V of step i, which is entry `e` (PARTS of them in `p_entries`), or single columns from `count` on."""
     BN: gl.constexpr = k.shape[2]
-    mbarrier.wait(k_free, phase ^ 1)
+    column = i - count
     if COLUMNS:
-        if column_step < 0:
-            _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
+        if column >= 0:
+            mbarrier.wait(k_free, phase ^ 1)
+            _load_keys(d_pool_k, [sample, pool_head, column * BN, 0], k_full, k)
+            mbarrier.wait(v_free, phase ^ 1)
+            _load_keys(d_pool_v, [sample, pool_head, column * BN, 0], v_full, v)
         else:
-            _load_keys(d_pool_k, [sample, pool_head, column_step * BN, 0], k_full, k)
-        mbarrier.wait(v_free, phase ^ 1)
-        if column_step < 0:
-            _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
-        else:
-            _load_keys(d_pool_v, [sample, pool_head, column_step * BN, 0], v_full, v)
+            _load_entries(
+                d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+                p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS,
+            )  # fmt: skip
     else:
-        _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
-        mbarrier.wait(v_free, phase ^ 1)
-        _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
+        _load_entries(
+            d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+            p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS,
+        )  # fmt: skip
 
 
 @gluon.jit
 def _produce(
-    d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-    p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool,
-    SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
+    d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free,
+    mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head,
+    heads_per_plan, heads_per_pool,
+    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
     HALF: gl.constexpr = d_q.block_type.shape[2]
     BN: gl.constexpr = d_k.block_type.shape[2]
+    NARROW_BYTES: gl.constexpr = d_k.block_type.nbytes // BN * NARROW_KEYS
     slot = 0
     phase = 0
     q_slot = 0
@@ -247,8 +376,12 @@ def _produce(
             _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
             _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
             q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
-            e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
-            e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            if PARTS > 1:
+                e = _parts_flags(p_entries, start, 0, listed, kind, BN, PARTS)
+                e1 = _parts_flags(p_entries, start, 1, listed, kind, BN, PARTS)
+            else:
+                e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
             _send(mail, m_slot * MAIL + ROW, row)
             _send(mail, m_slot * MAIL + HEAD, sample_head)
@@ -269,21 +402,31 @@ def _produce(
                 _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
             mbarrier.arrive(m_full.index(m_slot), count=1)
             m_slot, m_phase = _next(m_slot, m_phase, 2)
-            key = kv_start + (e >> 2)
+            if NARROW_FORM:
+                if (kind & NARROW) != 0:
+                    mbarrier.wait(k_free.index(slot), phase ^ 1)
+                    mbarrier.expect(k_full.index(slot), NARROW_BYTES)
+                    _load_part(d_part_k, sample, key_head, kv_start, 0, k_full.index(slot), ks.index(slot), 1)
+                    mbarrier.wait(v_free.index(slot), phase ^ 1)
+                    mbarrier.expect(v_full.index(slot), NARROW_BYTES)
+                    _load_part(d_part_v, sample, key_head, kv_start, 0, v_full.index(slot), vs.index(slot), 1)
+                    slot, phase = _next(slot, phase, STAGES)
             _load_step(
-                d_k, d_v, d_pool_k, d_pool_v, ks.index(slot), vs.index(slot), k_full.index(slot), k_free.index(slot),
-                v_full.index(slot), v_free.index(slot), phase, sample, key_head, key, pool_head, 0 - listed, COLUMNS,
+                d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, ks.index(slot), vs.index(slot), k_full.index(slot),
+                k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries, start, 0, listed, kind,
+                kv_start, sample, key_head, e, pool_head, PARTS, COLUMNS,
             )  # fmt: skip
             slot, phase = _next(slot, phase, STAGES)
             # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
             row, sample_head, start1, count, next_kv_start, kind1 = _item(p_items, t, items)
             for i in range(1, steps):
-                key = kv_start + (e1 >> 2)
-                e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                now = e1
+                if PARTS == 1:
+                    e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
                 _load_step(
-                    d_k, d_v, d_pool_k, d_pool_v, ks.index(slot), vs.index(slot), k_full.index(slot),
-                    k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, sample, key_head, key, pool_head,
-                    i - listed, COLUMNS,
+                    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, ks.index(slot), vs.index(slot),
+                    k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
+                    start, i, listed, kind, kv_start, sample, key_head, now, pool_head, PARTS, COLUMNS,
                 )  # fmt: skip
                 slot, phase = _next(slot, phase, STAGES)
             start = start1
@@ -301,13 +444,63 @@ def _produce(
 
 
 @gluon.jit
+def _advance(
+    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns,
+    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Step i of a row: Q K^T and softmax of this step, P V of the one before, whose buffer is `before`."""
+    STAGES: gl.constexpr = ks.shape[0]
+    HALF: gl.constexpr = acc.shape[0]
+    D: gl.constexpr = acc.shape[1]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    LO: gl.constexpr = acc.type.layout
+    now = e
+    if not COLUMNS:
+        if PARTS > 1:
+            e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
+        else:
+            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+    zero = gl.zeros([HALF, BN], gl.float32, L)
+    s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_free.index(slot), count=1)
+    s = _cap(s, cap_scale, CAP)
+    if COLUMNS:
+        s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
+    elif LISTED or BN < 2 * HALF:  # else only the first step of a tile crosses the diagonal
+        if (now & 3) != 0:
+            s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
+    m_new = gl.maximum(m, _row_max(s, L) * scale2)
+    # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
+    m_new = gl.where(m_new > m + 8.0, m_new, m)
+    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+    alpha = gl.exp2(m - m_new)
+    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+    l = l * alpha_l + gl.sum(_by_eight(p), 1)
+    # The waits for the next K and V stand here on purpose: they start a new basic block, which keeps ptxas
+    # from moving the wait for P V above the exponentials.
+    slot1, phase1 = _next(slot, phase, STAGES)
+    mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
+    mbarrier.wait(v_full.index(slot), phase)
+    acc = warpgroup_mma_wait(0, deps=(o,))
+    mbarrier.arrive(v_free.index(before), count=1)
+    acc = _rescale(acc, alpha, LO)
+    pb = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
+    return acc, l, m_new, pb, e, slot1, phase1, slot
+
+
+@gluon.jit
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
     p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
     scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample,
-    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
-    LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
-    OUT_IN_Q: gl.constexpr,
+    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
+    CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
+    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -317,8 +510,12 @@ def _consume(
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     LP: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
+    LN: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NARROW_KEYS, 16]
+    )
     scale2 = scale * LOG2E
     zero = gl.zeros([HALF, BN], gl.float32, L)
+    zero_narrow = gl.zeros([HALF, NARROW_KEYS], gl.float32, LN)
     slot = 0
     phase = 0
     q_slot = 0
@@ -357,6 +554,28 @@ def _consume(
         acc = gl.zeros([HALF, D], gl.float32, LO)
         q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
         mbarrier.wait(q_full.index(q_slot), q_phase)
+        m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
+        l = gl.sum(_by_eight(zero), 1)
+        if NARROW_FORM:
+            if (kind & NARROW) != 0:
+                mbarrier.wait(k_full.index(slot), phase)
+                few = _first_rows(ks.index(slot), NARROW_KEYS).permute((1, 0))
+                s = warpgroup_mma(q, few, zero_narrow, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                mbarrier.arrive(k_free.index(slot), count=1)
+                s = _cap(s, cap_scale, CAP)
+                key = gl.arange(0, NARROW_KEYS, gl.SliceLayout(0, LN))
+                s = gl.where(gl.expand_dims(key < sink, 0), s, float("-inf"))
+                top = gl.maximum(gl.max(s, 1) * scale2, FLOOR)
+                p = gl.exp2(s * scale2 - gl.expand_dims(top, 1))
+                m = gl.convert_layout(top, gl.SliceLayout(1, L))
+                l = gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout)
+                pb = gl.convert_layout(p.to(ks.dtype), LP)
+                mbarrier.wait(v_full.index(slot), phase)
+                acc = warpgroup_mma(pb, _first_rows(vs.index(slot), NARROW_KEYS), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(v_free.index(slot), count=1)
+                slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(k_full.index(slot), phase)
         s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
@@ -366,54 +585,39 @@ def _consume(
             if listed == 0:
                 s = _mask_columns(s, query, p_row_tokens, p_row_bits, 0, columns, L)
             elif (e & 3) != 0:
-                s = _mask(s, query, low, sink, e >> 2, e, L, RULE)
+                s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
         elif (e & 3) != 0:
-            s = _mask(s, query, low, sink, e >> 2, e, L, RULE)
-        m = gl.maximum(_row_max(s, L) * scale2, FLOOR)
-        p = gl.exp2(s * scale2 - gl.expand_dims(m, 1))
-        l = gl.sum(_by_eight(p), 1)
+            s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
+        m_new = gl.maximum(m, _row_max(s, L) * scale2)
+        p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+        if NARROW_FORM:
+            alpha = gl.exp2(m - m_new)
+            alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+            l = l * alpha_l + gl.sum(_by_eight(p), 1)
+            acc = _rescale(acc, alpha, LO)
+        else:
+            l = gl.sum(_by_eight(p), 1)
+        m = m_new
         pb = gl.convert_layout(p.to(ks.dtype), LP)
         e = e1
         before = slot
         mbarrier.wait(v_full.index(slot), phase)
         slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(k_full.index(slot), phase, pred=steps > 1)
-        for i in range(1, steps):
-            now = e
-            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
-            s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-            o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(k_free.index(slot), count=1)
-            s = _cap(s, cap_scale, CAP)
-            if COLUMNS:
-                if i >= listed:
-                    s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
-                elif (now & 3) != 0:
-                    s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
-            elif LISTED or BN < 2 * HALF:  # else only the first step of a tile crosses the diagonal
-                if (now & 3) != 0:
-                    s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
-            m_new = gl.maximum(m, _row_max(s, L) * scale2)
-            # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
-            m_new = gl.where(m_new > m + 8.0, m_new, m)
-            p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
-            alpha = gl.exp2(m - m_new)
-            m = m_new
-            alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-            l = l * alpha_l + gl.sum(_by_eight(p), 1)
-            # The waits for the next K and V stand here on purpose: they start a new basic block, which keeps ptxas
-            # from moving the wait for P V above the exponentials.
-            slot1, phase1 = _next(slot, phase, STAGES)
-            mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
-            mbarrier.wait(v_full.index(slot), phase)
-            acc = warpgroup_mma_wait(0, deps=(o,))
-            mbarrier.arrive(v_free.index(before), count=1)
-            acc = _rescale(acc, alpha, LO)
-            pb = gl.convert_layout(p.to(ks.dtype), LP)
-            before = slot
-            slot = slot1
-            phase = phase1
+        # Two loops, since what masks entries and what masks columns do not fit the registers together.
+        for i in range(1, gl.maximum(listed, 1)):
+            acc, l, m, pb, e, slot, phase, before = _advance(
+                acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
+                SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False,
+            )  # fmt: skip
+        if COLUMNS:
+            for i in range(gl.maximum(listed, 1), steps):
+                acc, l, m, pb, e, slot, phase, before = _advance(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits,
+                    columns, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True,
+                )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
         acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
@@ -516,13 +720,13 @@ POINTERS = [
 # of the same types (hopper.py does, past Triton's own 40 us of argument handling).
 @gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def attention(
-    d_q, d_k, d_v, d_o, d_pool_k, d_pool_v,
+    d_q, d_k, d_v, d_o, d_pool_k, d_pool_v, d_part_k, d_part_v,
     p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
     scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan, heads_per_pool,
     columns, token_sample,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
-    CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
-    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
+    RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr, EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
@@ -559,18 +763,19 @@ def attention(
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
                 queries, q_offset, heads_per_plan, columns, token_sample,
-                0, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q,
+                0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
             )),
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
                 queries, q_offset, heads_per_plan, columns, token_sample,
-                1, SPLIT_ENTRY, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q,
+                1, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
             )),
             (_produce, (
-                d_q, d_k, d_v, d_pool_k, d_pool_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free, mail,
-                m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head,
-                heads_per_plan, heads_per_pool, SPLIT_ENTRY, LISTED, RULE, COLUMNS, SPLIT,
+                d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free,
+                v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group,
+                rule_sample, rule_head, heads_per_plan, heads_per_pool, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS,
+                SPLIT, NARROW_FORM,
             )),
         ],
         [4, 1],

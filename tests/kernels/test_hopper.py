@@ -178,8 +178,9 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
     """int32 (B, H, Q, K): how often the work list computes each pair, by the device code's rules, in plain Python."""
     g = plan.geometry
     q, k = torch.empty(g.batch, HEADS, g.q_len, dim), torch.empty(g.batch, KEY_HEADS, g.kv_len, dim)
-    step = host._step_keys(dim, plan.block_kv)
-    split_entry = plan.block_kv // step
+    step = host._step_keys(dim)
+    split_entry, parts = max(plan.block_kv // step, 1), host._parts(plan, step)
+    width = step // parts
     got = torch.zeros(g.batch, HEADS, g.q_len, g.kv_len, dtype=torch.int32)
     for work in host._works(plan, q, k):
         seen: dict[int, int] = {}
@@ -189,6 +190,7 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
                 continue
             sample, head = divmod(sample_head, HEADS)
             low, high, dense, empty, diagonal = kind & 255, kind >> 8 & 255, kind >> 16 & 1, kind >> 17 & 1, kind >> 18
+            narrow, missing = not dense and kind >> 20 & 1, 0 if dense else kind >> 21 & 3
             lane = torch.arange(low, high)
             query = lane + row + g.q_offset - kv_start
             if empty:
@@ -196,18 +198,24 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
             listed, columns = count & 0xFFFFF, count >> 20
             if slot >= 0:
                 seen[slot] = row
-            i = torch.arange(listed)
-            entry = (begin - i) * step * 4 + (i < diagonal)
-            if not dense:
+            i = torch.arange(listed * parts)
+            if dense:
+                entry = ((begin - i // parts) * step + i % parts * width) * 4 + (i // parts < diagonal)
+            else:
                 assert plan.entries is not None
+                i = i[: len(i) - missing]
                 entry = plan.entries[begin + i // split_entry] + i % split_entry * step * 4
-            key = ((entry >> 2)[:, None] + torch.arange(step)).flatten()
-            flags = (entry & 3).repeat_interleave(step)
+            key = ((entry >> 2)[:, None] + torch.arange(width)).flatten()
+            flags = (entry & 3).repeat_interleave(width)
             ok = (flags == 0) | (key <= query[:, None])
             if plan.rule is not None and not dense:
                 shape = plan.rule.shape
                 of_head = head // (HEADS // plan.heads) if shape[1] > 1 else 0
                 sink, window, dense_from = plan.rule[sample if shape[0] > 1 else 0, of_head].tolist()
+                if narrow:
+                    few = torch.arange(16)
+                    kept = (few < sink)[None].expand(high - low, -1)
+                    _count(got[sample, head, row + low : row + high], kept, few + kv_start)
                 ruled = (key < sink) | (query[:, None] - key < window) | (query[:, None] >= dense_from)
                 ok &= (flags & RULE == 0) | ruled
             _count(got[sample, head, row + low : row + high], ok, key + kv_start)
@@ -243,6 +251,8 @@ def test_work_list_computes_the_plan(
         monkeypatch.setattr(host, "SHORTEST_PIECE", 1)
         monkeypatch.setattr(host, "_processors", lambda device: 1000)
     block_kv, dim = (128, 128) if not split else (64, 64) if geometry.batch == 1 else (128, 256)
+    if split and geometry.q_len == 200:
+        block_kv, dim = 32, 128
     plan = make(geometry.with_tile(128, block_kv))
     expected = plan.multiplicity().repeat_interleave(HEADS // plan.heads, 1)
     assert torch.equal(_pairs_of_work(plan, dim), expected)
@@ -294,6 +304,7 @@ def test_covers_names_the_reason() -> None:
 
 OFFLINE = """
 import re, subprocess, sys, tempfile, warnings
+from dataclasses import replace
 from pathlib import Path
 warnings.simplefilter("ignore")
 import torch, triton
@@ -312,8 +323,12 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, hopper
 from sparsekit.plan import TokenRule, plan_from_rule
 dim, dtype, sinks, lse = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "sinks", sys.argv[4] == "lse"
+block_kv, columns = int(sys.argv[5]), sys.argv[6] == "columns"
 q, k = torch.empty(1, 8, 2048, dim, dtype=dtype), torch.empty(1, 2, 2048, dim, dtype=dtype)
-plan = plan_from_rule(TokenRule(8, 512, 1920), Geometry.of(2048, block_q=128, block_kv=128))
+plan = plan_from_rule(TokenRule(8, 512, 1920), Geometry.of(2048, block_q=128, block_kv=block_kv))
+if columns:
+    tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(16, 4, dtype=torch.int32)
+    plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
 kernel = hopper.compile_form(q, k, k, plan, Softmax(0.1, None, torch.zeros(8) if sinks else None), lse)
 with tempfile.TemporaryDirectory() as folder:
     ptx, cubin = Path(folder, "x.ptx"), Path(folder, "x.cubin")
@@ -336,13 +351,25 @@ print("SHARED", kernel.metadata.shared, "HGMMA", sass.count("HGMMA"), "STEPS", l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dim", "dtype", "sinks", "lse"),
-    [(128, "bfloat16", "", ""), (64, "float16", "", ""), (256, "bfloat16", "", ""), (128, "bfloat16", "sinks", "lse")],
+    ("dim", "dtype", "sinks", "lse", "block_kv", "columns"),
+    [
+        (128, "bfloat16", "", "", 128, ""),
+        (64, "float16", "", "", 128, ""),
+        (256, "bfloat16", "", "", 128, ""),
+        (128, "bfloat16", "sinks", "lse", 128, ""),
+        (128, "bfloat16", "", "", 64, "columns"),
+        (128, "float16", "", "", 32, ""),
+    ],
 )
-def test_compiles_for_sm_90(dim: int, dtype: str, sinks: str, lse: str, tmp_path: Path) -> None:
+def test_compiles_for_sm_90(
+    dim: int, dtype: str, sinks: str, lse: str, block_kv: int, columns: str, tmp_path: Path
+) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(dim), dtype, sinks, lse], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", OFFLINE, str(dim), dtype, sinks, lse, str(block_kv), columns],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout
@@ -351,8 +378,9 @@ def test_compiles_for_sm_90(dim: int, dtype: str, sinks: str, lse: str, tmp_path
     )
     assert shared <= SHARED_MEMORY
     assert hgmma >= 48
-    assert steps == 2 and spilled == 0  # the step loops of the two consumers
-    if dim < 256:
+    assert steps == (4 if columns else 2)  # the step loops of the two consumers
+    assert spilled <= (16 if columns else 0)  # 0 with Triton 3.6, 9 with 3.9, in the loop over columns
+    if dim < 256 and not columns:
         assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "C75" not in said  # ptxas: wgmma serialised, or register reallocation ignored
 
@@ -414,7 +442,10 @@ def _agrees(
     assert float(error.norm()) <= whole * float(expected.norm())
     seen = expected_lse.isfinite()
     assert not out[~seen].any()
-    assert bool((error.norm(dim=-1)[seen] < worst * expected.norm(dim=-1)[seen]).all())
+    # A row of outputs below float16's normal numbers (a sink logit that takes all but 1e-7) has no relative precision.
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    allowed = worst * expected.norm(dim=-1) + step * dim**0.5
+    assert bool((error.norm(dim=-1) < allowed)[seen].all())
     assert torch.equal(lse == float("-inf"), ~seen)
     assert bool(((lse.double() - expected_lse)[seen].abs() < 1e-3).all())
 
@@ -424,6 +455,27 @@ def _agrees(
 @pytest.mark.parametrize("make", PLANS)
 def test_card(make: Callable[[Geometry], BlockPlan], geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     _agrees(make(geometry), Softmax(128**-0.5), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_kv", [32, 64])
+@pytest.mark.parametrize("geometry", [GEOMETRIES[1], GEOMETRIES[3], GEOMETRIES[5], GEOMETRIES[7]], ids=str)
+@pytest.mark.parametrize("make", PLANS[1:])
+def test_card_steps_of_several_entries(
+    make: Callable[[Geometry], BlockPlan], geometry: Geometry, block_kv: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _agrees(make(geometry.with_tile(128, block_kv)), Softmax(128**-0.5), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sink", [1, 8, 16, 17])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_card_sinks_alone(sink: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose first tile is sinks and nothing else, with sinks that carry most of the mass, and next to none."""
+    for geometry in (_tiled(900), _tiled(200, 900), _tiled(900, batch=2, kv_start=(0, 130))):
+        rules = [TokenRule(sink, 200, span.prompt_tokens - 20) for span in geometry.spans]
+        for gain in (1.0, 20.0):
+            _agrees(plan_from_rule(rules, geometry), Softmax(dim**-0.5), monkeypatch, dim, gain=gain)
 
 
 @pytest.mark.gpu
