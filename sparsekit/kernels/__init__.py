@@ -68,13 +68,16 @@ def attend(
         SparsekitError: shapes, dtypes, devices or a plan that do not fit together, gradients asked for, or an `impl`
             that cannot run this call.
     """
-    _check(q, k, v, plan, sink_logits)
+    _check_once(q, k, v, plan, sink_logits)
     softmax = Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap, sink_logits)
     ran = choose_call(q, k, v, plan, softmax, impl=impl, return_lse=return_lse).impl
     if ran == "reference":
         out, lse = attend_reference(q, k, v, plan, softmax)
         return (out, lse) if return_lse else out
-    _check_plan_device(q, plan)
+    on_device = ("on", q.device)
+    if on_device not in plan.memo:
+        _check_plan_device(q, plan)
+        plan.memo[on_device] = True
     out, maybe = _function(ran)(q, k, v, plan, softmax, return_lse)
     return out if maybe is None else (out, maybe)
 
@@ -208,6 +211,20 @@ def preferred_tile(device: torch.device | str) -> tuple[int, int]:
     return (128, 128) if choose(device) == "hopper" else (128, 64)
 
 
+def _check_once(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sink_logits: Tensor | None) -> None:
+    """`_check`, whose answer the plan remembers: a decoder's layers call alike, and each call counts microseconds."""
+    tensors = (q, k, v) if sink_logits is None else (q, k, v, sink_logits)
+    key = ("checked", *[(x.shape, x.dtype, x.device) for x in tensors])
+    if key not in plan.memo:
+        _check(q, k, v, plan, sink_logits)
+        plan.memo[key] = True
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise SparsekitError(
+            "sparse attention is forward only: run it under torch.inference_mode() or torch.no_grad() (model.eval() "
+            "alone keeps gradients on), or `with handle.pause():` to train with the model's own attention."
+        )
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sink_logits: Tensor | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise SparsekitError(f"q, k, v need 4 dimensions (B, heads, tokens, D), got {q.ndim}, {k.ndim}, {v.ndim}.")
@@ -236,11 +253,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sink_logits: Tensor
         raise SparsekitError(f"plan with {plan.heads} heads: want 1, {key_heads} (key heads) or {heads} (query heads).")
     if kv_len > FARTHEST:
         raise SparsekitError(f"{kv_len} keys: a plan's entries hold positions below {FARTHEST}.")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise SparsekitError(
-            "sparse attention is forward only: run it under torch.inference_mode() or torch.no_grad() (model.eval() "
-            "alone keeps gradients on), or `with handle.pause():` to train with the model's own attention."
-        )
 
 
 def _check_plan_device(q: Tensor, plan: BlockPlan) -> None:
