@@ -66,6 +66,11 @@ app.add_typer(plots_app, name="plots")
 bench_app = typer.Typer(help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
+convert_app = typer.Typer(
+    help="Write a config from another project's file.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(convert_app, name="convert")
+
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Length of the prompt, in tokens.")]
 Model = Annotated[
@@ -188,19 +193,58 @@ def _plots_mask(
     typer.echo(str(output))
 
 
-# Its options are bench.py's own, so that the card needs neither typer nor this file.
-@bench_app.command(
-    "kernel",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")]
+
+
+@convert_app.command("minference")
+def _convert_minference(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="Patterns of heads, as in minference/configs.")],
+    output: Yaml,
+) -> None:
+    """MInference's JSON file of head patterns."""
+    with _busy("converting"):
+        from sparsekit.convert import convert_minference
+
+        convert_minference(file, output)
+    typer.echo(str(output))
+
+
+@convert_app.command("xattention")
+def _convert_xattention(
+    file: Annotated[Path, typer.Argument(metavar="TABLE", help="Thresholds, a row a layer: text, JSON or Python.")],
+    output: Yaml,
+    table: Annotated[str | None, typer.Option("--table", help="Its name, where the file holds several.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="What it was made for; default by its name.")] = None,
+) -> None:
+    """XAttention's table of thresholds."""
+    with _busy("converting"):
+        from sparsekit.convert import convert_xattention
+
+        convert_xattention(file, output, table=table, stride=stride)
+    typer.echo(str(output))
+
+
+# The benches' options are their own: lists without repeating the option, and a door without typer.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@bench_app.command("kernel", context_settings=_PASS_ON)
 def _bench_kernel(context: typer.Context) -> None:
     """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first. `--help` lists options."""
-    from sparsekit.bench import main as bench_main
+    from sparsekit.bench import kernel
 
-    raise typer.Exit(bench_main(context.args))
+    raise typer.Exit(kernel.main(context.args))
 
 
-# ---- the same as Python functions (explain, plots and demo have modules of their own)
+@bench_app.command("dynamic", context_settings=_PASS_ON)
+def _bench_dynamic(context: typer.Context) -> None:
+    """Dynamic patterns: density, recall, error, cost of estimating and attending. `--help` lists options."""
+    from sparsekit.bench import dynamic_command
+
+    raise typer.Exit(dynamic_command.main(context.args))
+
+
+# ---- the same as Python functions (explain, plots, convert and demo have modules of their own)
 
 
 def describe_patterns() -> list[dict[str, Any]]:

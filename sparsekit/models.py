@@ -14,8 +14,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,17 @@ from sparsekit.errors import SparsekitError, nearest
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "ArchFacts", "EmbeddedModel", "cache_folder", "facts", "fast_dtype", "load", "tiny"]
+__all__ = [
+    "EMBEDDED",
+    "ArchFacts",
+    "EmbeddedModel",
+    "cache_folder",
+    "capture_attention",
+    "facts",
+    "fast_dtype",
+    "load",
+    "tiny",
+]
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,53 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     finally:
         torch.set_num_threads(threads)
     return torch.float32 if seconds[torch.float32] < 0.5 * seconds[torch.bfloat16] else torch.bfloat16
+
+
+class _AllCaptured(Exception):
+    """Ends a forward whose remaining layers nobody asked for."""
+
+
+@torch.no_grad()
+def capture_attention(
+    model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int] | None = None
+) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """q (1, H, N, D), k and v (1, G, N, D) as each attention layer gets them while the model reads `ids` (1, N).
+
+    The model's own attention runs as ever, wrapped for the time of this call; the forward ends with the last of
+    `layers` (default all).
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = model.config.get_text_config(decoder=True)
+    count, name = config.num_hidden_layers, config._attn_implementation
+    wanted = set(range(count) if layers is None else layers)
+    if not wanted or not wanted <= set(range(count)):
+        raise SparsekitError(f"layers={sorted(wanted)}: at least one, out of 0..{count - 1}.")
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        raise SparsekitError(f"attention implementation {name!r} does not go through transformers' interface.")
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before, own = local.get(name), ALL_ATTENTION_FUNCTIONS[name]
+    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def capture(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module.layer_idx in wanted:
+            found[module.layer_idx] = (q.clone(), k.clone(), v.clone())
+        if found.keys() == wanted:
+            raise _AllCaptured
+        return own(module, q, k, v, *args, **kwargs)
+
+    local[name] = capture
+    try:
+        with suppress(_AllCaptured):
+            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        if before is None:
+            del local[name]
+        else:
+            local[name] = before
+    if found.keys() != wanted:
+        raise SparsekitError(f"layers {sorted(wanted - found.keys())} of {model.config.model_type} ran no attention.")
+    return found
 
 
 def tiny(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """The kernel, timed: correctness first, then medians and spreads beside the best alternatives, in one run on one card.
 
-    python -m sparsekit.bench --out docs/results/kernel.jsonl
+    sparsekit bench kernel --out docs/results/kernel.jsonl
 
 Peers: PyTorch's SDPA on cuDNN and on FlashAttention-2, and compiled FlexAttention on the same static masks, whose mask
 is built outside the clock and timed apart. A rate counts what is visited: `2 N^2 D H` for dense, `4 BM BN D` a tile.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.bench.timing import Record, place, rounds, spread
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, attend, choose_call, choose_device
@@ -37,8 +36,6 @@ RANDOM_DENSITY = 0.1
 COLUMNS = 1024
 # FlexAttention's mask is evaluated pair by pair, and its dense form runs at half the rate: longer ones are left out.
 FLEX_DENSE_TOKENS = 32768
-SPREAD = (0.5, 0.2, 0.8)
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ def bench_kernel(
         show: gets a line for every row.
 
     Returns:
-        One dict a row: case, impl, tokens, ms (median), ms_p20, ms_p80, tflops, times faster than cuDNN's dense, and
-        what it ran on.
+        One dict a row: case, impl, tokens, ms (median), ms_p20, ms_p80, tflops, times faster than cuDNN's dense, peak
+        memory over that of inputs, output and plan, and what it ran on.
 
     Raises:
         SparsekitError: no CUDA device, an unknown case or peer, or a kernel whose numbers are wrong (nothing is timed).
@@ -103,7 +100,7 @@ def bench_kernel(
                 raise SparsekitError(f"{name}={value!r}: out of {', '.join(allowed)}.{nearest(value, allowed)}")
     impls = _kernels() if impls is None else impls
     element = getattr(torch, dtype)
-    record = _Record(Path(out) if out else None, show)
+    record = _Record(out, show)
     for impl in impls:
         record.add(_correctness(impl, heads, key_heads, dim, element))
     for tokens in lengths:
@@ -132,23 +129,12 @@ def _kernels() -> list[str]:
     return names
 
 
-class _Record:
-    """Rows so far: kept, written, shown, each with where it ran."""
+class _Record(Record):
+    """Rows so far, each beside cuDNN's dense of its length, and shown as it comes."""
 
-    def __init__(self, path: Path | None, show: Callable[[str], None] | None) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.path, self.show = path, show
-        self.place = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-            "command": " ".join(["python -m sparsekit.bench", *sys.argv[1:]]),
-        }
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+    def __init__(self, path: Path | str | None, show: Callable[[str], None] | None) -> None:
+        super().__init__(path, place(torch.device("cuda")))
+        self.show = show
 
     def add(self, row: dict[str, Any]) -> None:
         base = next(
@@ -161,18 +147,9 @@ class _Record:
         )
         if base is not None and row.get("ms"):
             row["times_cudnn_dense"] = round(base / row["ms"], 3)
-        self.rows.append({**row, **self.place})
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+        super().add(row)
         if self.show is not None:
             self.show("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 # ---- inputs, plans
@@ -331,6 +308,7 @@ def _rows(
             extra = {"plan_ms": round((time.perf_counter() - start) * 1e3, 3), "plan_bytes": plan.nbytes}
             ran = choose_call(q, k, v, plan, Softmax(shape.dim**-0.5), impl=impl).impl
             extra["block_kv"] = plan.block_kv
+            extra["memory"] = _memory(q, k, v, plan, impl)
             runs.append(_Run(ran, _attend(q, k, v, plan, impl), _flops(plan, shape), extra))
         yield from _timed(case, shape, runs, repeat_ms)
         del runs
@@ -338,36 +316,30 @@ def _rows(
     torch.cuda.empty_cache()
 
 
+def _memory(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str) -> float:
+    """Peak memory of `attend` with a schedule made, of what its inputs, output and plan take."""
+    attend(q, k, v, plan, impl=impl)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(q, k, v, plan, impl=impl)
+    torch.cuda.synchronize()
+    needed = 2 * q.nbytes + k.nbytes + v.nbytes + plan.nbytes
+    return round((torch.cuda.max_memory_allocated() - before - q.nbytes + needed) / needed, 4)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str) -> Callable[[], Any]:
     return lambda: attend(q, k, v, plan, impl=impl)
 
 
 def _timed(case: str, shape: Shape, runs: Sequence[_Run], repeat_ms: int) -> Iterator[dict[str, Any]]:
-    """One row a run. Runs take turns, so that a card that clocks down under load does so for all of them."""
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for run, all_ms in zip(runs, times, strict=True):
-            all_ms += _milliseconds(run.call, repeat_ms)
-    for run, all_ms in zip(runs, times, strict=True):
+    """One row a run."""
+    for run, all_ms in zip(runs, rounds([run.call for run in runs], torch.device("cuda"), repeat_ms), strict=True):
         yield {**_row(case, run.name, shape, all_ms, run.flops), **run.extra}
 
 
-def _milliseconds(call: Callable[[], Any], repeat_ms: int) -> list[float]:
-    """Times of a third of the repeats, after a warm-up; caches are flushed before each."""
-    from triton.testing import do_bench
-
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    once = (time.perf_counter() - start) * 1e3
-    found: list[float] = do_bench(call, warmup=20, rep=max(repeat_ms / ROUNDS, 2 * once), return_mode="all")
-    return found
-
-
 def _row(case: str, impl: str, shape: Shape, all_ms: Sequence[float], flops: float | None) -> dict[str, Any]:
-    ms, low, high = torch.tensor(all_ms).quantile(torch.tensor(SPREAD)).tolist()
+    times = spread(all_ms)
     return {
         "case": case,
         "impl": impl,
@@ -376,11 +348,9 @@ def _row(case: str, impl: str, shape: Shape, all_ms: Sequence[float], flops: flo
         "key_heads": shape.key_heads,
         "dim": shape.dim,
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "ms": round(ms, 4),
-        "ms_p20": round(low, 4),
-        "ms_p80": round(high, 4),
+        **times,
         "repeats": len(all_ms),
-        "tflops": None if flops is None else round(flops / ms / 1e9, 1),
+        "tflops": None if flops is None else round(flops / times["ms"] / 1e9, 1),
     }
 
 
@@ -454,8 +424,8 @@ def _launch_cost(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m sparsekit.bench`."""
-    parser = argparse.ArgumentParser(prog="python -m sparsekit.bench", description=(__doc__ or "").splitlines()[0])
+    """`sparsekit bench kernel`."""
+    parser = argparse.ArgumentParser(prog="sparsekit bench kernel", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", help="JSONL file for the rows")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
     parser.add_argument("--heads", type=int, default=32)
@@ -478,7 +448,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

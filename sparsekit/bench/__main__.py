@@ -1,0 +1,15 @@
+"""`python -m sparsekit.bench kernel | dynamic`: the benches without the rest of the command line."""
+
+import sys
+
+from sparsekit.bench import dynamic_command, kernel
+
+BENCHES = {"kernel": kernel.main, "dynamic": dynamic_command.main}
+
+if __name__ == "__main__":
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHES:
+        sys.exit(
+            f"usage: python -m sparsekit.bench {{{','.join(BENCHES)}}} [options]; --help after the name lists them"
+        )
+    sys.exit(BENCHES[name](sys.argv[2:]))
