@@ -50,6 +50,8 @@ LOG2E = 1.4426950408889634
 _Pair = tuple["Tensor | None", "Tensor | None"]
 MERGE_ROWS = 32
 FARTHEST = 1 << (31 - FLAG_BITS)
+ITEMS_A_PROGRAM = 32
+COLUMNS_A_PROGRAM = 64
 WORK_BITS = 24  # of a sort key: steps of an item; its section stands above
 
 
@@ -83,6 +85,8 @@ def _shape_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: So
         return f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
     if q.shape[3] not in HEAD_SIZES:
         return f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
+    if plan.ranked is not None:
+        return "ranked keys with an early stop"
     g = plan.geometry
     if g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV:
         return f"tile {g.block_q} x {g.block_kv}: 128 x {', '.join(map(str, BLOCK_KV))}"
@@ -300,15 +304,44 @@ def _make_work(
     grid = _grid(plan.geometry, samples, plan.samples == 1, plan.heads, heads, group, step, device)
     items, work = (grid.items, grid.dense_steps) if plan.row_ptr is None else _listed(plan, grid, step)
     processors = _processors(device.index)
-    items, work = _in_order(items, work, grid.section, processors)
+    order = torch.sort(_sort_keys(work, grid.section, processors), stable=True).indices
+    items = items[order]
     merges = None
     if slots:
+        work = work[order]
         items, merges = _split(items, work, slots, plan.block_kv, step, processors)
     return _Work(items, merges, slots, kv_end, min(len(items), processors))
 
 
 def _listed(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
-    """(items, steps of each) of a plan with lists."""
+    """(items, steps of each) of a plan with lists. On a card one launch: a dynamic plan is made anew in each layer."""
+    return _listed_on_card(plan, grid, step) if grid.items.is_cuda else _listed_by_torch(plan, grid, step)
+
+
+def _listed_on_card(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
+    from sparsekit.kernels.select_kernel import launch
+
+    assert plan.row_ptr is not None and plan.entries is not None
+    items, work = torch.empty_like(grid.items), torch.empty_like(grid.dense_steps)
+    rule, bits, dense = plan.rule, plan.token_bits, plan.dense_rows
+    if not plan.entries.numel():
+        rule = None
+    rule_sample = rule_head = 0
+    if rule is not None:
+        rule_sample = rule.stride(0) if rule.shape[0] > 1 else 0
+        rule_head = rule.stride(1) if rule.shape[1] > 1 else 0
+    args = (
+        grid.items, grid.rows, plan.row_ptr, plan.entries, None if dense is None else dense.view(torch.uint8), bits,
+        rule, items, work, len(items), plan.rows, plan.heads, 0 if bits is None else bits.shape[1], rule_sample,
+        rule_head, plan.geometry.q_offset, max(plan.entries.numel() - 1, 0),
+    )  # fmt: skip
+    options = {"STEP": step, "BLOCK_KV": plan.block_kv, "PER": ITEMS_A_PROGRAM, "WORDS": 32, "num_warps": 4}
+    launch(_device_code().list_items, -(-len(items) // ITEMS_A_PROGRAM), args, options)
+    return items, work
+
+
+def _listed_by_torch(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
+    """The same with torch ops: what `list_items` is tested against."""
     assert plan.row_ptr is not None and plan.entries is not None
     code, parts = _device_code(), _parts(plan, step)
     begin = plan.row_ptr[:-1][grid.rows]
@@ -369,11 +402,21 @@ def _column_steps(bits: Tensor, step: int) -> Tensor:
     return (last_word * 32 + (step - 1)) // step
 
 
-def _in_order(items: Tensor, work: Tensor, section: Tensor, processors: int) -> tuple[Tensor, Tensor]:
-    """Heaviest first inside a section; items that would decide the finish before all sections."""
-    key = torch.where(work * (4 * processors) > work.sum(), 0, section) - work.clamp(max=(1 << WORK_BITS) - 1)
-    order = torch.sort(key, stable=True).indices
-    return items[order], work[order]
+def _sort_keys(work: Tensor, section: Tensor, processors: int) -> Tensor:
+    """int32: ascending, heaviest first inside a section; items that would decide the finish before all sections."""
+    if not work.is_cuda:
+        return torch.where(work * (4 * processors) > work.sum(), 0, section) - work.clamp(max=(1 << WORK_BITS) - 1)
+    from sparsekit.kernels.select_kernel import launch
+
+    key = torch.empty_like(work)
+    options = {"PER": 1024, "num_warps": 4}
+    launch(
+        _device_code().sort_keys,
+        -(-len(work) // 1024),
+        (work, work.sum(), section, key, len(work), processors),
+        options,
+    )
+    return key
 
 
 def _split(
@@ -536,7 +579,7 @@ def _launch(
     scale = float(softmax.scale)
     arguments = (
         *boxes,
-        work.items, plan.entries, _counters(plan, q.device, stream), rule, None, None, None, None, None, plan.tokens,
+        work.items, plan.entries, _counters(q.device, stream), rule, None, None, None, None, None, plan.tokens,
         plan.token_bits,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * LOG2E * scale / cap,
         len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
@@ -565,13 +608,10 @@ def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Soft
     return _prepare(q, k, v, plan, softmax, return_lse).launches[0].kernel
 
 
-def _counters(plan: BlockPlan, device: torch.device, stream: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _counters(device: torch.device, stream: int) -> Tensor:
     """Two int32 zeros that the kernel itself puts back to zero; a pair a stream, since launches of two may overlap."""
-    key = ("hopper counters", device, stream)
-    counters = plan.memo.get(key)
-    if counters is None:
-        counters = plan.memo[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return counters
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -595,22 +635,29 @@ def _box(
     return {**contents, "padding": "zero", "round_f32_to_tf32": False}
 
 
+@lru_cache(maxsize=64)
+def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
+    """int32 (B, 2): kv_start, and the last valid position."""
+    return _upload([(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)], device)
+
+
 def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """K and V of the single columns, (B, G or H, T, D): read as tiles by TMA, at the cost of a gather in the kernel.
 
     Measured on an H100, Triangle + 1024 columns a head at 128K: pool 9.9 ms, gather 10.1 ms in portable Triton.
     """
-    key = ("hopper pool", k.device, k.shape[1])
-    index = plan.memo.get(key)
-    if index is None:
-        assert plan.tokens is not None
-        g, device = plan.geometry, k.device
-        bounds = [(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
-        kv_start, last = _upload(bounds, device)[:, :, None, None].unbind(1)
-        tokens = (torch.minimum(plan.tokens, last) + kv_start).clamp(max=g.kv_len - 1).long()
-        batch = torch.arange(g.batch, device=device)[:, None, None]
-        per_key_head = plan.heads in (1, k.shape[1])
-        heads = torch.arange(k.shape[1] if per_key_head else plan.heads, device=device)[:, None]
-        index = (batch, heads if per_key_head else heads // (plan.heads // k.shape[1]), tokens)
-        plan.memo[key] = index
-    return k[index], v[index]
+    from sparsekit.kernels.select_kernel import launch
+
+    assert plan.tokens is not None
+    batch, key_heads, kv_len, dim = k.shape
+    tokens = plan.tokens.shape[2]
+    heads = key_heads if plan.heads in (1, key_heads) else plan.heads
+    pool_k, pool_v = (x.new_empty((batch, heads, tokens, dim)) for x in (k, v))
+    args = (
+        k, v, plan.tokens, _key_bounds(plan.geometry, k.device), pool_k, pool_v, tokens, heads, plan.heads,
+        1 if plan.samples > 1 else 0, heads // key_heads, *k.stride()[:3], *v.stride()[:3], kv_len - 1,
+        -(-tokens // COLUMNS_A_PROGRAM),
+    )  # fmt: skip
+    options = {"D": dim, "PER": COLUMNS_A_PROGRAM, "num_warps": 4}
+    launch(_device_code().gather_columns, -(-tokens // COLUMNS_A_PROGRAM) * batch * heads, args, options)
+    return pool_k, pool_v

@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["attention", "merge"]
+__all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
 
 ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(8))
 ITEM = gl.constexpr(8)
@@ -827,3 +827,125 @@ def merge(
         if LSE:
             lse = tl.where(kept, (shift + tl.log2(total)) * 0.6931471805599453, float("-inf"))
             tl.store(p_lse + sample_head.to(tl.int64) * queries + row + lane, lse, mask=inside)
+
+
+# Compiled kernels are launched again with other numbers, so none is specialised on.
+LIST_NUMBERS = [
+    "items", "rows", "heads_per_sample", "words", "rule_sample", "rule_head", "q_offset", "last_entry",
+]  # fmt: skip
+GATHER_NUMBERS = [
+    "tokens", "heads", "plan_heads", "plan_sample", "per_key_head", "k_batch", "k_head", "k_token", "v_batch", "v_head",
+    "v_token", "key_limit", "programs",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LIST_NUMBERS)
+def list_items(
+    p_grid, p_rows, p_row_ptr, p_entries, p_dense, p_bits, p_rule, p_items, p_work,
+    items, rows, heads_per_sample, words, rule_sample, rule_head, q_offset, last_entry,
+    STEP: tl.constexpr, BLOCK_KV: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """`hopper._listed` in one launch: PER items of a plan with lists, and the steps of each.
+
+    p_grid: (items, 8) as if every row were dense. p_rows: int64, the plan's row of each.
+    """
+    PARTS: tl.constexpr = STEP // BLOCK_KV if STEP > BLOCK_KV else 1
+    i = tl.program_id(0) * PER + tl.arange(0, PER)
+    there = i < items
+    p_from = p_grid + i * 8
+    row = tl.load(p_from, mask=there, other=0)
+    head = tl.load(p_from + 1, mask=there, other=0)
+    dense_start = tl.load(p_from + 2, mask=there, other=0)
+    dense_steps = tl.load(p_from + 3, mask=there, other=1)
+    kv_start = tl.load(p_from + 4, mask=there, other=0)
+    kind = tl.load(p_from + 5, mask=there, other=0)
+    plan_row = tl.load(p_rows + i, mask=there, other=0)
+    begin = tl.load(p_row_ptr + plan_row, mask=there, other=0)
+    entries = tl.load(p_row_ptr + plan_row + 1, mask=there, other=0) - begin
+    flags = kind & 0xFFFF
+    count = entries
+    if PARTS > 1:
+        flags = flags | ((-entries & (PARTS - 1)) << 21)
+        count = (entries + (PARTS - 1)) // PARTS
+    elif p_rule is not None:
+        at = plan_row // rows
+        p_own = p_rule + at // heads_per_sample * rule_sample + at % heads_per_sample * rule_head
+        sink = tl.load(p_own, mask=there, other=0)
+        window = tl.load(p_own + 1, mask=there, other=0)
+        dense_from = tl.load(p_own + 2, mask=there, other=0)
+        start = row + q_offset - kv_start
+        first = tl.load(p_entries + tl.minimum(begin, last_entry), mask=there, other=0)
+        few = (first == 2) & (sink <= 16) & (entries > 1)
+        narrow = (few & (start - window + 1 >= BLOCK_KV) & (start + 128 <= dense_from)).to(tl.int32)
+        flags = flags | (narrow << 20)
+        begin += narrow
+        count = entries - narrow
+    if BLOCK_KV > STEP:
+        count = count * (BLOCK_KV // STEP)
+    dense = begin < 0
+    if p_dense is not None:
+        dense = tl.load(p_dense + plan_row, mask=there, other=0) != 0
+        count = tl.where(dense, dense_steps, count)
+    work = count
+    if p_bits is not None:
+        last = tl.zeros([PER], tl.int32)
+        for w in range(0, words, WORDS):
+            at_word = w + tl.arange(0, WORDS)
+            inside = there[:, None] & (at_word < words)[None]
+            word = tl.load(p_bits + plan_row[:, None] * words + at_word[None], mask=inside, other=0)
+            last = tl.maximum(last, tl.max(tl.where(word != 0, at_word[None] + 1, 0), 1))
+        columns = (last * 32 + (STEP - 1)) // STEP
+        work = count + columns
+        count = count | (columns << 20)
+    empty = ((kind & (1 << 17)) != 0) | (work == 0)
+    bounded = dense | empty
+    p_to = p_items + i * 8
+    tl.store(p_to, row, mask=there)
+    tl.store(p_to + 1, head, mask=there)
+    tl.store(p_to + 2, tl.where(empty, 0, tl.where(dense, dense_start, begin)), mask=there)
+    tl.store(p_to + 3, tl.where(empty, 1, count), mask=there)
+    tl.store(p_to + 4, kv_start, mask=there)
+    tl.store(p_to + 5, tl.where(bounded, kind, flags) | tl.where(empty, 1 << 17, 0), mask=there)
+    tl.store(p_to + 6, -1, mask=there)
+    tl.store(p_to + 7, plan_row.to(tl.int32), mask=there)
+    tl.store(p_work + i, tl.where(empty, 1, work), mask=there)
+
+
+@triton.jit(do_not_specialize=["items", "processors"])
+def sort_keys(p_work, p_total, p_section, p_key, items, processors, PER: tl.constexpr):
+    """Keys of `hopper._in_order`: items that would decide the finish, then by section; heaviest first."""
+    i = tl.program_id(0) * PER + tl.arange(0, PER)
+    work = tl.load(p_work + i, mask=i < items, other=0)
+    section = tl.load(p_section + i, mask=i < items, other=0)
+    decides = work.to(tl.int64) * (4 * processors) > tl.load(p_total)
+    key = tl.where(decides, 0, section) - tl.minimum(work, (1 << 24) - 1)
+    tl.store(p_key + i, key, mask=i < items)
+
+
+@triton.jit(do_not_specialize=GATHER_NUMBERS)
+def gather_columns(
+    p_k, p_v, p_tokens, p_bounds, p_pool_k, p_pool_v, tokens, heads, plan_heads, plan_sample, per_key_head,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, key_limit, programs, D: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """K and V of single columns -> the pools (B, heads, T, D), for PER columns of one head a program."""
+    i_pair = tl.program_id(0) // programs
+    i_head = i_pair % heads
+    i_sample = i_pair // heads
+    t = tl.program_id(0) % programs * PER + tl.arange(0, PER)
+    inside = t < tokens
+    plan_head = tl.where(plan_heads == 1, 0, i_head)
+    p_own = p_tokens + (i_sample * plan_sample * plan_heads + plan_head).to(tl.int64) * tokens
+    token = tl.load(p_own + t, mask=inside, other=0)
+    kv_start = tl.load(p_bounds + i_sample * 2)
+    last = tl.load(p_bounds + i_sample * 2 + 1)
+    key = tl.minimum(tl.minimum(token, last) + kv_start, key_limit).to(tl.int64)
+    key_head = (i_head // per_key_head).to(tl.int64)
+    d = tl.arange(0, D)
+    mask = inside[:, None]
+    o_k = i_sample.to(tl.int64) * k_batch + key_head * k_head + key * k_token
+    o_v = i_sample.to(tl.int64) * v_batch + key_head * v_head + key * v_token
+    o_pool = (i_pair.to(tl.int64) * tokens + t) * D
+    rows = tl.load(p_k + o_k[:, None] + d[None], mask=mask, other=0.0)
+    tl.store(p_pool_k + o_pool[:, None] + d[None], rows, mask=mask)
+    rows = tl.load(p_v + o_v[:, None] + d[None], mask=mask, other=0.0)
+    tl.store(p_pool_v + o_pool[:, None] + d[None], rows, mask=mask)

@@ -458,6 +458,25 @@ def test_card(make: Callable[[Geometry], BlockPlan], geometry: Geometry, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("make", PLANS[1:])
+def test_card_lists_the_same_work(make: Callable[[Geometry], BlockPlan]) -> None:
+    """In one launch what torch ops list on the CPU, where it is checked against the plan pair by pair."""
+    for geometry in GEOMETRIES:
+        for block_kv, dim in ((128, 128), (128, 256), (64, 128), (32, 64)):
+            plan = make(geometry.with_tile(128, block_kv))
+            if plan.row_ptr is None:
+                continue
+            step, here, samples = host._step_keys(dim), torch.device("cpu"), tuple(range(geometry.batch))
+            rest = (plan.samples == 1, plan.heads, HEADS, HEADS // KEY_HEADS, step)
+            expected = host._listed(plan, host._grid(plan.geometry, samples, *rest, here), step)
+            card = torch.device("cuda", torch.cuda.current_device())
+            got = host._listed(plan.to(card), host._grid(plan.geometry, samples, *rest, card), step)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected, strict=True)), (geometry, block_kv, dim)
+            keys = [host._sort_keys(work, torch.ones_like(work), 7).cpu() for work in (got[1], expected[1])]
+            assert torch.equal(*keys)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("block_kv", [32, 64])
 @pytest.mark.parametrize("geometry", [GEOMETRIES[1], GEOMETRIES[3], GEOMETRIES[5], GEOMETRIES[7]], ids=str)
 @pytest.mark.parametrize("make", PLANS[1:])
