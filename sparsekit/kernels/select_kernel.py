@@ -1,0 +1,529 @@
+"""The Triton side of `select.py`: bisection on ordered integers for rows, radix select for long rows, bits -> CSR.
+
+A float's bits, turned so that they order as integers, let 32 halvings find a row's k-th value exactly, without a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsekit.kernels.block_sparse import _start
+from sparsekit.kernels.select import WORD, BlockGrid, rows_that_fit
+from sparsekit.plan import BlockPlan
+
+__all__ = ["on_device", "plan_from_bits_triton", "top_p_bits_triton", "topk_bits_triton", "topk_indices_mask_triton"]
+
+NONE = tl.constexpr(-0x80000000)  # the key of what is never selected
+FORCED = tl.constexpr(0x7FFFFFFF)  # above the key of +inf
+
+
+# ---- device functions. p_: pointer, b_: tile, i_: index
+
+
+@triton.jit
+@no_type_check
+def _ordered(b_score):
+    """int32 keys in the order of the floats; the two zeros are one; -inf and NaN are NONE."""
+    bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(b_score > float("-inf"), key, NONE)
+
+
+@triton.jit
+@no_type_check
+def _upper_middle(low, high):
+    """ceil((low + high) / 2) without overflow."""
+    return (low | high) - ((low ^ high) >> 1)
+
+
+@triton.jit
+@no_type_check
+def _store_words(p_bits, keep, words, BLOCK: tl.constexpr, ALL: tl.constexpr):
+    """Packs bool (BLOCK,) into words of 32; zeros in the row's other words, of which there are ALL // 32 at most."""
+    lane = tl.arange(0, BLOCK // 32)
+    bit = tl.reshape(keep.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
+    tl.store(p_bits + lane, tl.sum(bit, 1), mask=lane < words)
+    if ALL > BLOCK:
+        rest = tl.arange(0, ALL // 32)
+        tl.store(p_bits + rest, tl.zeros([ALL // 32], tl.int32), mask=(rest >= BLOCK // 32) & (rest < words))
+
+
+@triton.jit
+@no_type_check
+def _topk_row(
+    p_score, p_bits, length, k, words,
+    BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """One row whose `length` is at most BLOCK."""
+    column = tl.arange(0, BLOCK)
+    key = _ordered(tl.load(p_score + column, mask=column < length, other=float("-inf")))
+    if FIRST:
+        key = tl.where((column == 0) & (column < length), FORCED, key)
+    if LAST:
+        key = tl.where(column == length - 1, FORCED, key)
+    n_some = tl.sum((key > NONE).to(tl.int32))
+    wanted = tl.minimum(tl.maximum(k, tl.sum((key == FORCED).to(tl.int32))), n_some)
+    # The largest threshold that at least `wanted` keys reach.
+    low = tl.min(tl.where(key > NONE, key, FORCED))
+    high = tl.max(key)
+    reached = n_some
+    if wanted < n_some:
+        while low < high:
+            middle = _upper_middle(low, high)
+            count = tl.sum((key >= middle).to(tl.int32))
+            enough = count >= wanted
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
+            reached = tl.where(enough, count, reached)
+    keep = (key >= low) & (key > NONE)
+    if reached > wanted:
+        tie = (key == low).to(tl.int32)
+        above = reached - tl.sum(tie)
+        keep = keep & ((key > low) | (above + tl.cumsum(tie, 0) <= wanted))
+    _store_words(p_bits, keep, words, BLOCK, ALL)
+
+
+@triton.jit(do_not_specialize=["k", "columns", "words"])
+@no_type_check
+def _topk(
+    p_score, p_bits, p_k, p_length, k, columns, words, BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
+):
+    """A program a row; short rows run on a half or a quarter of the block."""
+    i_row = tl.program_id(0).to(tl.int64)
+    length = columns
+    if p_length is not None:
+        length = tl.minimum(tl.load(p_length + i_row), columns)
+    if p_k is not None:
+        k = tl.load(p_k + i_row)
+    p_score += i_row * columns
+    p_bits += i_row * words
+    if BLOCK >= 256:
+        if length * 4 <= BLOCK:
+            _topk_row(p_score, p_bits, length, k, words, BLOCK // 4, BLOCK, FIRST, LAST)
+        elif length * 2 <= BLOCK:
+            _topk_row(p_score, p_bits, length, k, words, BLOCK // 2, BLOCK, FIRST, LAST)
+        else:
+            _topk_row(p_score, p_bits, length, k, words, BLOCK, BLOCK, FIRST, LAST)
+    else:
+        _topk_row(p_score, p_bits, length, k, words, BLOCK, BLOCK, FIRST, LAST)
+
+
+@triton.jit
+@no_type_check
+def _units(key, top):
+    """int32 masses from the bits of floats, the row's largest in [2^30, 2^31): mantissas, shifted."""
+    shift = 7 + (key >> 23) - (top >> 23)
+    mantissa = (key & 0x7FFFFF) | 0x800000
+    moved = tl.where(shift >= 0, mantissa << tl.maximum(shift, 0), mantissa >> tl.minimum(-tl.minimum(shift, 0), 31))
+    return tl.where(key > 0, moved, 0)
+
+
+@triton.jit
+@no_type_check
+def _top_p_row(
+    p_score, p_bits, length, share, words,
+    BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """One row whose `length` is at most BLOCK."""
+    column = tl.arange(0, BLOCK)
+    score = tl.load(p_score + column, mask=column < length, other=float("-inf"))
+    forced = column < 0
+    if FIRST:
+        forced = forced | ((column == 0) & (column < length))
+    if LAST:
+        forced = forced | (column == length - 1)
+    if share >= 1.0:
+        keep = (score > float("-inf")) | forced
+    else:
+        bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)
+        key = tl.where((score > 0.0) & (bits >= 0x800000), bits, 0)
+        unit = _units(key, tl.max(key))
+        required = tl.sum(unit.to(tl.int64)).to(tl.float64) * share
+        start = tl.sum(tl.where(forced, unit, 0).to(tl.int64))
+        key = tl.where(forced, 0, key)
+        unit = tl.where(forced, 0, unit)
+        top = tl.max(key)
+        keep = forced
+        if (start.to(tl.float64) < required) & (top > 0):
+            # The largest threshold whose masses reach what is required.
+            low = tl.min(tl.where(key > 0, key, top))
+            high = top
+            while low < high:
+                middle = _upper_middle(low, high)
+                reached = start + tl.sum(tl.where(key >= middle, unit, 0).to(tl.int64))
+                enough = reached.to(tl.float64) >= required
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle - 1)
+            above = start + tl.sum(tl.where(key > low, unit, 0).to(tl.int64))
+            tie = (key == low).to(tl.int32)
+            one = tl.max(tl.where(key == low, unit, 0)).to(tl.int64)
+            before = above + (tl.cumsum(tie, 0) - tie).to(tl.int64) * one
+            keep = keep | (key > low) | ((tie != 0) & (before.to(tl.float64) < required))
+    _store_words(p_bits, keep, words, BLOCK, ALL)
+
+
+@triton.jit(do_not_specialize=["share_step", "columns", "words"])
+@no_type_check
+def _top_p(
+    p_score, p_bits, p_share, p_length, share_step, columns, words,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A program a row; short rows run on a half or a quarter of the block."""
+    i_row = tl.program_id(0).to(tl.int64)
+    length = columns
+    if p_length is not None:
+        length = tl.minimum(tl.load(p_length + i_row), columns)
+    share = tl.load(p_share + i_row * share_step)
+    p_score += i_row * columns
+    p_bits += i_row * words
+    if BLOCK >= 256:
+        if length * 4 <= BLOCK:
+            _top_p_row(p_score, p_bits, length, share, words, BLOCK // 4, BLOCK, FIRST, LAST)
+        elif length * 2 <= BLOCK:
+            _top_p_row(p_score, p_bits, length, share, words, BLOCK // 2, BLOCK, FIRST, LAST)
+        else:
+            _top_p_row(p_score, p_bits, length, share, words, BLOCK, BLOCK, FIRST, LAST)
+    else:
+        _top_p_row(p_score, p_bits, length, share, words, BLOCK, BLOCK, FIRST, LAST)
+
+
+# ---- long rows: four histograms of 8 bits
+
+
+@triton.jit
+@no_type_check
+def _unsigned(b_score):
+    """uint32 keys in the order of the floats; -inf and NaN are 0."""
+    return _ordered(b_score).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+@no_type_check
+def _resolve(p_hist, hist_step, k, PASSES: tl.constexpr):
+    """What the first PASSES histograms of a row say: (the k-th key's leading bits, how many more are wanted below the
+    larger ones, how many keys have those bits)."""
+    bin_ = tl.arange(0, 256)
+    prefix = tl.full([], 0, tl.uint32)
+    share = k
+    for i in tl.static_range(PASSES):
+        count = tl.load(p_hist + i * hist_step + bin_)
+        if i == 0:
+            k = tl.minimum(k, tl.sum(count))
+        reach = tl.sum(count) - tl.cumsum(count, 0) + count  # keys in this bin or above
+        found = tl.max(tl.where(reach >= k, bin_, 0))
+        share = tl.sum(tl.where(bin_ == found, count, 0))
+        k -= tl.sum(tl.where(bin_ > found, count, 0))
+        prefix = (prefix << 8) | found.to(tl.uint32)
+    return prefix, k, share
+
+
+@triton.jit(do_not_specialize=["k", "columns", "rows", "splits"])
+@no_type_check
+def _histogram(
+    p_score, p_hist, p_k, k, columns, rows, splits, PASS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Bits 8 * (3 - PASS) .. of the keys of one part of a row that agree with what the passes before have found."""
+    i_row = tl.program_id(0) // splits
+    i_split = tl.program_id(0) % splits
+    if p_k is not None:
+        k = tl.load(p_k + i_row)
+    p_score += i_row.to(tl.int64) * columns
+    p_hist += i_row * 256
+    prefix, _, _ = _resolve(p_hist, rows * 256, k, PASS)
+    SHIFT: tl.constexpr = 24 - 8 * PASS
+    bin_ = tl.arange(0, 256)
+    total = tl.zeros([256], tl.int32)
+    for i in range(CHUNKS):
+        column = (i_split * CHUNKS + i) * CHUNK + tl.arange(0, CHUNK)
+        key = _unsigned(tl.load(p_score + column, mask=column < columns, other=float("-inf")))
+        match = key > 0
+        if PASS > 0:
+            match = match & ((key >> (SHIFT + 8)) == prefix)
+        place = tl.where(match, ((key >> SHIFT) & 0xFF).to(tl.int32), 0)
+        misses = CHUNK - tl.sum(match.to(tl.int32))  # they sit in bin 0
+        total += tl.histogram(place, 256) - tl.where(bin_ == 0, misses, 0)
+    tl.atomic_add(p_hist + PASS * rows * 256 + bin_, total, mask=total > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["k", "columns", "rows", "splits"])
+@no_type_check
+def _count_ties(p_score, p_hist, p_k, p_tie, k, columns, rows, splits, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Keys of one part of a row that equal the k-th; not looked at where all of the row's are wanted."""
+    i_row = tl.program_id(0) // splits
+    i_split = tl.program_id(0) % splits
+    if p_k is not None:
+        k = tl.load(p_k + i_row)
+    threshold, wanted, share = _resolve(p_hist + i_row * 256, rows * 256, k, 4)
+    if wanted < share:
+        p_score += i_row.to(tl.int64) * columns
+        ties = 0
+        for i in range(CHUNKS):
+            column = (i_split * CHUNKS + i) * CHUNK + tl.arange(0, CHUNK)
+            key = _unsigned(tl.load(p_score + column, mask=column < columns, other=float("-inf")))
+            ties += tl.sum((key == threshold).to(tl.int32))
+        tl.store(p_tie + tl.program_id(0), ties)
+
+
+@triton.jit(do_not_specialize=["k", "columns", "rows", "splits", "words"])
+@no_type_check
+def _write_mask(
+    p_score, p_hist, p_k, p_tie, p_bits, k, columns, rows, splits, words,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The words of one part of a row."""
+    i_row = tl.program_id(0) // splits
+    i_split = tl.program_id(0) % splits
+    if p_k is not None:
+        k = tl.load(p_k + i_row)
+    threshold, wanted, share = _resolve(p_hist + i_row * 256, rows * 256, k, 4)
+    p_score += i_row.to(tl.int64) * columns
+    p_bits += i_row.to(tl.int64) * words
+    ordered = wanted < share
+    split = tl.arange(0, SPLITS)
+    earlier = tl.where(ordered, i_split, 0)  # parts that have counted their ties, and come before this one
+    seen = tl.sum(tl.load(p_tie + i_row * splits + split, mask=split < earlier, other=0))
+    for i in range(CHUNKS):
+        first = (i_split * CHUNKS + i) * CHUNK
+        column = first + tl.arange(0, CHUNK)
+        key = _unsigned(tl.load(p_score + column, mask=column < columns, other=float("-inf")))
+        tie = (key == threshold) & (key > 0)
+        keep = (key > threshold) | tie
+        if ordered:
+            count = tie.to(tl.int32)
+            keep = (key > threshold) | (tie & (seen + tl.cumsum(count, 0) <= wanted))
+            seen += tl.sum(count)
+        bit = tl.reshape(keep.to(tl.int32), (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :]
+        word = first // 32 + tl.arange(0, CHUNK // 32)
+        tl.store(p_bits + word, tl.sum(bit, 1), mask=word < words)
+
+
+# ---- block bits -> plan
+
+
+@triton.jit
+@no_type_check
+def _ones(word):
+    """Bits set in each uint32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _row_of(p_span, i_row, heads, rows, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a plan row: (sample, tile, first position, first query, one past the last, the sample's first block)."""
+    i_sample = i_row // rows // heads
+    i_tile = i_row % rows
+    q_first = tl.load(p_span + i_sample * 4)
+    q_end = tl.load(p_span + i_sample * 4 + 1)
+    start = (q_first // BLOCK_Q + i_tile) * BLOCK_Q
+    return i_sample, i_tile, start, q_first, q_end, q_first // BLOCK
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words"])
+@no_type_check
+def _count_entries(
+    p_bits, p_span, p_causal, p_count, p_dense, heads, rows, bit_rows, words,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Tiles that a plan row lists, at place row + 1; a row that keeps every causal one is dense, and lists none."""
+    i_row = tl.program_id(0)
+    i_sample, i_tile, start, _, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
+    causal = tl.load(p_causal + i_sample * rows + i_tile)
+    p_bits += (i_row // rows).to(tl.int64) * bit_rows * words
+    lane = tl.arange(0, WORDS)
+    union = tl.zeros([WORDS], tl.uint32)
+    for part in tl.static_range(PARTS):
+        own = start // BLOCK + part
+        inside = (own >= first) & (own * BLOCK < q_end)
+        p_words = p_bits + (own - first).to(tl.int64) * words
+        up_to = tl.where(inside, tl.minimum(own // 32 + 1, words), 0)
+        word = tl.load(p_words + lane, mask=lane < up_to, other=0)
+        word = word.to(tl.uint32, bitcast=True)
+        one = tl.full([], 1, tl.uint32) << (own % 32).to(tl.uint32)
+        last = (word & (one - 1)) | one  # before its own block, and its own
+        union = union | tl.where(lane == tl.where(inside, own // 32, -1), last, word)
+    # The row's last block is a part of one where the row ends before the block does.
+    spare = (causal + FACTOR - 1) // FACTOR * FACTOR - causal
+    count = tl.where(causal > 0, FACTOR * tl.sum(_ones(union)) - spare, 0)
+    dense = (count == causal) & (causal > 0)
+    tl.store(p_dense + i_row, dense.to(tl.uint8))
+    tl.store(p_count + i_row + 1, tl.where(dense, 0, count))
+    if i_row == 0:
+        tl.store(p_count, 0)
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words"])
+@no_type_check
+def _write_entries(
+    p_bits, p_span, p_causal, p_row, p_entry, heads, rows, bit_rows, words,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KV: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The entries of a plan row, ascending."""
+    i_row = tl.program_id(0)
+    at = tl.load(p_row + i_row)
+    if tl.load(p_row + i_row + 1) > at:
+        i_sample, i_tile, start, q_first, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
+        causal = tl.load(p_causal + i_sample * rows + i_tile)
+        low = tl.maximum(start, q_first)
+        p_bits += (i_row // rows).to(tl.int64) * bit_rows * words
+        for i in range(0, causal, CHUNK):
+            key = (i + tl.arange(0, CHUNK)) * BLOCK_KV
+            block = key // BLOCK
+            keep = key < 0
+            for part in tl.static_range(PARTS):
+                own = start // BLOCK + part
+                inside = (own >= first) & (own * BLOCK < q_end)
+                p_words = p_bits + (own - first).to(tl.int64) * words
+                mine = tl.where(inside, own, -1)
+                word = tl.load(p_words + block // 32, mask=block < mine, other=0)
+                keep = keep | (((word >> (block % 32)) & 1) != 0) | (block == mine)
+            keep = keep & (key < causal * BLOCK_KV)
+            place = at + tl.cumsum(keep.to(tl.int32), 0) - 1
+            entry = (key << 2) | (key + BLOCK_KV - 1 > low).to(tl.int32)
+            tl.store(p_entry + place, entry, mask=keep)
+            at += tl.sum(keep.to(tl.int32))
+
+
+# ---- launchers
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Launches go to the current device."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
+def launch(
+    kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any], special: tuple[Any, ...] = ()
+) -> None:
+    """Start a kernel. It is compiled for the types and alignments in `args`, for `options`, and for `special`: the
+    values of the integers that it specialises on."""
+    if programs == 0:
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    kinds = tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else type(x) for x in args)
+    _start(kernel, (id(kernel), device, kinds, *options.values(), special), (programs,), args, options, {})
+
+
+def _block(columns: int) -> int:
+    return max(triton.next_power_of_2(columns), WORD)
+
+
+def _row_warps(block: int) -> int:
+    return min(max(block // 1024, 1), 16)
+
+
+def _a_row(value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(dtype).expand(shape).contiguous()
+
+
+def topk_bits_triton(
+    scores: Tensor,
+    k: int | Tensor,
+    lengths: Tensor | None,
+    force_first: bool,
+    force_last: bool,
+    warps: int | None = None,
+) -> Tensor:
+    """`select.topk_bits`; `warps` a row, default by its length."""
+    shape, columns = scores.shape[:-1], scores.shape[-1]
+    words, block = -(-columns // WORD), _block(columns)
+    bits = torch.empty(*shape, words, dtype=torch.int32, device=scores.device)
+    each = _a_row(k, shape, torch.int32) if isinstance(k, Tensor) else None
+    number = 0 if isinstance(k, Tensor) else min(k, columns)
+    args = (scores, bits, each, _a_row(lengths, shape, torch.int32), number, columns, words)
+    options = {"BLOCK": block, "FIRST": force_first, "LAST": force_last, "num_warps": warps or _row_warps(block)}
+    with on_device(scores.device):
+        launch(_topk, shape.numel(), args, options)
+    return bits
+
+
+def top_p_bits_triton(
+    scores: Tensor,
+    p: float | Tensor,
+    lengths: Tensor | None,
+    force_first: bool,
+    force_last: bool,
+    warps: int | None = None,
+) -> Tensor:
+    """`select.top_p_bits`; `warps` a row, default by its length."""
+    shape, columns = scores.shape[:-1], scores.shape[-1]
+    words, block = -(-columns // WORD), _block(columns)
+    bits = torch.empty(*shape, words, dtype=torch.int32, device=scores.device)
+    share = _a_row(p, shape, torch.float64) if isinstance(p, Tensor) else None
+    step = 0 if share is None else 1
+    if share is None:  # a kernel's scalar would be rounded to float32
+        share = torch.full((1,), float(p), dtype=torch.float64, device=scores.device)
+    args = (scores, bits, share, _a_row(lengths, shape, torch.int32), step, columns, words)
+    options = {"BLOCK": block, "FIRST": force_first, "LAST": force_last, "num_warps": warps or _row_warps(block)}
+    with on_device(scores.device):
+        launch(_top_p, shape.numel(), args, options)
+    return bits
+
+
+CHUNK, CHUNKS = 2048, 4  # columns that a program of the radix select looks at: so many at once, so often
+
+
+def topk_indices_mask_triton(scores: Tensor, k: int | Tensor) -> Tensor:
+    """`select.topk_indices_mask`: four histograms, a count of ties, the mask."""
+    rows, columns = scores.shape
+    words, splits = -(-columns // WORD), -(-columns // (CHUNK * CHUNKS))
+    bits = torch.empty(rows, words, dtype=torch.int32, device=scores.device)
+    counts = torch.zeros(4 * 256 * rows, dtype=torch.int32, device=scores.device)
+    ties = torch.empty(rows * splits, dtype=torch.int32, device=scores.device)
+    each = _a_row(k, (rows,), torch.int32) if isinstance(k, Tensor) else None
+    number = 0 if isinstance(k, Tensor) else min(k, columns)
+    sizes: dict[str, Any] = {"CHUNK": CHUNK, "CHUNKS": CHUNKS, "num_warps": 4}
+    shape = (number, columns, rows, splits)
+    with on_device(scores.device):
+        for i in range(4):
+            launch(_histogram, rows * splits, (scores, counts, each, *shape), {"PASS": i, **sizes})
+        launch(_count_ties, rows * splits, (scores, counts, each, ties, *shape), sizes)
+        sizes["SPLITS"] = triton.next_power_of_2(splits)
+        launch(_write_mask, rows * splits, (scores, counts, each, ties, bits, *shape, words), sizes)
+    return bits
+
+
+def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room: int, limit: int) -> BlockPlan:
+    """`select.plan_from_block_bits` on checked bits: a count a row, their running sum, the entries. `room` entries are
+    enough, `limit` all that there may be."""
+    samples, heads, bit_rows, words = bits.shape
+    plan, device = grid.plan, bits.device
+    programs = samples * heads * plan.rows
+    counts = torch.empty(programs + 1, dtype=torch.int32, device=device)
+    dense = torch.empty(programs, dtype=torch.bool, device=device)
+    numbers = (heads, plan.rows, bit_rows, words)
+    parts = max(plan.block_q // block_tokens, 1)
+    shared = {"BLOCK_Q": plan.block_q, "BLOCK": block_tokens}
+    with on_device(device):
+        options = {
+            **shared, "FACTOR": block_tokens // plan.block_kv, "PARTS": parts,
+            "WORDS": triton.next_power_of_2(words), "num_warps": 1,
+        }  # fmt: skip
+        args = (bits, grid.spans, grid.causal, counts, dense.view(torch.uint8), *numbers)
+        launch(_count_entries, programs, args, options)
+        if room > limit:
+            causal = grid.causal[:, None].expand(samples, heads, plan.rows)
+            fits = rows_that_fit(counts[1:], causal, limit)
+            dense |= ~fits
+            counts[1:] *= fits
+            room = limit
+        row_ptr = counts.cumsum(0, dtype=torch.int32)
+        entries = torch.zeros(room, dtype=torch.int32, device=device)
+        options = {**shared, "BLOCK_KV": plan.block_kv, "PARTS": parts, "CHUNK": 1024, "num_warps": 4}
+        launch(_write_entries, programs, (bits, grid.spans, grid.causal, row_ptr, entries, *numbers), options)
+    return BlockPlan(plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense)
