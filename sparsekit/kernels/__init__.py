@@ -68,21 +68,31 @@ def attend(
         SparsekitError: shapes, dtypes, devices or a plan that do not fit together, gradients asked for, or an `impl`
             that cannot run this call.
     """
-    _check_once(q, k, v, plan, sink_logits)
     softmax = Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap, sink_logits)
-    ran = choose_call(q, k, v, plan, softmax, impl=impl, return_lse=return_lse).impl
-    if ran == "reference":
-        out, lse = attend_reference(q, k, v, plan, softmax)
-        return (out, lse) if return_lse else out
-    on_device = ("on", q.device)
-    if on_device not in plan.memo:
-        _check_plan_device(q, plan)
-        plan.memo[on_device] = True
-    out, maybe = _function(ran)(q, k, v, plan, softmax, return_lse)
-    return out if maybe is None else (out, maybe)
+    # A decoder's layers call alike, and each call counts in microseconds: the plan remembers what was checked.
+    call = (
+        "attend", q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+        k.device, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16, softmax.scale, softcap, impl, return_lse,
+        None if sink_logits is None else (sink_logits.shape, sink_logits.dtype, sink_logits.device),
+    )  # fmt: skip
+    run = plan.memo.get(call)
+    if run is None:
+        _check(q, k, v, plan, sink_logits)
+        ran = choose_call(q, k, v, plan, softmax, impl=impl, return_lse=return_lse).impl
+        if ran != "reference":
+            _check_plan_device(q, plan)
+        run = plan.memo[call] = _function(ran)
+    _check_gradients(q, k, v, sink_logits)
+    out, lse = run(q, k, v, plan, softmax, return_lse)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _function(impl: str) -> _Run:
+    if impl == "reference":
+        return lambda q, k, v, plan, softmax, return_lse: attend_reference(q, k, v, plan, softmax)
     if impl == "torch":
         return attend_torch
     if impl == "hopper":
@@ -211,14 +221,9 @@ def preferred_tile(device: torch.device | str) -> tuple[int, int]:
     return (128, 128) if choose(device) == "hopper" else (128, 64)
 
 
-def _check_once(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sink_logits: Tensor | None) -> None:
-    """`_check`, whose answer the plan remembers: a decoder's layers call alike, and each call counts microseconds."""
-    tensors = (q, k, v) if sink_logits is None else (q, k, v, sink_logits)
-    key = ("checked", *[(x.shape, x.dtype, x.device) for x in tensors])
-    if key not in plan.memo:
-        _check(q, k, v, plan, sink_logits)
-        plan.memo[key] = True
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def _check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    tracked = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    if tracked and torch.is_grad_enabled():
         raise SparsekitError(
             "sparse attention is forward only: run it under torch.inference_mode() or torch.no_grad() (model.eval() "
             "alone keeps gradients on), or `with handle.pause():` to train with the model's own attention."
