@@ -309,8 +309,8 @@ def _check(
     error, plain = max(error, error_too), max(plain, plain_too)
     if not error <= max(1.5 * plain, 1e-5):
         raise SparsekitError(f"{where}: error {error:.1e} against float32, SDPA's own {plain:.1e}.")
-    rows = sampled_rows(tokens).to(q.device)
-    share = (weights[:, :, rows] * mask[:, :, rows].to(q.device)).sum(-1)
+    rows, mask = sampled_rows(tokens).to(q.device), mask.to(q.device)
+    share = (weights[:, :, rows] * mask[:, :, rows]).sum(-1)
     off = float((recall(lse[:, :, rows], dense_lse(q, k, rows, dim**-0.5)) - share).abs().max())
     if not off <= RECALL_SLACK:
         raise SparsekitError(f"{where}: recall is {off:.1e} off the share of the mask.")

@@ -70,10 +70,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _label(row: Mapping[str, Any]) -> str:
     if row["case"] == "dense":
         return f"dense ({row['impl']})"
-    name = row["label"]
     if row["case"] == "peer":
         said = ", ".join(f"{key} {value}" for key, value in (row.get("parameters") or {}).items())
         name = f"{row['peer']} ({said})" if said else str(row["peer"])
+    else:
+        name = row["label"]
     tail = [f": {row[key]}" for key in ("missing", "why") if key in row]
     sync = ", waits for the device" if row.get("host_sync") else ""
     return f"{name}{sync}{''.join(tail)}"
