@@ -12,9 +12,8 @@ import torch
 from kernel_cases import poisoned_memory, tensors
 from torch import Tensor
 
-from sparsekit import attention
 from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax
+from sparsekit.kernels import Softmax, attend
 from sparsekit.kernels.flex_blocks import Budgets, flex_bits
 from sparsekit.kernels.last_queries import last_query_sums
 from sparsekit.kernels.select import pack_bits, plan_from_block_bits, topk_indices_mask, unpack_bits
@@ -151,9 +150,7 @@ def test_select_does_not_wait(name: str, dtype: torch.dtype, pattern: DynamicPat
             plan = pattern.select(q, k, geometry, softmax)
         _same(plan, pattern.select(q, k, geometry, softmax))
     assert int(plan.multiplicity().max()) == 1
-    out, reference = (
-        attention(q, k, v, pattern, geometry=geometry, scale=0.1, impl=impl) for impl in (None, "reference")
-    )
+    out, reference = (attend(q, k, v, plan, scale=0.1, impl=impl) for impl in (None, "reference"))
     assert isinstance(out, Tensor) and isinstance(reference, Tensor)
     assert float((out - reference).float().norm() / reference.float().norm()) < 1e-2
 

@@ -12,9 +12,8 @@ from kernel_cases import poisoned_memory, tensors
 from test_select import random_bits, rows_of
 from torch import Tensor
 
-from sparsekit import attention
 from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax, block_scores_kernel
+from sparsekit.kernels import Softmax, attend, block_scores_kernel
 from sparsekit.kernels.block_scores import antidiagonal_mass, pooled_means, pooled_scores
 from sparsekit.kernels.select import (
     block_grid,
@@ -172,8 +171,8 @@ def test_select_never_waits_and_repeats(name: str, pattern: DynamicPattern) -> N
     _same(plan, again)
     often = plan.multiplicity()
     assert int(often.max()) == 1
-    expected = attention(q, k, v, pattern, geometry=geometry, impl="reference")
-    got = attention(q, k, v, pattern, geometry=geometry)
+    expected = attend(q, k, v, plan, impl="reference")
+    got = attend(q, k, v, plan)
     assert float((got.float() - expected.float()).norm() / expected.float().norm()) < 1e-2  # type: ignore[union-attr]
 
 
