@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.patterns import Pattern, parse_pattern
+from sparsekit.patterns import AShape, Pattern, parse_pattern
 
 __all__ = ["LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
 
@@ -72,25 +72,44 @@ class ResolvedConfig:
     def own_layers(self, model: object) -> dict[int, str]:
         """Layers that keep their own attention because they are not full causal attention, each with the reason.
 
+        A sliding layer that a rule names as `a_shape` without sinks, with the model's window or a narrower one, is not
+        among them: that is what such a layer computes, and sparsekit needs no N x N mask for it.
+
         Args:
             model: anything with `layer_types` and `sliding_window` as in a model's text config; either may be missing.
 
         Raises:
-            SparsekitError: a rule names such a layer and gives it a sparse pattern.
+            SparsekitError: a rule names such a layer and gives it another sparse pattern.
         """
-        types = getattr(model, "layer_types", None)
-        if types is None:
-            only = "sliding_attention" if getattr(model, "sliding_window", None) else "full_attention"
-            types = [only] * len(self.layers)
-        own = {i: f"{kind} layer of the model" for i, kind in enumerate(types) if kind != "full_attention"}
-        for i, reason in own.items():
-            patterns = self.layers[i]
-            if not patterns.dense and patterns.patterns != (self.config.default,):
+        window = getattr(model, "sliding_window", None)
+        own = {}
+        for i, kind in enumerate(_layer_types(model, len(self.layers))):
+            if kind == "full_attention":
+                continue
+            reason, patterns = f"{kind} layer of the model", self.layers[i]
+            if patterns.dense or not self._named(i):
+                own[i] = reason
+            elif kind != "sliding_attention" or not window:
                 raise SparsekitError(
                     f"layer {i}: {patterns} cannot replace a {reason}; only full causal attention can be run sparse: "
                     "leave the layer out of `layers` and `heads`, and it keeps its own attention."
                 )
+            elif not all(_is_window(pattern, window) for pattern in patterns.patterns):
+                raise SparsekitError(
+                    f"layer {i}: {patterns} cannot replace a {reason}, whose window is {window} tokens; it can be "
+                    f"{{name: a_shape, sink_tokens: 0, window_tokens: {window}}} or narrower: or leave the layer out "
+                    "of `layers` and `heads`, and it keeps its own attention."
+                )
         return own
+
+    def window_layers(self, model: object) -> frozenset[int]:
+        """Sliding layers of the model that a rule runs on sparsekit's kernel. Arguments and errors: `own_layers`."""
+        own, kinds = self.own_layers(model), _layer_types(model, len(self.layers))
+        return frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention" and i not in own)
+
+    def _named(self, layer: int) -> bool:
+        """Whether a rule names the layer, rather than `default` alone."""
+        return any(layer in parse_range(key) for key in (*self.config.layers, *self.config.heads))
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One object a layer, for result files: layer, and its patterns with all their parameters and heads."""
@@ -104,6 +123,18 @@ class ResolvedConfig:
             }
             for layer in self.layers
         ]
+
+
+def _layer_types(model: object, count: int) -> tuple[str, ...]:
+    """The kind of each layer. Without `layer_types` all slide where the model has a window."""
+    types = getattr(model, "layer_types", None)
+    if types is not None:
+        return tuple(types[:count])
+    return ("sliding_attention" if getattr(model, "sliding_window", None) else "full_attention",) * count
+
+
+def _is_window(pattern: Pattern, window: int) -> bool:
+    return isinstance(pattern, AShape) and pattern.sink_tokens == 0 and pattern.window_tokens <= window
 
 
 class SparseConfig(BaseModel):
@@ -202,6 +233,13 @@ class SparseConfig(BaseModel):
         for i, base in enumerate(per_layer):
             chosen = [per_head.get(i, {}).get(h, base) for h in range(facts.num_heads)]
             different = tuple(dict.fromkeys(chosen))
+            alone = next((pattern.name for pattern in different if pattern.whole_layer), "")
+            if alone and len(different) > 1:
+                others = ", ".join(sorted({pattern.name for pattern in different} - {alone})) or "another of its kind"
+                raise SparsekitError(
+                    f"layer {i}: {alone} needs a layer of its own, but other heads run {others}: give all heads of the "
+                    f"layer {alone}, or none."
+                )
             layers.append(LayerPatterns(i, different, tuple(different.index(pattern) for pattern in chosen)))
         return ResolvedConfig(self, tuple(layers))
 

@@ -25,7 +25,7 @@ from sparsekit.config import LayerPatterns, ModelFacts, SparseConfig, format_ran
 from sparsekit.errors import SparsekitError
 from sparsekit.functional import static_plan_heads
 from sparsekit.geometry import Geometry
-from sparsekit.patterns import AShape, StaticPattern, static_plan
+from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
 
 __all__ = ["Architecture", "Explanation", "LayerExplanation", "explain", "facts_for", "prefill_after"]
 
@@ -35,6 +35,7 @@ MAX_TOKENS = 1 << 29
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 _CPU = torch.device("cpu")
+_CUDA = torch.device("cuda")  # whose crossover lengths are shown; it need not be here
 _SIZES = ("num_key_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size")
 
 
@@ -62,9 +63,12 @@ class LayerExplanation:
         runs: "sparse", "dense", or "own" (attention that is not full causal, which the model keeps).
         why: why it does not run `pattern` as written, or nothing.
         pattern: what the config says.
-        density: pairs kept / causal pairs, unrounded.
+        density: pairs kept / causal pairs, unrounded; None for a dynamic pattern, which chooses from the prompt.
+        density_at_most: what `density` cannot exceed, where budgets bound it.
+        dense_below: prompts shorter than this, tokens, run dense on a GPU in place of a dynamic pattern; 0: none do.
         tile_density: tiles visited / tiles of dense causal attention.
         tiles, dense_tiles: tiles of `block_q` x `block_kv` tokens that are visited, and that dense attention visits.
+        model_tiles: what the unpatched model visits where its layer has a window; None: `dense_tiles`, or not known.
         pairs, dense_pairs: query-key pairs.
         plan_bytes: of the plan's tensors, which layers of one pattern share.
         attention_flops, dense_attention_flops: 4 * head_dim for each pair of the visited tiles.
@@ -83,6 +87,9 @@ class LayerExplanation:
     pairs: int | None
     dense_pairs: int
     plan_bytes: int | None
+    density_at_most: float | None = None
+    dense_below: int = 0
+    model_tiles: int | None = None
     attention_flops: int | None = None
     dense_attention_flops: int | None = None
     pair_flops: int | None = None
@@ -173,12 +180,16 @@ class Explanation:
         rows = []
         for layers, row in _alike(self.layers):
             flops = _ratio(row.attention_flops, row.dense_attention_flops)
-            name = row.pattern + (f" [{row.runs}: {row.why}]" if row.why else "")
+            why = [f"{row.runs}: {row.why}"] if row.why else []
+            why += [f"dense below {row.dense_below:,} tokens on a GPU"] if row.dense_below else []
+            name = row.pattern + (f" [{'; '.join(why)}]" if why else "")
             rows.append(
                 [
                     format_range(layers),
                     name,
-                    _percent(row.density),
+                    _percent(row.density)
+                    if row.density_at_most in (None, 1)
+                    else f"<= {_percent(row.density_at_most)}",
                     _percent(row.tile_density),
                     "?" if row.tiles is None else f"{row.tiles:,}",
                     _amount(row.plan_bytes, "B"),
@@ -234,13 +245,13 @@ def explain(
         raise SparsekitError(f"tokens = {tokens!r}: a whole number from 1 to {MAX_TOKENS} is needed.")
     facts = facts_for(config, model)
     resolved = config.resolve(facts)
-    own = resolved.own_layers(model)
+    own, windows = resolved.own_layers(model), resolved.window_layers(model)
     geometry = Geometry.of(tokens)
     because = _dense_because(config, tokens)
     counted: dict[Any, LayerExplanation] = {}
     rows, unknown = [], []
     for layer in resolved.layers:
-        key = (layer.patterns, layer.pattern_of_head, own.get(layer.layer))
+        key = (layer.patterns, layer.pattern_of_head, own.get(layer.layer), layer.layer in windows)
         if key not in counted:
             counted[key] = _count(layer, own.get(layer.layer), model, geometry, because)
             unknown += [counted[key].why] if counted[key].pairs is None else []
@@ -304,18 +315,28 @@ def _count(
     """Pairs, tiles and bytes of a layer."""
     heads = len(layer.pattern_of_head)
     dense_pairs, dense_tiles = heads * geometry.spans[0].causal_pairs, heads * _dense_tiles(geometry)
-    runs, why, counts = "sparse", "", None
+    runs, why, counts, at_most = "sparse", "", None, None
+    windowed = _own_counts(layer, model, geometry)
+    dynamic = [pattern for pattern in layer.patterns if isinstance(pattern, DynamicPattern)]
+    below = {pattern.name: pattern.dense_below(_CUDA) for pattern in dynamic}
+    short = {name: n for name, n in below.items() if geometry.q_len < n}
+    executed = _executed(layer, geometry)
     if own:
         runs, why = "own", own
-        counts = _own_counts(layer, model, geometry)
-    elif because or layer.dense:
+        counts = windowed
+    elif windowed and because:
+        runs, why, counts = "own", because, windowed
+    elif because or executed.dense:
         runs, why = "dense", because if not layer.dense else ""
+        if not because and short:
+            why = f"{geometry.q_len} tokens, fewer than the {max(short.values())} from which {', '.join(short)} pays"
         counts = dense_pairs, dense_tiles, 0
-    elif all(isinstance(pattern, StaticPattern) for pattern in layer.patterns):
-        counts = _static_counts(layer, geometry)
+    elif all(isinstance(pattern, StaticPattern) for pattern in executed.patterns):
+        counts = _static_counts(executed, geometry)
     else:
-        names = ", ".join(p.name for p in layer.patterns if not isinstance(p, StaticPattern))
+        names = ", ".join(dict.fromkeys(p.name for p in executed.patterns if not isinstance(p, StaticPattern)))
         why = f"what {names} keeps depends on the prompt"
+        at_most = _ratio(_most_pairs(executed, geometry), dense_pairs)
     pairs, tiles, plan_bytes = counts or (None, None, None)
     return LayerExplanation(
         layer=layer.layer,
@@ -329,13 +350,41 @@ def _count(
         pairs=pairs,
         dense_pairs=dense_pairs,
         plan_bytes=plan_bytes,
+        density_at_most=at_most,
+        dense_below=0 if own or because else max(below.values(), default=0),
+        model_tiles=windowed[1] if windowed else None,
     )
+
+
+def _executed(layer: LayerPatterns, geometry: Geometry) -> LayerPatterns:
+    """The layer with `dense` in place of each dynamic pattern that runs dense at this length on a GPU."""
+
+    def runs(pattern: Pattern) -> Pattern:
+        short = isinstance(pattern, DynamicPattern) and geometry.q_len < pattern.dense_below(_CUDA)
+        return Dense() if short else pattern
+
+    return replace(layer, patterns=tuple(map(runs, layer.patterns)))
+
+
+def _most_pairs(layer: LayerPatterns, geometry: Geometry) -> int | None:
+    """Pairs that a layer keeps at most; None where a pattern has no budget that bounds them."""
+    total, tokens = 0, geometry.q_len
+    for pattern, heads in layer.groups():
+        if isinstance(pattern, StaticPattern):
+            total += len(heads) * _kept_pairs(pattern, geometry)
+            continue
+        keys = pattern.keys_at_most(geometry) if isinstance(pattern, DynamicPattern) else None
+        if keys is None:
+            return None
+        full = min(tokens, keys)
+        total += len(heads) * (_triangle(full) + (tokens - full) * full)
+    return total
 
 
 def _own_counts(layer: LayerPatterns, model: Architecture | None, geometry: Geometry) -> tuple[int, int, int] | None:
     """A sliding layer is counted as its window, at the best that a kernel can do; other kinds are not known."""
     window, types = getattr(model, "sliding_window", None), getattr(model, "layer_types", None)
-    if window is None or (types is not None and types[layer.layer] != "sliding_attention"):
+    if not window or (types is not None and types[layer.layer] != "sliding_attention"):
         return None
     sliding = AShape(sink_tokens=0, window_tokens=window)
     pairs, tiles, _ = _static_counts(
@@ -417,7 +466,7 @@ def _predict(found: Explanation, facts: ModelFacts) -> Explanation:
 
 def _dense_flops(row: LayerExplanation, of_tile: int) -> int | None:
     """What the layer costs in the unpatched model: its own attention where it keeps that."""
-    tiles = row.tiles if row.runs == "own" else row.dense_tiles
+    tiles = row.tiles if row.runs == "own" else row.model_tiles or row.dense_tiles
     return None if tiles is None else tiles * of_tile
 
 

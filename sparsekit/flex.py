@@ -23,6 +23,8 @@ def to_flex(plan: BlockPlan) -> BlockMask:
             cannot hold.
     """
     g = plan.geometry
+    if plan.ranked is not None:
+        raise SparsekitError("to_flex: a ranked plan stops while it is executed; a BlockMask cannot say that.")
     if plan.tokens is not None:
         raise SparsekitError("to_flex: the plan has single key columns, which a BlockMask cannot hold.")
     if any(g.kv_start) or g.q_offset % g.block_q:

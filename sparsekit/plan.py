@@ -7,23 +7,29 @@ all. All token numbers in a plan are POSITIONS (geometry.py): kernels add `kv_st
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError
-from sparsekit.geometry import Geometry, Span
+from sparsekit.geometry import TILES, Geometry, Span
 
 __all__ = [
     "CAUSAL",
     "RULE",
     "BlockPlan",
+    "Ranked",
     "TokenRule",
     "dense_plan",
+    "heaviest_first",
     "plan_from_block_mask",
     "plan_from_rule",
+    "row_bounds",
+    "segment_bounds",
     "stack_heads",
 ]
 
@@ -33,6 +39,8 @@ FLAG_BITS = 2
 
 # Entries looked at in one go by counts and masks: 64K entries x 128 rows of int64 are 64 MiB.
 ENTRIES_AT_ONCE = 1 << 16
+# Entries, or bits of single columns, summed in one go: a dozen int64 of each are 100 MiB.
+SUMMED_AT_ONCE = 1 << 20
 # Tiles of a row against the mean, above which it counts as long. Triangle's last rows are 150 times the mean at 128K.
 LONG = 8
 
@@ -60,6 +68,45 @@ class TokenRule(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Ranked:
+    """How a plan is walked in order of importance, and stopped early.
+
+    Positions are cut into segments of `segment_tokens`. A query keeps its own segment up to itself, and the sink tile:
+    the first `block_kv` keys, where they are of an earlier segment. Then come the segment's ranked keys, all of earlier
+    segments, a tile of `block_kv` at a time, until `patience` tiles in a row have each added less than `stop_tau` of
+    the softmax denominator, themselves included, to every query of the query tile. With 0 nothing stops.
+
+    A sample has n segments, counted from its first query's, and a segment `T = ceil(segment_tokens / block_q)` query
+    tiles, filled from the left: after a segment's last query in this call come places that hold -1.
+
+    Attributes:
+        segment_tokens: at least `block_kv`.
+        q_index: int32 (S, P, n, T * block_q): the queries' positions, in the order in which tiles hold them.
+        keys: int32 (S, P, L): ranked positions, segment after segment, the most important first; none of the sink tile.
+        key_ptr: int64 (S, n + 1): where each segment's keys start, the same for all heads.
+        stop_tau, patience: the stopping rule.
+        visited: int32 (S, P, n, T): ranked tiles that each query tile visited, which an execution fills in. -1 until
+            then: all of them, the upper bound.
+    """
+
+    segment_tokens: int
+    q_index: Tensor
+    keys: Tensor
+    key_ptr: Tensor
+    stop_tau: float
+    patience: int
+    visited: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"q_index": self.q_index, "keys": self.keys, "key_ptr": self.key_ptr, "visited": self.visited}
+
+    def to(self, device: torch.device | str) -> Ranked:
+        q_index, keys, key_ptr, visited = (t.to(device) for t in self.tensors.values())
+        return replace(self, q_index=q_index, keys=keys, key_ptr=key_ptr, visited=visited)
+
+
+@dataclass(frozen=True, eq=False)
 class BlockPlan:
     """What one attention call computes.
 
@@ -68,13 +115,14 @@ class BlockPlan:
     starts at position 0, so the first one may begin before this call's first query.
 
     A row is LISTED, its tiles being `entries[row_ptr[row]:row_ptr[row + 1]]`, or DENSE by bounds (`dense_rows`): all
-    causal keys, no entries. A plan without `row_ptr` is dense everywhere and holds no tensor at all.
+    causal keys, no entries. A plan without `row_ptr` is dense everywhere and holds no tensor at all, unless it is
+    RANKED: then `ranked` says all that it computes, and what it keeps is known only after it was executed.
 
     Attributes:
         row_ptr: int32 (int64 past 2^31 entries), (S*P*R + 1,).
         entries: int32 (nnz,), `position of the tile's first key * 4 + flags`. Flag CAUSAL: apply the causal and valid
-            length mask; RULE: apply the token rule; 0: every pair of the tile is kept. A tile starts on any key; no
-            pair is in two tiles.
+            length mask; RULE: apply the token rule; 0: every pair of the tile is kept. A tile starts on any key; a
+            row's tiles ascend, and no pair is in two of them.
         rule: int32 (S, P, 3), either may be 1: sink, window, dense_from of tiles flagged RULE.
         dense_rows: bool (S*P*R,).
         tokens: int32 (S, P, T), ascending: single key columns. Unused places at the end hold the largest int32.
@@ -83,6 +131,7 @@ class BlockPlan:
         order: int32 (S*R,): launch order of (sample, tile) = s * R + r, heaviest first, the heads of a row together.
         long_rows: host count of rows, the first of `order`, that visit more than `LONG` times the mean: on few heads
             they alone decide the finish, so kernels may cut them over keys. 0 where not known.
+        ranked: keys in order of importance with an early stop, in place of rows; one plan sample a sample.
         memo: what an executor derived from this plan (schedules, masks), kept as long as the plan.
     """
 
@@ -97,6 +146,7 @@ class BlockPlan:
     token_bits: Tensor | None = None
     order: Tensor | None = None
     long_rows: int = 0
+    ranked: Ranked | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -109,7 +159,7 @@ class BlockPlan:
 
     @property
     def all_dense(self) -> bool:
-        return self.row_ptr is None
+        return self.row_ptr is None and self.ranked is None
 
     @property
     def rows(self) -> int:
@@ -119,7 +169,10 @@ class BlockPlan:
     @property
     def tensors(self) -> dict[str, Tensor]:
         named = ("row_ptr", "entries", "rule", "dense_rows", "tokens", "token_bits", "order")
-        return {name: value for name in named if (value := getattr(self, name)) is not None}
+        tensors = {name: value for name in named if (value := getattr(self, name)) is not None}
+        if self.ranked is not None:
+            tensors |= {f"ranked.{name}": value for name, value in self.ranked.tensors.items()}
+        return tensors
 
     @property
     def nbytes(self) -> int:
@@ -127,8 +180,38 @@ class BlockPlan:
         return sum(t.nbytes for t in self.tensors.values())
 
     def to(self, device: torch.device | str) -> BlockPlan:
-        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors.items()}
-        return BlockPlan(self.geometry, self.samples, self.heads, long_rows=self.long_rows, **moved)
+        rows = replace(self, ranked=None)
+        moved: dict[str, Any] = {name: t.to(device) for name, t in rows.tensors.items()}
+        ranked = None if self.ranked is None else self.ranked.to(device)
+        return BlockPlan(self.geometry, self.samples, self.heads, long_rows=self.long_rows, ranked=ranked, **moved)
+
+    def with_block_kv(self, block_kv: int) -> BlockPlan:
+        """The same pairs in tiles of fewer keys. Kept with this plan; the host does not wait.
+
+        Each tile becomes `self.block_kv / block_kv`, with its flags: one that ends up in its row's future is masked.
+
+        Raises:
+            SparsekitError: `block_kv` is no tile, or does not divide this plan's; or the plan is ranked.
+        """
+        if block_kv == self.block_kv:
+            return self
+        if self.ranked is not None:
+            raise SparsekitError(f"block_kv={block_kv}: a ranked plan stops by tiles of its own {self.block_kv} keys.")
+        if block_kv not in TILES or self.block_kv % block_kv:
+            raise SparsekitError(f"block_kv={block_kv}: want a tile that divides this plan's {self.block_kv} keys.")
+        key = ("block_kv", block_kv)
+        if key not in self.memo:
+            finer: dict[str, Any] = {}
+            if self.row_ptr is not None and self.entries is not None:
+                parts, step = self.block_kv // block_kv, block_kv << FLAG_BITS
+                places = torch.arange(0, parts * step, step, dtype=torch.int32, device=self.entries.device)
+                finer["entries"] = (self.entries[:, None] + places).flatten()
+                large = finer["entries"].numel() >= 2**31
+                finer["row_ptr"] = (self.row_ptr.long() if large else self.row_ptr) * parts
+            geometry = self.geometry.with_tile(self.block_q, block_kv)
+            self.memo[key] = replace(self, geometry=geometry, memo={}, **finer)
+        finer_plan: BlockPlan = self.memo[key]
+        return finer_plan
 
     def spans(self) -> tuple[Span, ...]:
         """The span of each plan sample."""
@@ -177,6 +260,8 @@ class BlockPlan:
                 ruled = (k_pos < sink) | (q_pos - k_pos < window) | (q_pos >= dense_from)
                 kept = kept & ((flags[:, None, None] & RULE == 0) | ruled)
             yield head[:, None, None], q_pos, k_pos, kept
+        if plan.ranked is not None:
+            yield from self._ranked_pairs(plan.ranked, sample)
         dense = torch.arange(self.heads * self.rows) if plan.all_dense else self._rows_of(plan.dense_rows, sample)
         for row in dense.tolist():
             q_pos = starts[row % self.rows] + lane
@@ -196,6 +281,22 @@ class BlockPlan:
             q_pos = starts[r] + lane
             q_pos = q_pos[(q_pos >= span.q_first) & (q_pos < span.q_end)][:, None]
             yield torch.tensor([[head]]), q_pos, k_pos, needed & (k_pos <= q_pos)
+
+    def _ranked_pairs(self, ranked: Ranked, sample: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        firsts = segment_bounds(self.geometry, self.samples, ranked.segment_tokens, torch.device("cpu"))[0][sample]
+        ptr = ranked.key_ptr[sample].tolist()
+        for head, at, tile in product(*map(range, ranked.visited.shape[1:])):
+            q_pos = ranked.q_index[sample, head, at].long()[tile * self.block_q : (tile + 1) * self.block_q, None]
+            q_pos, first = q_pos[q_pos[:, 0] >= 0], int(firsts[at])
+            own = torch.arange(first, first + ranked.segment_tokens)[None]
+            yield torch.tensor([[head]]), q_pos, own, own <= q_pos
+            seen = int(ranked.visited[sample, head, at, tile])
+            listed = ptr[at + 1] - ptr[at]
+            stop = ptr[at] + (listed if seen < 0 else min(seen * self.block_kv, listed))
+            earlier = torch.cat(
+                [torch.arange(min(self.block_kv, first)), ranked.keys[sample, head, ptr[at] : stop].long()]
+            )
+            yield torch.tensor([[head]]), q_pos, earlier[None], (earlier < first) & (q_pos >= 0)
 
     def columns_of(self, sample: int, head: int, row: int) -> Tensor:
         """bool (T,): the single columns that a row still needs."""
@@ -229,52 +330,104 @@ class BlockPlan:
             entry = self.entries[first + at : first + at + len(part)].long().cpu()
             yield part % self.rows, part // self.rows, entry & 3, entry >> FLAG_BITS
 
+    def sums(self) -> Tensor:
+        """int64 (3,): pairs, tiles and single columns computed, over all plan samples and heads.
+
+        On the plan's device, by arithmetic on entries and bits; kept with the plan, and the host does not wait. Of a
+        ranked plan: what the last execution visited; before the first, all that it may visit.
+        """
+        if self.ranked is not None:
+            return self._ranked_sums(self.ranked)
+        if "sums" not in self.memo:
+            self.memo["sums"] = self._dense_sums() if self.row_ptr is None else self._listed_sums(self.row_ptr)
+        sums: Tensor = self.memo["sums"]
+        return sums
+
+    def _dense_sums(self) -> Tensor:
+        pairs = sum(span.causal_pairs for span in self.spans())
+        tiles = sum(int(self._causal_tiles(s).sum()) for s in range(self.samples))
+        return torch.tensor([self.heads * pairs, self.heads * tiles, 0])
+
+    def _ranked_sums(self, ranked: Ranked) -> Tensor:
+        bounds = segment_bounds(self.geometry, self.samples, ranked.segment_tokens, ranked.visited.device)
+        first, low, high = (x[:, None, :, None] for x in bounds)  # (S, 1, n, 1), as below (S, P, n, T)
+        lane = torch.arange(ranked.visited.shape[-1], device=first.device) * self.block_q
+        queries = (high - low - lane).clamp(0, self.block_q)
+        listed = ranked.key_ptr.diff()[:, None, :, None]
+        tiles = torch.where(ranked.visited < 0, -(-listed // self.block_kv), ranked.visited)
+        keys = torch.minimum(tiles * self.block_kv, listed) + first.clamp(max=self.block_kv)
+        own = self.heads * (_triangle(high - first) - _triangle(low - first)).sum()
+        last = ranked.q_index.unflatten(-1, (-1, self.block_q)).amax(-1)
+        own_tiles = torch.where(queries > 0, (last - first) // self.block_kv + 1, 0).sum()
+        visited = ((queries > 0) * (tiles + (first > 0))).sum() + own_tiles
+        return torch.stack([own + (queries * keys).sum(), visited, torch.zeros_like(visited)])
+
+    def _listed_sums(self, row_ptr: Tensor) -> Tensor:
+        bounds = row_bounds(self.geometry, self.samples, row_ptr.device)
+        first, last, tiles, keys = (x[:, None].expand(-1, self.heads, -1).flatten() for x in bounds)
+        pairs = columns = row_ptr.new_zeros((), dtype=torch.int64)
+        visited = row_ptr[-1].long()
+        if self.dense_rows is not None:
+            visited = visited + (tiles * self.dense_rows).sum()
+            pairs = pairs + ((_triangle(last) - _triangle(first)) * self.dense_rows).sum()
+        for at in range(0, self.entries.numel() if self.entries is not None and len(first) else 0, SUMMED_AT_ONCE):
+            pairs = pairs + self._kept_from(row_ptr, at, first, last, keys).sum()
+        if self.tokens is not None and self.token_bits is not None:
+            at_once = max(SUMMED_AT_ONCE // self.tokens.shape[-1], 1)
+            of_head = self.tokens.long().flatten(0, 1)
+            lanes = torch.arange(32, dtype=torch.int32, device=row_ptr.device)
+            for rows in torch.arange(len(first), device=row_ptr.device).split(at_once):
+                bits = (self.token_bits[rows][..., None] >> lanes & 1).flatten(1)[:, : self.tokens.shape[-1]]
+                seeing = last[rows, None] - torch.maximum(first[rows, None], of_head[rows // self.rows])
+                pairs, columns = pairs + (bits * seeing.clamp(min=0)).sum(), columns + bits.sum()
+        return torch.stack([pairs, visited, columns])
+
+    def _kept_from(self, row_ptr: Tensor, at: int, first: Tensor, last: Tensor, keys: Tensor) -> Tensor:
+        """int64 (n,): pairs kept by the next entries from `at` on; 0 for places that no row uses.
+
+        A query q sees `clamp(q + 1 - key, 0, width)` of the `width` keys from `key` on, and the rule takes from it what
+        lies `window` back but for the sinks: sums of clamped runs, in closed form.
+        """
+        assert self.entries is not None
+        entry = self.entries[at : at + SUMMED_AT_ONCE].long()
+        place = torch.arange(at, at + len(entry), dtype=row_ptr.dtype, device=entry.device)
+        row = (torch.searchsorted(row_ptr, place, right=True) - 1).clamp(max=len(first) - 1)
+        key, flags, low, high = entry >> FLAG_BITS, entry & 3, first[row], last[row]
+        whole = (high - low) * (keys[row] - key).clamp(0, self.block_kv)
+        causal = _clamped_run(low - key, high - key, self.block_kv)
+        kept = torch.where(flags & CAUSAL > 0, causal, whole)
+        if self.rule is not None:
+            rules = self.rule.long().expand(self.samples, self.heads, 3).flatten(0, 1)
+            sink, window, dense_from = rules[row // self.rows].unbind(-1)
+            cut = torch.minimum(dense_from.clamp(min=0).maximum(low), high)
+            far = low - key - window, cut - key - window
+            sinks = (sink - key).clamp(0, self.block_kv)
+            ruled = causal - _clamped_run(*far, self.block_kv) + _clamped_run(*far, sinks)
+            kept = torch.where(flags & RULE > 0, ruled, kept)
+        return kept * (place < row_ptr[-1])
+
+    def totals(self) -> PlanTotals:
+        """What is computed in all, without the plan's own tensors; the host does not wait until a number is read."""
+        repeats = self.geometry.batch if self.samples == 1 else 1
+        pairs = self.heads * sum(span.causal_pairs for span in self.geometry.spans)
+        tiles = self.heads * repeats * sum(int(self._causal_tiles(s).sum()) for s in range(self.samples))
+        return PlanTotals(self.sums(), repeats, self.block_kv, pairs, tiles, self.nbytes)
+
     def kept_pairs(self) -> int:
         """Query-key pairs computed, over all samples and plan heads. Counted by arithmetic, nothing quadratic."""
-        if "kept_pairs" not in self.memo:
-            per_sample = [self._kept_in(s) for s in range(self.samples)]
-            self.memo["kept_pairs"] = sum(per_sample) * (self.geometry.batch if self.samples == 1 else 1)
-        return int(self.memo["kept_pairs"])
+        return self.totals().kept_pairs()
 
-    def _kept_in(self, sample: int) -> int:
-        span = self.spans()[sample]
-        starts, lane = self.row_starts()[sample], torch.arange(self.block_q)
-        total = 0
-        for row, head, flags, key in self._entry_blocks(sample):
-            q_pos = starts[row, None] + lane
-            low, flags = key[:, None], flags[:, None]
-            high = torch.where(flags & CAUSAL > 0, (q_pos + 1).clamp(max=span.keys), span.keys)
-            high = torch.minimum(high, low + self.block_kv)
-            count = (high - low).clamp(min=0)
-            if self.rule is not None:
-                sink, window, dense_from = self._rule_of(sample, head.to(self.rule.device)).cpu()[..., None].unbind(0)
-                near = torch.maximum(low, q_pos - window + 1)
-                sinks = (torch.minimum(high, sink) - low).clamp(min=0)
-                both = (torch.minimum(high, sink) - near).clamp(min=0)
-                ruled = torch.where(q_pos >= dense_from, count, sinks + (high - near).clamp(min=0) - both)
-                count = torch.where(flags & RULE > 0, ruled, count)
-            total += int(count[(q_pos >= span.q_first) & (q_pos < span.q_end)].sum())
-        if self.all_dense:
-            return self.heads * span.causal_pairs
-        for row in self._rows_of(self.dense_rows, sample).tolist():
-            low_q = max(int(starts[row % self.rows]), span.q_first)
-            high_q = min(int(starts[row % self.rows]) + self.block_q, span.q_end)
-            total += max((high_q * (high_q + 1) - low_q * (low_q + 1)) // 2, 0)
-        for _, _, _, kept in self._all_columns(sample, span):
-            total += int(kept.sum())
-        return total
-
-    def _all_columns(self, sample: int, span: Span) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        if self.tokens is None:
-            return
-        plan, starts, lane = self.to("cpu"), self.row_starts()[sample], torch.arange(self.block_q)
-        for head in range(self.heads):
-            yield from self._column_pairs(plan, sample, head, starts, lane, span)
+    def visited_tiles(self) -> float:
+        """Tiles the kernel multiplies, over all samples and plan heads; `block_kv` single columns are one tile."""
+        return self.totals().visited_tiles()
 
     def density(self) -> float:
         """Pairs kept / causal pairs, over the valid queries of all samples and heads."""
-        causal = self.heads * sum(span.causal_pairs for span in self.geometry.spans)
-        return self.kept_pairs() / causal if causal else 1.0
+        return self.totals().density()
+
+    def tile_density(self) -> float:
+        """Visited tiles / tiles of dense causal attention."""
+        return self.totals().tile_density()
 
     def _causal_tiles(self, sample: int) -> Tensor:
         """int64 (R,): tiles of `block_kv` keys that dense attention visits in each row; 0 past a sample's last row."""
@@ -283,28 +436,37 @@ class BlockPlan:
         alive = (ends > starts) & (ends > span.q_first)
         return torch.where(alive, -(-ends // self.block_kv), 0)
 
+
+@dataclass(frozen=True, eq=False)
+class PlanTotals:
+    """A plan's totals, when it is gone itself. Reading a number waits for the device.
+
+    Attributes:
+        sums: `BlockPlan.sums()`.
+        repeats: samples that share each plan sample.
+        causal_pairs, causal_tiles: of dense attention, over all samples and plan heads.
+        nbytes: of the plan's tensors.
+    """
+
+    sums: Tensor
+    repeats: int
+    block_kv: int
+    causal_pairs: int
+    causal_tiles: int
+    nbytes: int
+
+    def kept_pairs(self) -> int:
+        return int(self.sums[0]) * self.repeats
+
     def visited_tiles(self) -> float:
-        """Tiles the kernel multiplies, over all samples and plan heads; `block_kv` single columns are one tile."""
-        total = 0.0
-        for s in range(self.samples):
-            causal = self._causal_tiles(s).repeat(self.heads)
-            if self.all_dense:
-                total += int(causal.sum())
-                continue
-            assert self.row_ptr is not None
-            rows = self.heads * self.rows
-            total += int(self.row_ptr[(s + 1) * rows] - self.row_ptr[s * rows])
-            total += int(causal[self._rows_of(self.dense_rows, s)].sum())
-            if self.tokens is not None:
-                bits = [self.columns_of(s, p, r).sum() for p in range(self.heads) for r in range(self.rows)]
-                total += int(torch.stack(bits).sum()) / self.block_kv
-        return total * (self.geometry.batch if self.samples == 1 else 1)
+        _, tiles, columns = self.sums.tolist()
+        return float((tiles + columns / self.block_kv) * self.repeats)
+
+    def density(self) -> float:
+        return self.kept_pairs() / self.causal_pairs if self.causal_pairs else 1.0
 
     def tile_density(self) -> float:
-        """Visited tiles / tiles of dense causal attention."""
-        tiles = sum(int(self._causal_tiles(s).sum()) for s in range(self.samples))
-        causal = self.heads * tiles * (self.geometry.batch if self.samples == 1 else 1)
-        return self.visited_tiles() / causal if causal else 1.0
+        return self.visited_tiles() / self.causal_tiles if self.causal_tiles else 1.0
 
 
 # ---- builders
@@ -406,89 +568,209 @@ def plan_from_block_mask(mask: Tensor, geometry: Geometry) -> BlockPlan:
         heads=heads,
         row_ptr=_row_ptr(counts.flatten()),
         entries=entries.to(torch.int32),
-        order=_heaviest_first(counts),
+        order=heaviest_first(counts),
     )
 
 
 def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> BlockPlan:
-    """One plan for a layer whose heads differ: query head h runs `plans[plan_of_head[h]]`.
+    """One plan for a layer whose heads differ: query head h runs `plans[plan_of_head[h]]`. The host does not wait.
 
     A plan whose head dimension is 1 serves every head given to it; one with as many heads as `plan_of_head` serves
-    head h with its own head h. Single columns are kept.
+    head h with its own head h. Single columns are kept; tiles are those of the plan with the fewest keys a tile.
     """
-    geometry, heads = plans[0].geometry, len(plan_of_head)
-    if any(plan.geometry != geometry for plan in plans):
-        raise SparsekitError("plans of one layer must share their geometry and tile.")
+    heads, used = len(plan_of_head), sorted(set(plan_of_head))
     if any(plan.heads not in (1, heads) for plan in plans):
         raise SparsekitError(f"plans of one layer have 1 or {heads} heads, got {[plan.heads for plan in plans]}.")
-    used = sorted(set(plan_of_head))
-    if all(plans[i].all_dense for i in used):
+    block_kv = min([plans[i].block_kv for i in used if not plans[i].all_dense], default=plans[used[0]].block_kv)
+    geometry = plans[0].geometry.with_tile(plans[0].block_q, block_kv)
+    if any(plan.geometry.with_tile(plan.block_q, block_kv) != geometry for plan in plans):
+        raise SparsekitError("plans of one layer must share their geometry and query tile.")
+    if all(plans[i].all_dense for i in used) or not geometry.rows:
         return dense_plan(geometry)
-    if len(used) == 1 and plans[used[0]].heads in (1, heads):
+    if len(used) == 1:
         return plans[used[0]]
-    samples = max(plan.samples for plan in plans)
-    rows = geometry.rows
-    device = next(t.device for i in used for t in plans[i].tensors.values())
-    pieces = [_head_rows(plans[i], h, s, device) for s in range(samples) for h, i in enumerate(plan_of_head)]
-    counts = torch.cat([piece[0] for piece in pieces])
-    dense = torch.cat([piece[2] for piece in pieces])
-    rule = torch.stack([piece[3] for piece in pieces]).view(samples, heads, 3)
-    tokens, bits = _stack_columns([piece[4] for piece in pieces], rows, device)
-    plan = BlockPlan(geometry, samples=samples, heads=heads)
-    causal = torch.stack([plan._causal_tiles(s) for s in range(samples)]).to(device)
-    work = torch.where(dense.view(samples, heads, rows), causal[:, None], counts.view(samples, heads, rows))
+    if any(plans[i].ranked is not None for i in used):
+        raise SparsekitError("a ranked plan is a layer's only one: it cannot be stacked with those of other heads.")
+    parts = [plans[i].with_block_kv(block_kv) if plans[i].row_ptr is not None else plans[i] for i in used]
+    device = next(part.row_ptr.device for part in parts if part.row_ptr is not None)
+    forms = tuple((part.samples, part.heads) for part in parts)
+    of_head = tuple(used.index(i) for i in plan_of_head)
+    block, row, most = _row_sources(forms, of_head, geometry.rows, device)
+    samples = max(part.samples for part in parts)
+    tokens, bits = _stacked_columns(parts, block, row, device)
+    row_ptr, entries = _stacked_entries(parts, most, row, device)
+    dense = _stacked_dense(parts, row, device)
+    tiles = row_bounds(geometry, samples, device)[2][:, None]
+    listed = row_ptr.diff().view(samples, heads, -1)
+    work = listed if dense is None else torch.where(dense.view(samples, heads, -1), tiles, listed)
     return BlockPlan(
         geometry,
         samples=samples,
         heads=heads,
-        row_ptr=_row_ptr(counts),
-        entries=torch.cat([piece[1] for piece in pieces]),
-        rule=rule,
+        row_ptr=row_ptr,
+        entries=entries,
+        rule=_stacked_rules(parts, block, device, (samples, heads)),
         dense_rows=dense,
         tokens=None if tokens is None else tokens.view(samples, heads, -1),
         token_bits=bits,
-        order=_heaviest_first(work),
-        long_rows=max(plans[i].long_rows for i in used),
+        order=heaviest_first(work),
+        long_rows=max(part.long_rows for part in parts),
     )
 
 
-_Columns = tuple[Tensor, Tensor] | None
+@lru_cache(maxsize=64)
+def _row_sources(
+    forms: tuple[tuple[int, int], ...], of_head: tuple[int, ...], rows: int, device: torch.device
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Where each (sample, head) and each row of a stacked plan comes from, in its parts' rows laid end to end.
+
+    Args:
+        forms: samples and heads of each part.
+
+    Returns:
+        int64 (S*H,) and (S*H*R,), and for each part how often its most wanted head is wanted.
+    """
+    samples, bases, wanted = max(s for s, _ in forms), [0], []
+    for s, p in forms:
+        bases.append(bases[-1] + s * p)
+    block = []
+    for sample in range(samples):
+        for head, part in enumerate(of_head):
+            s, p = forms[part]
+            block.append(bases[part] + (sample if s > 1 else 0) * p + (head if p > 1 else 0))
+    for part in range(len(forms)):
+        own = [b for b in block if bases[part] <= b < bases[part + 1]]
+        wanted.append(max(map(own.count, set(own)), default=0))
+    blocks = torch.tensor(block)
+    row = (blocks[:, None] * rows + torch.arange(rows)).flatten()
+    return _upload(blocks, device), _upload(row, device), tuple(wanted)
 
 
-def _head_rows(
-    plan: BlockPlan, head: int, sample: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, _Columns]:
-    """(counts, entries, dense?, rule, columns) of one head of one sample, whatever the plan shares."""
-    rows = plan.rows
-    p, s = (head if plan.heads > 1 else 0), (sample if plan.samples > 1 else 0)
-    if plan.row_ptr is None or plan.entries is None:
-        nothing = torch.zeros(rows, dtype=torch.int64, device=device)
-        no_rule = torch.tensor([0, 1, 0], dtype=torch.int32, device=device)
-        return nothing, nothing[:0].int(), torch.ones(rows, dtype=torch.bool, device=device), no_rule, None
-    at = slice((s * plan.heads + p) * rows, (s * plan.heads + p + 1) * rows)
-    ptr = plan.row_ptr[at.start : at.stop + 1]
-    dense = torch.zeros(rows, dtype=torch.bool, device=device) if plan.dense_rows is None else plan.dense_rows[at]
-    rule = torch.tensor([0, 2**31 - 1, 0], dtype=torch.int32, device=device)
-    if plan.rule is not None:
-        rule = plan.rule[min(s, plan.rule.shape[0] - 1), min(p, plan.rule.shape[1] - 1)]
-    columns = None
-    if plan.tokens is not None and plan.token_bits is not None:
-        columns = (plan.tokens[s, p], plan.token_bits[at])
-    return ptr.diff().long(), plan.entries[int(ptr[0]) : int(ptr[-1])], dense, rule, columns
+def _stacked_entries(
+    parts: Sequence[BlockPlan], wanted: tuple[int, ...], row: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(row_ptr, entries) of rows picked from the parts; on a GPU entries have room for all that could be picked."""
+    counts: list[Tensor] = []
+    begins: list[Tensor] = []
+    pieces, before, room = [], 0, 0
+    for part, times in zip(parts, wanted, strict=True):
+        if part.row_ptr is None or part.entries is None:
+            nothing = torch.zeros(part.samples * part.heads * part.rows, dtype=torch.int64, device=device)
+            counts.append(nothing)
+            begins.append(nothing)
+            continue
+        ptr = part.row_ptr.long()
+        counts.append(ptr.diff())
+        begins.append(ptr[:-1] + before)
+        pieces.append(part.entries)
+        before, room = before + part.entries.numel(), room + part.entries.numel() * times
+    count = torch.cat(counts)[row]
+    row_ptr, entries = _row_ptr(count), torch.cat(pieces)
+    size = int(row_ptr[-1]) if device.type == "cpu" else room
+    if not size:
+        return row_ptr, entries[:0]
+    # Within a row the source runs on by one; at its start it jumps. Summed jumps are cheaper than looking rows up.
+    start = (count.cumsum(0) - count).clamp(max=size)
+    shift = torch.cat(begins)[row] - start
+    small = torch.int32 if before + size < 2**31 else torch.int64
+    jumps = torch.zeros(size + 1, dtype=small, device=device)
+    jumps.index_add_(0, start, shift.diff(prepend=shift.new_zeros(1)).to(small))
+    source = jumps[:-1].cumsum(0, dtype=small) + torch.arange(size, dtype=small, device=device)
+    return row_ptr, entries[source.clamp(0, before - 1)]
 
 
-def _stack_columns(columns: list[_Columns], rows: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    width = max((c[0].shape[0] for c in columns if c is not None), default=0)
+def _stacked_dense(parts: Sequence[BlockPlan], row: Tensor, device: torch.device) -> Tensor | None:
+    if all(part.dense_rows is None and not part.all_dense for part in parts):
+        return None
+    flags = []
+    for part in parts:
+        none = torch.full((part.samples * part.heads * part.rows,), part.all_dense, device=device)
+        flags.append(none if part.dense_rows is None else part.dense_rows)
+    return torch.cat(flags)[row]
+
+
+def _stacked_rules(
+    parts: Sequence[BlockPlan], block: Tensor, device: torch.device, form: tuple[int, int]
+) -> Tensor | None:
+    if all(part.rule is None for part in parts):
+        return None
+    rules = []
+    for part in parts:
+        none = torch.zeros(1, 1, 3, dtype=torch.int32, device=device)  # of a part without RULE tiles: never read
+        rule = none if part.rule is None else part.rule
+        rules.append(rule.expand(part.samples, part.heads, 3).flatten(0, 1))
+    return torch.cat(rules)[block].view(*form, 3)
+
+
+def _stacked_columns(
+    parts: Sequence[BlockPlan], block: Tensor, row: Tensor, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    width = max((part.tokens.shape[-1] for part in parts if part.tokens is not None), default=0)
     if not width:
         return None, None
+    tokens: list[Tensor] = []
+    bits: list[Tensor] = []
     words = -(-width // 32)
-    tokens = torch.full((len(columns), width), 2**31 - 1, dtype=torch.int32, device=device)
-    bits = torch.zeros(len(columns), rows, words, dtype=torch.int32, device=device)
-    for i, column in enumerate(columns):
-        if column is not None:
-            tokens[i, : column[0].shape[0]] = column[0]
-            bits[i, :, : column[1].shape[1]] = column[1]
-    return tokens, bits.view(-1, words)
+    for part in parts:
+        own = part.samples * part.heads
+        token = torch.full((own, width), 2**31 - 1, dtype=torch.int32, device=device)
+        bit = torch.zeros(own * part.rows, words, dtype=torch.int32, device=device)
+        if part.tokens is not None and part.token_bits is not None:
+            token[:, : part.tokens.shape[-1]] = part.tokens.flatten(0, 1)
+            bit[:, : part.token_bits.shape[-1]] = part.token_bits
+        tokens.append(token)
+        bits.append(bit)
+    return torch.cat(tokens)[block], torch.cat(bits)[row]
+
+
+@lru_cache(maxsize=64)
+def row_bounds(geometry: Geometry, samples: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int64 (S, R) each: a row's first query, one past its last, the tiles and the keys that dense attention visits."""
+    plan = BlockPlan(geometry, samples=samples)
+    first = torch.tensor([[span.q_first] for span in plan.spans()])
+    end = torch.tensor([[span.q_end] for span in plan.spans()])
+    keys = torch.tensor([[span.keys] for span in plan.spans()]).expand(samples, geometry.rows)
+    start = plan.row_starts()
+    low = torch.maximum(start, first)
+    high = torch.minimum(start + geometry.block_q, end).maximum(low)
+    tiles = torch.stack([plan._causal_tiles(s) for s in range(samples)])
+    return tuple(_upload(x, device) for x in (low, high, tiles, keys))  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def segment_bounds(
+    geometry: Geometry, samples: int, segment_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 (S, n) each: a segment's first position, its first query in this call, one past the last (equal: none)."""
+    spans = BlockPlan(geometry, samples=samples).spans()
+    begins = torch.tensor([span.q_first // segment_tokens for span in spans])[:, None]
+    ends = torch.tensor([-(-span.q_end // segment_tokens) for span in spans])[:, None]
+    first = (begins + torch.arange(max(int((ends - begins).max()), 1))) * segment_tokens
+    low = torch.maximum(first, torch.tensor([[span.q_first] for span in spans]))
+    high = torch.minimum(first + segment_tokens, torch.tensor([[span.q_end] for span in spans])).maximum(low)
+    return _upload(first, device), _upload(low, device), _upload(high, device)
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """`values` there, without waiting: from pinned memory, since a pageable copy synchronises."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def _triangle(n: Tensor) -> Tensor:
+    return n * (n + 1) // 2
+
+
+def _clamped_run(low: Tensor, high: Tensor, width: Tensor | int) -> Tensor:
+    """sum over low < y <= high of clamp(y, 0, width)."""
+
+    def up_to(y: Tensor) -> Tensor:
+        y = y.clamp(min=0)
+        within = y.clamp(max=width) if isinstance(width, int) else torch.minimum(y, width)
+        return _triangle(within) + (y - within) * width
+
+    return up_to(high) - up_to(low)
 
 
 def _row_ptr(counts: Tensor) -> Tensor:
@@ -498,6 +780,6 @@ def _row_ptr(counts: Tensor) -> Tensor:
     return total if large else total.to(torch.int32)
 
 
-def _heaviest_first(work: Tensor) -> Tensor:
+def heaviest_first(work: Tensor) -> Tensor:
     """int32 (S*R,): launch order from tiles per (sample, head, row)."""
     return torch.argsort(work.sum(1).flatten(), descending=True, stable=True).to(torch.int32)

@@ -51,6 +51,7 @@ def check_pattern(pattern: Pattern, geometries: Iterable[Geometry] = GEOMETRIES)
     assert parse_pattern(pattern.to_yaml()) == pattern, f"{pattern}: to_yaml does not read back as the same pattern"
     checks: list[Callable[[Pattern, Geometry, Inputs], None]] = [
         _check_pairs,
+        _check_ascending,
         _check_deterministic,
         _check_batch_order,
         _check_execution,
@@ -98,6 +99,19 @@ def _check_pairs(pattern: Pattern, geometry: Geometry, inputs: Inputs) -> None:
     assert (often.bool() | ~own[:, None]).all(), f"{pattern}: a query does not keep itself, {geometry}"
     assert plan.kept_pairs() == int(often.sum()), f"{pattern}: kept_pairs() is not the mask's count, {geometry}"
     assert 0 < plan.density() <= 1, f"{pattern}: density {plan.density()}, {geometry}"
+
+
+def _check_ascending(pattern: Pattern, geometry: Geometry, inputs: Inputs) -> None:
+    """Kernels that join plans walk a row's tiles from left to right."""
+    plan = _plan(pattern, geometry, inputs)
+    for s in range(plan.samples):
+        before = (-1, -1)
+        for row, head, _, key in plan._entry_blocks(s):
+            owner = torch.cat([torch.tensor([before[0]]), head * plan.rows + row])
+            start = torch.cat([torch.tensor([before[1]]), key])
+            same = owner.diff() == 0
+            assert (start.diff()[same] > 0).all(), f"{pattern}: a row's tiles do not ascend, {geometry}"
+            before = int(owner[-1]), int(start[-1])
 
 
 def _check_deterministic(pattern: Pattern, geometry: Geometry, inputs: Inputs) -> None:

@@ -27,7 +27,7 @@ class Bad(NamedTuple):
 
 
 CONFIGS = [
-    Bad("unknown pattern", "default: bogus\n", ("default", "'bogus'", "a_shape, dense, triangle, union")),
+    Bad("unknown pattern", "default: bogus\n", ("default", "'bogus'", "a_shape, block_topk, dense")),
     Bad(
         "misspelt pattern",
         'layers: {"0-3": trianlge}\n',

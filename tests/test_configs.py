@@ -8,6 +8,7 @@ import pytest
 
 from sparsekit import SparseConfig, explain, load, models
 from sparsekit.config import format_range
+from sparsekit.patterns import DynamicPattern
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
@@ -19,6 +20,8 @@ TRIANGLEMIX = {
     "qwen2.5-7b": ("20-27", 28, 4096),
     "smollm2-135m": ("21-29", 30, 1024),
 }
+# What may run below the triangle.
+COMBINED = ("vertical_slash", "flexprefill", "xattention", "block_topk", "s2o")
 
 
 def test_there_is_one_for_each_published_model() -> None:
@@ -32,9 +35,27 @@ def test_recipe(path: Path) -> None:
     assert SparseConfig.load(config.to_dict()) == config
     resolved = config.resolve()
     assert len(resolved.layers) == config.model.num_layers
-    found = explain(config, 32768)
-    assert found.missing == ()
-    assert found.prefill_ratio is not None and 0 < found.prefill_ratio < 1
+    found = explain(config, 131072)
+    dynamic = {p.name: None for layer in resolved.layers for p in layer.patterns if isinstance(p, DynamicPattern)}
+    if dynamic:
+        assert found.missing == tuple(f"what {name} keeps depends on the prompt" for name in dynamic)
+        assert found.prefill_ratio is None and found.dense_attention_share is not None
+    else:
+        assert found.missing == ()
+        assert found.prefill_ratio is not None and 0 < found.prefill_ratio < 1
+
+
+@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-7b", "smollm2-135m"])
+def test_trianglemix_with_a_dynamic_pattern_below(model: str, name: str) -> None:
+    config = load(ROOT / "configs" / model / f"trianglemix-{name}.yaml")
+    alone = load(ROOT / "configs" / model / "trianglemix.yaml")
+    assert (config.model, config.dense_below_tokens) == (alone.model, alone.dense_below_tokens)
+    for layer, of_triangle in zip(config.resolve().layers, alone.resolve().layers, strict=True):
+        if of_triangle.dense:
+            assert [pattern.name for pattern in layer.patterns] == [name]
+        else:
+            assert layer == of_triangle
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "configs")))

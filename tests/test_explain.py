@@ -21,7 +21,17 @@ from sparsekit.explain import Explanation, LayerExplanation, prefill_after
 from sparsekit.functional import static_plan_heads
 from sparsekit.kernels import Softmax
 from sparsekit.models import ArchFacts
-from sparsekit.patterns import AShape, Dense, DynamicPattern, Triangle, Union, base, static_plan
+from sparsekit.patterns import (
+    AShape,
+    BlockTopK,
+    Dense,
+    DynamicPattern,
+    Triangle,
+    Union,
+    VerticalSlash,
+    base,
+    static_plan,
+)
 from sparsekit.plan import BlockPlan, dense_plan
 
 CPU = torch.device("cpu")
@@ -237,7 +247,7 @@ def dynamic() -> Iterator[type[DynamicPattern]]:
 
         name: str = "guess"
 
-        def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
             raise AssertionError("explain has no q and k")
 
     yield Guess
@@ -255,6 +265,61 @@ def test_a_dynamic_pattern_has_no_density_before_it_has_run(dynamic: type[Dynami
     assert triangle.share is None and found.prefill_ratio is None and found.density is None
     assert found.dense_attention_share == explain(LLAMA, 131072).dense_attention_share
     assert "not known: what guess keeps depends on the prompt" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        ({"name": "block_topk", "top_k": 10}, 2 * 11 * 64),  # a row of 128 queries holds two blocks
+        ({"name": "block_topk", "top_k": 10, "block_tokens": 128}, 11 * 128),
+        ({"name": "vertical_slash", "vertical_tokens": 50, "slash_tokens": 100}, 50 + 100 * (128 + 63)),
+    ],
+)
+def test_a_budget_bounds_the_density(pattern: dict[str, object], keys: int) -> None:
+    tokens = 65536
+    most = keys * (keys + 1) // 2 + (tokens - keys) * keys
+    layer = only(pattern, tokens)
+    assert layer.density is None
+    assert layer.density_at_most == most / (tokens * (tokens + 1) // 2) < 1
+    found = explain({"model": {"num_layers": 1, "num_heads": 4}, "default": pattern}, tokens)
+    assert f"<= {layer.density_at_most:.1%}" in str(found) or f"<= {layer.density_at_most:.3%}" in str(found)
+    mixed = {"model": {"num_layers": 1, "num_heads": 4}, "heads": {"0": {"0": pattern}}}
+    assert explain(mixed, tokens).layers[0].density_at_most == pytest.approx((layer.density_at_most + 3) / 4)
+    assert only(pattern, keys).density_at_most == 1
+
+
+def test_the_bound_is_never_below_what_is_kept() -> None:
+    inputs = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3000, 16, generator=inputs) for heads in (4, 2))
+    geometry = Geometry.of(3000)
+    for pattern in (BlockTopK(top_k=4), VerticalSlash(vertical_tokens=30, slash_tokens=100, estimate_queries=8)):
+        most = only(pattern, 3000).density_at_most
+        assert most is not None
+        assert pattern.plan(q, k, geometry, Softmax(0.25)).density() <= most
+
+
+def test_no_budget_no_bound(dynamic: type[DynamicPattern]) -> None:
+    for pattern in ("guess", "xattention", {"name": "union", "of": ["guess", "triangle"]}):
+        layer = only(pattern, 65536)
+        assert layer.density is None and layer.density_at_most is None
+        assert layer.why.endswith("depends on the prompt")
+
+
+def test_prompts_below_the_crossover_run_dense_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {"block_topk": 9000, "xattention": 7000})
+    config = {"model": {"num_layers": 2, "num_heads": 4}, "layers": {"0": "block_topk", "1": "triangle"}}
+    below, above = explain(config, 8999), explain(config, 9000)
+    assert (below.layers[0].runs, below.layers[0].density) == ("dense", 1.0)
+    assert below.layers[0].why == "8999 tokens, fewer than the 9000 from which block_topk pays"
+    assert (above.layers[0].runs, above.layers[0].density) == ("sparse", None)
+    assert [layer.dense_below for layer in above.layers] == [9000, 0]
+    assert "dense below 9,000 tokens on a GPU" in str(above)
+    union = {"name": "union", "of": ["xattention", "block_topk", "triangle"]}
+    assert only(union, 8000).runs == "dense"
+    assert only(union, 8000).dense_below == 9000
+    mixed = {"model": {"num_layers": 1, "num_heads": 4}, "default": "triangle", "heads": {"0": {"0": "block_topk"}}}
+    dense_head = {**mixed, "heads": {"0": {"0": "dense"}}}
+    assert explain(mixed, 8000).layers[0].density == explain(dense_head, 8000).layers[0].density
 
 
 @dataclass(frozen=True)

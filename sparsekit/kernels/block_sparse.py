@@ -438,6 +438,10 @@ def attend_triton(
         SparsekitError: a dtype, head size or stride that the kernel does not take.
     """
     _check(q, k, v, softmax)
+    if plan.ranked is not None:
+        from sparsekit.kernels.ranked_kernel import attend_ranked_triton
+
+        return attend_ranked_triton(q, k, v, plan, plan.ranked, softmax, return_lse)
     launch = _launch_for(q, k, v, plan)
     batch, heads, q_len, dim = q.shape
     make = q.new_zeros if launch.padded else q.new_empty

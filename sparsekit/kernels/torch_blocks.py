@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from sparsekit.kernels.ranked import attend_ranked
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.plan import CAUSAL, RULE, BlockPlan
 
@@ -49,6 +50,8 @@ def attend_torch(
     Returns:
         out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
+    if plan.ranked is not None:
+        return attend_ranked(q, k, v, plan, plan.ranked, softmax, return_lse)
     batch, heads, q_len, dim = q.shape
     g = plan.geometry
     padded = any(span.q_end - span.q_first != q_len for span in g.spans)

@@ -10,18 +10,29 @@ from sparsekit.patterns.base import (
     pattern_names,
     static_plan,
 )
+from sparsekit.patterns.block_topk import BlockTopK
 from sparsekit.patterns.dense import Dense
+from sparsekit.patterns.flexprefill import FlexPrefill
+from sparsekit.patterns.s2o import S2O
 from sparsekit.patterns.triangle import Triangle
-from sparsekit.patterns.union import Union
+from sparsekit.patterns.union import DynamicUnion, Union
+from sparsekit.patterns.vertical_slash import VerticalSlash
+from sparsekit.patterns.xattention import XAttention
 
 __all__ = [
+    "S2O",
     "AShape",
+    "BlockTopK",
     "Dense",
     "DynamicPattern",
+    "DynamicUnion",
+    "FlexPrefill",
     "Pattern",
     "StaticPattern",
     "Triangle",
     "Union",
+    "VerticalSlash",
+    "XAttention",
     "parse_pattern",
     "pattern_class",
     "pattern_names",

@@ -19,13 +19,16 @@ from torch import Tensor
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.geometry import Geometry, Span
 from sparsekit.kernels.softmax import Softmax
-from sparsekit.plan import BlockPlan, TokenRule, plan_from_block_mask, plan_from_rule
+from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
 __all__ = ["DynamicPattern", "Pattern", "StaticPattern", "parse_pattern", "pattern_class", "pattern_names"]
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
+
+# Measured (docs/results): the shortest prompt, tokens, at which select and attention together beat the best dense one.
+CROSSOVER_TOKENS: dict[str, dict[str, int]] = {"cuda": {}}
 
 
 class Pattern(BaseModel, ABC):
@@ -38,6 +41,7 @@ class Pattern(BaseModel, ABC):
 
     name: str
     source: ClassVar[str] = "-"  # where the method was published
+    whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -53,6 +57,11 @@ class Pattern(BaseModel, ABC):
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         """The plan for q (B, H, Q, D) over k (B, G, K, D), on their device."""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Pattern:
+        """The pattern of this name with these fields, as YAML says them; a pydantic error where they do not fit."""
+        return cls.model_validate(dict(fields))
 
     def to_yaml(self) -> str | dict[str, Any]:
         """What YAML says to get this pattern: its name, and the parameters that were set."""
@@ -131,6 +140,30 @@ def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
 class DynamicPattern(Pattern):
     """A pattern that estimates from q and k what to keep. No host synchronisation, all heads in one launch."""
 
+    def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        """The plan of `select`; of everything where a prompt is so short that estimating costs more than it saves."""
+        if max(span.keys for span in geometry.spans) < self.dense_below(q.device):
+            return dense_plan(geometry)
+        return self.select(q, k, geometry, softmax)
+
+    def dense_below(self, device: torch.device) -> int:
+        """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""
+        return crossover_tokens(self, device)
+
+    def keys_at_most(self, geometry: Geometry) -> int | None:
+        """Keys that a query tile of that geometry computes at most, by a budget; None where none bounds them."""
+        return None
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        """What to keep of q (B, H, Q, D) over k (B, G, K, D): a plan with H heads, at any length."""
+
+
+def crossover_tokens(pattern: Pattern, device: torch.device) -> int:
+    """Prompt length, tokens, from which a dynamic pattern was measured to be faster than dense on such a device."""
+    table = CROSSOVER_TOKENS.get(device.type, {})
+    return table.get(pattern.name, 0)
+
 
 @cache
 def _load_entry_points() -> None:
@@ -165,7 +198,7 @@ def parse_pattern(value: Pattern | str | Mapping[str, Any], where: str = "patter
         raise SparsekitError(f"{where}: {dict(fields)!r} needs a `name`: one of {', '.join(pattern_names())}.")
     try:
         cls = pattern_class(fields["name"])
-        return cls.model_validate(dict(fields))
+        return cls.from_fields(fields)
     except ValidationError as error:
         raise SparsekitError(f"{where}: {_one_line(error, cls)}") from None
     except SparsekitError as error:

@@ -16,12 +16,17 @@ from sparsekit import SparsekitError
 from sparsekit.geometry import Geometry, Span
 from sparsekit.kernels import Softmax
 from sparsekit.patterns import (
+    S2O,
     AShape,
+    BlockTopK,
     Dense,
+    FlexPrefill,
     Pattern,
     StaticPattern,
     Triangle,
     Union,
+    VerticalSlash,
+    XAttention,
     parse_pattern,
     pattern_class,
     pattern_names,
@@ -41,6 +46,14 @@ ROWS: list[Pattern] = [
     Triangle(sink_tokens=70, window_tokens=100, last_tokens=1),
     Union(of=[AShape(sink_tokens=0, window_tokens=7), Triangle(sink_tokens=70, window_tokens=3, last_tokens=2)]),
     Union(of=[AShape(window_tokens=7), Dense()]),
+    S2O(segment_tokens=64, tau=0.4),
+    S2O(segment_tokens=100, tau=0.3, max_tokens=70, patience=2, guide="mean"),
+    BlockTopK(top_k=2),
+    BlockTopK(top_k=1, block_tokens=128, force_sink=False, force_diagonal=False),
+    FlexPrefill(gamma=0.3, min_budget_tokens=1),
+    VerticalSlash(vertical_tokens=30, slash_tokens=100, estimate_queries=20),
+    XAttention(threshold=0.6),
+    XAttention(threshold=(0.3, 0.5, 0.9, 1.0), stride=8),
 ]
 
 

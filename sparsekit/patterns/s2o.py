@@ -1,0 +1,203 @@
+"""s2o: earlier keys in order of importance, walked until they no longer matter (S2O)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekit.errors import SparsekitError
+from sparsekit.geometry import Geometry
+from sparsekit.kernels.select import runs_triton, topk_indices_mask
+from sparsekit.kernels.softmax import Softmax
+from sparsekit.patterns.base import DynamicPattern
+from sparsekit.plan import BlockPlan, Ranked, dense_plan, segment_bounds
+
+__all__ = ["KEY_TILE", "RANKED_BYTES", "S2O"]
+
+KEY_TILE = 64  # keys that are gathered together, and after which the stop is looked at
+RANKED_BYTES = 3 << 30  # of ranked keys, all heads: at 1M tokens the rest of 4 GiB is scratch
+SCRATCH_BYTES = 1 << 27  # of scores, or of queries in float32, at once
+
+
+class S2O(DynamicPattern):
+    """Dense inside segments; of what came before, the most important keys first, until a tile adds too little.
+
+    S2O (arXiv 2602.22575). Its text and code were not open to us, so every formula and default here is our own reading
+    of what is told about it. In segments of `segment_tokens` positions, a query keeps its own segment up to itself and
+    the prompt's first 64 keys. Earlier keys come in the order of `mean(q of the segment) . k`, 64 at a time, the same
+    for all queries of a segment and head. A tile of queries stops once `patience` tiles of keys in a row were a gain
+    below `tau` to each of its queries: `gain = sum of the tile's exp(z) / sum of all exp(z) so far`, a sink logit
+    included. `guide` orders a segment's queries by `q . guide`, so that those of one tile may want alike. It costs
+    nearly whole segments of own keys a tile, and gained nothing where we measured it, so it is off.
+
+    The stop is a heuristic and no bound: keys that few queries of a segment want may rank after it, and where attention
+    is flat over a long prompt each tile adds little and all of them much. tau 0 with `max_tokens` None is dense
+    attention exactly. What is visited is known after execution; until then a plan reports what it may visit.
+
+    Cost: a product of each segment's mean with all earlier keys and the choice of `max_tokens` of them, and
+    `4 N / segment_tokens * max_tokens` bytes a head: 128 MiB for 32 heads at 128K tokens, 1 GiB at 1M.
+    """
+
+    name: Literal["s2o"] = "s2o"
+    source: ClassVar[str] = "S2O, arXiv 2602.22575"
+    whole_layer: ClassVar[bool] = True
+    segment_tokens: int = Field(512, ge=KEY_TILE, description="segment that is dense and shares one key order, tokens")
+    tau: float = Field(
+        0.003, ge=0, le=1, description="stop when a key tile's share of the softmax falls below; 0: never"
+    )
+    max_tokens: int | None = Field(4096, ge=1, description="most ranked keys a segment may visit, tokens; null: all")
+    patience: int = Field(1, ge=1, description="key tiles in a row that must fall below tau")
+    guide: Literal["mean", "last", "none"] = Field(
+        "none", description="order queries by q . the segment's mean or last query, or leave them in place: none"
+    )
+
+    def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        batch, heads = q.shape[:2]
+        if max(span.q_end for span in geometry.spans) <= self.segment_tokens:
+            return dense_plan(geometry)
+        # The queries of a tile stop together, so they are one program: as many as a GPU holds of the head size.
+        row_bytes = q.element_size() << max(q.shape[3] - 1, 64).bit_length()
+        cut = geometry.with_tile(min(geometry.block_q, max(128 * 256 // row_bytes, 16)), KEY_TILE)
+        bounds = segment_bounds(cut, batch, self.segment_tokens, torch.device("cpu"))
+        rows = torch.stack(bounds, -1).tolist()  # per sample and segment: first position, first query, one past it
+        ptr, key_ptr = _key_ptr(cut, batch, self.segment_tokens, self.max_tokens, q.device)
+        room = max(max(ends) for ends in ptr)
+        self._check_room(batch * heads * room * 4, geometry)
+        tiles = -(-self.segment_tokens // cut.block_q)
+        shape = (batch, heads, len(rows[0]))
+        q_index = torch.full((*shape, tiles * cut.block_q), -1, dtype=torch.int32, device=q.device)
+        keys = torch.zeros(batch, heads, max(room, 1), dtype=torch.int32, device=q.device)
+        for b, start in enumerate(geometry.kv_start):
+            means = self._order_queries(q[b], geometry.q_index(b, 0), rows[b], q_index[b])
+            _rank_keys(means, k[b, :, start:], rows[b], ptr[b], self.segment_tokens, keys[b])
+        visited = torch.full((*shape, tiles), -1, dtype=torch.int32, device=q.device)
+        ranked = Ranked(self.segment_tokens, q_index, keys, key_ptr, self.tau, self.patience, visited)
+        return BlockPlan(cut, samples=batch, heads=heads, ranked=ranked)
+
+    def _check_room(self, needed: int, geometry: Geometry) -> None:
+        if needed > RANKED_BYTES:
+            ranks, limit = (f"{size / 2**30:.1f} GiB" for size in (needed, RANKED_BYTES))
+            raise SparsekitError(
+                f"s2o: max_tokens={self.max_tokens} and segment_tokens={self.segment_tokens} rank {ranks} of keys for "
+                f"{geometry.batch} x {geometry.kv_len} tokens, above {limit}: fewer max_tokens or longer segments."
+            )
+
+    def _order_queries(self, q: Tensor, offset: int, rows: list[list[int]], q_index: Tensor) -> Tensor:
+        """Fills in q_index (H, n, T * block_q) of one sample, from q (H, Q, D); float32 (H, n, D): the mean queries.
+
+        Args:
+            offset: row of q that holds position 0.
+        """
+        size = self.segment_tokens
+        means = torch.zeros(len(q), len(rows), q.shape[2], device=q.device)
+        step = max(SCRATCH_BYTES // (q.shape[0] * size * q.shape[2] * 4), 1)
+        for i in range(0, len(rows), step):
+            part = [row for row in rows[i : i + step] if row[1] < row[2]]
+            if not part:
+                break
+            (first, low, _), high = part[0], part[-1][2]
+            lead, n = low - first, len(part)
+            trail = n * size - lead - (high - low)
+            some = q[:, low + offset : high + offset]
+            if lead or trail:
+                some = pad(some, (0, 0, lead, trail))
+            some = some.unflatten(1, (n, size))
+            place = torch.arange(n * size, device=q.device).view(n, size)
+            valid = (place >= lead) & (place < n * size - trail)
+            count = valid.sum(1)[:, None]
+            means[:, i : i + n] = some.sum(2, dtype=torch.float32) / count
+            if self.guide == "none":
+                order = (first + place[:, :1]).clamp(min=low) + place[:1]
+            else:
+                some = some.float()
+                last = torch.cat([some[:, :-1, -1:], some[:, -1:, size - trail - 1 : size - trail]], 1)
+                guide = means[:, i : i + n, None] if self.guide == "mean" else last
+                likeness = _finite((some @ guide.mT)[..., 0]).masked_fill_(~valid, -torch.inf)
+                order = first + place[:, :1] + likeness.sort(dim=-1, descending=True, stable=True).indices
+            q_index[:, i : i + n, :size] = torch.where(place[:1] < count, order, -1)
+        return means
+
+
+@lru_cache(maxsize=64)
+def _key_ptr(
+    geometry: Geometry, samples: int, segment_tokens: int, max_tokens: int | None, device: torch.device
+) -> tuple[list[list[int]], Tensor]:
+    """Where each segment's ranked keys start, on the host and, int64 (S, n + 1), on the device."""
+    first, low, high = segment_bounds(geometry, samples, segment_tokens, torch.device("cpu"))
+    counts = (first - KEY_TILE).clamp(min=0, max=max_tokens) * (low < high)
+    ptr = pad(counts.cumsum(1), (1, 0))
+    there = ptr.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ptr.to(device)
+    return ptr.tolist(), there
+
+
+def _rank_keys(means: Tensor, k: Tensor, rows: list[list[int]], ptr: list[int], size: int, keys: Tensor) -> None:
+    """Fills in keys (H, L) of one sample: per segment, what precedes it by `mean . k`, ties to the earlier key.
+
+    Args:
+        means: float32 (H, n, D). k: (G, K, D), from position 0 on. size: tokens of a segment.
+    """
+    for a, b, count in _groups(rows, ptr, len(means)):
+        width = rows[b - 1][0] - KEY_TILE
+        scores = _products(means[:, a:b], k[:, KEY_TILE : KEY_TILE + width])  # (H, b - a, width)
+        history = rows[a][0] + torch.arange(b - a, device=k.device) * size
+        future = torch.arange(KEY_TILE, KEY_TILE + width, device=k.device) >= history[:, None]
+        ranked = _largest(_finite(scores).masked_fill_(future, -torch.inf).flatten(0, 1), count)
+        ranked = (ranked + KEY_TILE).to(torch.int32).unflatten(0, (len(means), b - a))
+        if ptr[b] - ptr[a] == (b - a) * count:
+            keys[:, ptr[a] : ptr[b]] = ranked.flatten(1)
+        else:
+            for i in range(a, b):
+                keys[:, ptr[i] : ptr[i + 1]] = ranked[:, i - a, : ptr[i + 1] - ptr[i]]
+
+
+def _groups(rows: list[list[int]], ptr: list[int], heads: int) -> Iterator[tuple[int, int, int]]:
+    """(first segment, one past the last, most keys of one) of segments that are ranked together.
+
+    As many as the scratch holds; and one that may visit all its history, never with one that may not.
+    """
+    counts = [ptr[i + 1] - ptr[i] for i in range(len(rows))]
+    a = 0
+    while a < len(rows):
+        if not counts[a]:
+            a += 1
+            continue
+        b = a + 1
+        while b < len(rows) and counts[b] and heads * (b + 1 - a) * rows[b][0] * 4 <= SCRATCH_BYTES:
+            if (counts[b] < rows[b][0] - KEY_TILE) != (counts[a] < rows[a][0] - KEY_TILE):
+                break
+            b += 1
+        yield a, b, counts[b - 1]
+        a = b
+
+
+def _products(means: Tensor, keys: Tensor) -> Tensor:
+    """float32 (H, n, w): means (H, n, D) times the keys (G, w, D) of each head's key head, rounded to their type."""
+    heads, n, _ = means.shape
+    rows = means.to(keys.dtype).unflatten(0, (len(keys), -1)).flatten(1, 2)
+    if keys.is_cuda and keys.element_size() <= 2:
+        scores = torch.bmm(rows, keys.mT, out_dtype=torch.float32)
+    else:
+        scores = rows.float() @ keys.float().mT
+    return scores.view(heads, n, -1)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """In place: NaN counts as the lowest number, and infinities as numbers, so that only absence is -inf."""
+    most = torch.finfo(torch.float32).max
+    return scores.nan_to_num_(nan=-most, posinf=most, neginf=-most)
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """(rows, count): indices of each row's largest scores, largest first, ties to the lower index."""
+    if count == scores.shape[1] or not runs_triton(scores.device):
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    from sparsekit.kernels.ranked_kernel import bit_positions_triton
+
+    chosen = bit_positions_triton(topk_indices_mask(scores, count), count).long()
+    return chosen.gather(1, scores.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices)
