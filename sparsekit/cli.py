@@ -244,6 +244,415 @@ def _bench_dynamic(context: typer.Context) -> None:
     raise typer.Exit(dynamic_command.main(context.args))
 
 
+@bench_app.command("overhead", context_settings=_PASS_ON)
+def _bench_overhead(context: typer.Context) -> None:
+    """Decoding and short prompts with a config applied, against the untouched model. `--help` lists options."""
+    from sparsekit.bench import overhead
+
+    raise typer.Exit(overhead.main(context.args))
+
+
+# ---- calibration
+
+calibrate_app = typer.Typer(
+    help="Measure which layers of a model bear which pattern, and write a config that passed its gate.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(calibrate_app, name="calibrate")
+
+Weights = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or `smollm2-135m`; weights are read.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Default: the checkpoint's; on a CPU bfloat16 or float32, by a measurement."),
+]
+Seeds = Annotated[str, typer.Option("--seeds", help="Of the prompts, parted by commas.")]
+Tasks = Annotated[str, typer.Option("--tasks", help="Parted by commas.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Prompts.")]
+Lengths = Annotated[str, typer.Option("--tokens", "-n", help="Lengths of the prompts, tokens, parted by commas.")]
+RecordFile = Annotated[
+    Path | None, typer.Option("--records", help="JSONL file of what was measured; an interrupted run goes on from it.")
+]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Draw it: .png, .svg or .pdf.")]
+JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
+GateTokens = Annotated[str, typer.Option("--gate-tokens", help="Lengths that the gate checks, tokens.")]
+GateSamples = Annotated[int, typer.Option("--gate-samples", min=1, help="Prompts for each task and length.")]
+Bound = Annotated[float, typer.Option("--bound", help="Share of the answers that the config may lose against dense.")]
+GiveBack = Annotated[
+    bool, typer.Option("--give-back", help="Where the gate names layers: make them dense, and try once more.")
+]
+Below = Annotated[int, typer.Option("--dense-below", min=0, help="Shorter prompts run dense, tokens.")]
+PatternList = Annotated[
+    str,
+    typer.Option("--patterns", help="Candidates, parted by commas: names, or `{name: triangle, window_tokens: 256}`."),
+]
+GATE_TOKENS = "2048,4096"
+
+
+@calibrate_app.command("probe")
+def _calibrate_probe(
+    model: Weights,
+    samples: Samples = 16,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 1024,
+    seeds: Seeds = "0,1,2,3",
+    tasks: Tasks = "needle4,passkey",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts a forward.")] = 1,
+    sink: Annotated[int, typer.Option("--sink-tokens", help="Of the probe's sections.")] = 64,
+    window: Annotated[int, typer.Option("--window-tokens", help="Of the probe's sections.")] = 128,
+    last: Annotated[int, typer.Option("--last-tokens", help="Of the probe's sections.")] = 128,
+    records: RecordFile = None,
+    output: JsonFile = None,
+    picture: Picture = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """How much the answer depends on each section of each layer's attention: TriangleMix's gradient probe."""
+    from sparsekit.calibrate.probe import Sections, probe
+
+    found = probe(
+        *_loaded(model, device, dtype),
+        samples=samples,
+        tokens=tokens,
+        seeds=_numbers(seeds, "--seeds"),
+        tasks=_words(tasks),
+        sections=Sections(sink, window, last),
+        batch=batch,
+        records=records,
+    )
+    said = {**found.to_dict(), "model": model}
+    if picture is not None:
+        from sparsekit.plots import draw_probe
+
+        draw_probe(said, picture)
+    _show(said, found.table(), as_json, output)
+
+
+@calibrate_app.command("rule")
+def _calibrate_rule(
+    model: Weights,
+    rule: Annotated[str, typer.Option("--rule", help="suffix, lowest_k, list or search.")],
+    output: Yaml,
+    probe_file: Annotated[Path | None, typer.Option("--probe", help="What `calibrate probe -o` wrote.")] = None,
+    pattern: Annotated[str, typer.Option("--pattern", help="What the layers run: a name, or as in YAML.")] = "triangle",
+    epsilon: Annotated[float, typer.Option("--epsilon", help="suffix: share of the largest Grad(Middle).")] = 0.2,
+    k: Annotated[int | None, typer.Option("--k", help="lowest_k: layers.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="list: `5,7,10-20`.")] = None,
+    budget: Annotated[float, typer.Option("--budget", help="search: KL from dense, nats a token.")] = 0.002,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="search: prompts.")] = 8,
+    tokens: Annotated[str, typer.Option("--tokens", "-n", help="search: their lengths.")] = "2048",
+    dense_below: Below = 1024,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Choose layers by a rule, and write the config if it passes the gate."""
+    from sparsekit.calibrate.effects import Judge
+    from sparsekit.calibrate.probe import read_probe
+    from sparsekit.calibrate.prompts import make_prompts
+    from sparsekit.calibrate.rules import apply_rule, write_config
+    from sparsekit.models import facts
+    from sparsekit.patterns import parse_pattern
+
+    found = None if probe_file is None else read_probe(probe_file)
+    [chosen] = _patterns_of(pattern) or [{"name": ""}]
+    runs = parse_pattern(chosen)
+    loaded = _loaded(model, device, dtype)
+    arch = facts(loaded[0])
+
+    def bears(some: Sequence[int]) -> bool:
+        lengths = _numbers(tokens, "--tokens")
+        prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=samples, seeds=[0])
+        effect = Judge(*loaded, prompts, records).effect(dict.fromkeys(some, runs))
+        return effect.kl_at_most <= budget and effect.lost <= bound
+
+    numbers, said = apply_rule(
+        rule, found, num_layers=arch.num_layers, epsilon=epsilon, k=k, layers=layers, bears=bears
+    )
+    if not numbers:
+        raise SparsekitError(f"rule {rule!r} chose no layer: there is nothing to write.")
+    said = {"by": "sparsekit calibrate rule", **said}
+    found_config = write_config(arch, dict.fromkeys(numbers, runs), said, dense_below_tokens=dense_below)
+    config = _signed(found_config, model)
+    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("tune")
+def _calibrate_tune(
+    model: Weights,
+    patterns: PatternList,
+    output: Yaml,
+    budget: Annotated[float, typer.Option("--budget", help="Mean KL from dense, nats an answer token.")] = 0.002,
+    lost: Annotated[float, typer.Option("--lost", help="Share of the answers that may be lost.")] = 0.05,
+    tokens: Lengths = "2048",
+    cost_tokens: Annotated[int | None, typer.Option("--cost-tokens", help="Where costs are counted.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts a single layer.")] = 3,
+    verify: Annotated[int, typer.Option("--verify", min=1, help="Prompts a whole mixture.")] = 12,
+    layers: Annotated[str | None, typer.Option("--layers", help="That may be sparse: `5,7,10-20`.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    tasks: Tasks = "needle4",
+    dense_below: Below = 1024,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    report: Annotated[Path | None, typer.Option("--report", help="JSON file of every measurement.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """The cheapest mixture of patterns within a budget of divergence from dense, and its config if it passes."""
+    from sparsekit.calibrate.tune import summary, tune
+    from sparsekit.config import parse_range
+
+    loaded = _loaded(model, device, dtype)
+    found = tune(
+        *loaded,
+        _patterns_of(patterns),
+        budget=budget,
+        lost=lost,
+        tokens=_numbers(tokens, "--tokens"),
+        cost_tokens=cost_tokens,
+        layers=None if layers is None else parse_range(layers),
+        samples=samples,
+        verify=verify,
+        seed=seed,
+        tasks=_words(tasks),
+        dense_below_tokens=dense_below,
+        records=records,
+    )
+    _show(found.to_dict(), found.table(), False, report)
+    typer.echo("\n".join(summary(found)))
+    if found.dense:
+        raise SparsekitError(f"{str(output)!r} is not written: no mixture is within the budget of {budget}.")
+    config = _signed(found.config, model)
+    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("heads")
+def _calibrate_heads(
+    model: Weights,
+    output: Yaml,
+    patterns: Annotated[
+        str, typer.Option("--patterns", help="`minference`, `xattention` (a ladder of thresholds), or a list.")
+    ] = "minference",
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="Target, share of dense; default MInference's.")
+    ] = None,
+    per_head: Annotated[bool, typer.Option("--per-head", help="Hold the target in each head, as MInference.")] = False,
+    samples: Samples = 1,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt.")] = 2048,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    dense_below: Below = 1024,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    report: Annotated[Path | None, typer.Option("--report", help="JSON file of every choice.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """A pattern, or a threshold, for every head by the error of its output, and the config if it passes the gate."""
+    from sparsekit.calibrate.heads import MINFERENCE_SPACE, search_heads, threshold_ladder
+
+    loaded = _loaded(model, device, dtype)
+    spaces: dict[str, Any] = {"minference": MINFERENCE_SPACE, "xattention": threshold_ladder()}
+    found = search_heads(
+        *loaded,
+        spaces[patterns] if patterns in spaces else _patterns_of(patterns),
+        flops=flops,
+        per_head=per_head,
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        dense_below_tokens=dense_below,
+        records=records,
+    )
+    _show(found.to_dict(), found.table(), False, report)
+    config = _signed(found.config, model)
+    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("gate")
+def _calibrate_gate(
+    model: Weights,
+    config: Config,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Config to write where it passes.")] = None,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Needle checks of a config against dense attention; exit code 1 and the layers to blame where it fails."""
+    from sparsekit.config import load
+
+    checked = load(config)
+    loaded = _loaded(model, device, dtype)
+    _gate_and_write(loaded, checked, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("curve")
+def _calibrate_curve(
+    model: Weights,
+    patterns: PatternList = "triangle,a_shape",
+    starts: Annotated[str, typer.Option("--starts", help="First layers that run the pattern, parted by commas.")] = "0",
+    samples: Samples = 96,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 2200,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    tasks: Tasks = "needle4",
+    records: RecordFile = None,
+    output: JsonFile = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Divergence from dense and scores, against the layer from which a pattern runs: to hold a probe against."""
+    from sparsekit.calibrate.curve import start_layer_curve
+
+    found = start_layer_curve(
+        *_loaded(model, device, dtype),
+        _patterns_of(patterns),
+        _numbers(starts, "--starts"),
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        tasks=_words(tasks),
+        records=records,
+    )
+    _show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+
+
+@app.command("inspect")
+def _inspect(
+    model: Weights,
+    config: Annotated[str | None, typer.Option("--config", help="A YAML file: what it drops is measured too.")] = None,
+    gradient: Annotated[bool, typer.Option("--gradient", help="Also the gradient that the config drops.")] = False,
+    samples: Samples = 4,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 1024,
+    seeds: Seeds = "0,1",
+    tasks: Tasks = "needle4,passkey",
+    epsilon: Annotated[float, typer.Option("--epsilon", help="A sink score above it is a sink.")] = 0.3,
+    output: JsonFile = None,
+    picture: Picture = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Attention sinks: where, how strong, and how many sink tokens the model needs."""
+    from sparsekit.calibrate.sinks import inspect_model
+
+    found = inspect_model(
+        *_loaded(model, device, dtype),
+        config,
+        samples=samples,
+        tokens=tokens,
+        seeds=_numbers(seeds, "--seeds"),
+        tasks=_words(tasks),
+        epsilon=epsilon,
+        gradient=gradient,
+    )
+    said = {**found.to_dict(), "model": model}
+    if picture is not None:
+        from sparsekit.plots import draw_sinks
+
+        draw_sinks(said, picture)
+    _show(said, found.table(), as_json, output)
+    if not as_json:
+        typer.echo("\n".join(found.answer()))
+
+
+def _loaded(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    from sparsekit.models import fast_dtype, load
+
+    with _busy(f"loading {model}"):
+        chosen = fast_dtype(device) if dtype is None and device == "cpu" else dtype
+        return load(model, dtype=chosen, device=device)
+
+
+def _gate_and_write(
+    loaded: tuple[Any, Any],
+    config: Any,
+    output: Path | None,
+    tokens: str,
+    samples: int,
+    bound: float,
+    back: bool,
+    records: Path | None,
+) -> None:
+    from sparsekit.calibrate.gate import gate, give_back, write_gated
+
+    for again in (back, False):
+        lengths = _numbers(tokens, "--gate-tokens")
+        report = gate(*loaded, config, tokens=lengths, samples=samples, bound=bound, records=records)
+        _show(report.to_dict(), report.table(), False, None)
+        if not (again and report.give_back and report.regained):
+            break
+        typer.echo(report.why())
+        config = give_back(config, report.give_back)
+    if output is not None:
+        write_gated(report, output)
+        typer.echo(f"passed; written to {output}")
+    elif not report.passed:
+        raise SparsekitError(report.why())
+    else:
+        typer.echo("passed")
+
+
+def _show(found: dict[str, Any], table: tuple[list[str], list[list[str]]], as_json: bool, output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, default=str) + "\n")
+    if as_json:
+        _print_json(found)
+    else:
+        head, rows = table
+        _print_table(head, rows, right=frozenset(range(1, len(head))))
+
+
+def _signed(config: Any, model: str) -> Any:
+    """The config with the model called as it was asked for, and the command that made it."""
+    from sparsekit.config import load
+
+    data = config.to_dict()
+    made = {"command": shlex.join(["sparsekit", *sys.argv[1:]]), **data["provenance"]}
+    return load({**data, "model": {**data["model"], "name": model}, "provenance": made})
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise SparsekitError(f"{option} {text!r}: whole numbers parted by commas, such as 1024,2048.")
+    return [int(word) for word in words]
+
+
+def _patterns_of(text: str) -> list[Any]:
+    """Names, and mappings as in YAML, parted by commas."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        raise SparsekitError(
+            f"--patterns {text!r}: names, or mappings such as {{name: triangle, window_tokens: 256}}, parted by commas."
+        ) from None
+    return list(found)
+
+
 # ---- the same as Python functions (explain, plots, convert and demo have modules of their own)
 
 

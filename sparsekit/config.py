@@ -46,15 +46,24 @@ class LayerPatterns:
     layer: int
     patterns: tuple[Pattern, ...]
     pattern_of_head: tuple[int, ...]
+    first_head: int = 0  # the model's number of head 0 here: a process may have a part of the heads
 
     @property
     def dense(self) -> bool:
         return all(pattern.name == "dense" for pattern in self.patterns)
 
     def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
-        """Each pattern with its query heads."""
+        """Each pattern with its query heads, as the model numbers them."""
         for i, pattern in enumerate(self.patterns):
-            yield pattern, tuple(h for h, own in enumerate(self.pattern_of_head) if own == i)
+            yield pattern, tuple(h for h, own in enumerate(self.pattern_of_head, self.first_head) if own == i)
+
+    def of_heads(self, first: int, count: int) -> LayerPatterns:
+        """The same layer with `count` of its query heads alone, from head `first` on."""
+        chosen = self.pattern_of_head[first : first + count]
+        used = sorted(set(chosen))
+        return LayerPatterns(
+            self.layer, tuple(self.patterns[i] for i in used), tuple(used.index(i) for i in chosen), first
+        )
 
     def __str__(self) -> str:
         if len(self.patterns) == 1:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "fast_dtype",
     "load",
     "tiny",
+    "wrap_attention",
 ]
 
 
@@ -151,6 +153,51 @@ class _AllCaptured(Exception):
     """Ends a forward whose remaining layers nobody asked for."""
 
 
+AttentionFunction = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
+
+
+@contextmanager
+def wrap_attention(model: PreTrainedModel, run: AttentionFunction) -> Iterator[None]:
+    """Within this block each attention layer of `model` calls `run(own, module, q, k, v, mask, **kwargs)`.
+
+    `own(module, q, k, v, mask, **kwargs)` is what the layer would have called, masks are as ever, and the result is
+    (out (B, N, H, D), anything). Other models are left alone.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = model.config.get_text_config(decoder=True)
+    name = config._attn_implementation or "eager"
+    if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS:
+        raise SparsekitError(f"attention implementation {name!r} does not go through transformers' interface.")
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before = local.get(name)
+    shared = ALL_ATTENTION_FUNCTIONS.get(name)
+
+    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+        own = shared or _eager(type(module))
+        if getattr(module, "config", None) is not config:
+            return own(module, *args, **kwargs)
+        return run(own, module, *args, **kwargs)
+
+    local[name] = wrapped
+    try:
+        yield
+    finally:
+        if before is None:
+            del local[name]
+        else:
+            local[name] = before
+
+
+def _eager(cls: type) -> AttentionFunction:
+    """The eager attention of the file that a module's class comes from, or else of its base classes' files."""
+    homes = (sys.modules[base.__module__] for base in cls.__mro__)
+    found = next((home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")), None)
+    if found is None:
+        raise SparsekitError(f"{cls.__name__}: its file has no eager_attention_forward; is it outside the interface?")
+    return found
+
+
 @torch.no_grad()
 def capture_attention(
     model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int] | None = None
@@ -160,35 +207,21 @@ def capture_attention(
     The model's own attention runs as ever, wrapped for the time of this call; the forward ends with the last of
     `layers` (default all).
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    config: Any = model.config.get_text_config(decoder=True)
-    count, name = config.num_hidden_layers, config._attn_implementation
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     wanted = set(range(count) if layers is None else layers)
     if not wanted or not wanted <= set(range(count)):
         raise SparsekitError(f"layers={sorted(wanted)}: at least one, out of 0..{count - 1}.")
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        raise SparsekitError(f"attention implementation {name!r} does not go through transformers' interface.")
-    local = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before, own = local.get(name), ALL_ATTENTION_FUNCTIONS[name]
     found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def capture(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def capture(own: Any, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kw: Any) -> Any:
         if module.layer_idx in wanted:
             found[module.layer_idx] = (q.clone(), k.clone(), v.clone())
         if found.keys() == wanted:
             raise _AllCaptured
-        return own(module, q, k, v, *args, **kwargs)
+        return own(module, q, k, v, *args, **kw)
 
-    local[name] = capture
-    try:
-        with suppress(_AllCaptured):
-            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        if before is None:
-            del local[name]
-        else:
-            local[name] = before
+    with wrap_attention(model, capture), suppress(_AllCaptured):
+        model(ids.to(model.device), use_cache=False, logits_to_keep=1)
     if found.keys() != wanted:
         raise SparsekitError(f"layers {sorted(wanted - found.keys())} of {model.config.model_type} ran no attention.")
     return found
@@ -197,7 +230,8 @@ def capture_attention(
 def tiny(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
     """A tiny random model of that config class, always the same weights, in eval mode; for tests.
 
-    4 layers, 4 heads over 2 key heads of size 16, 256 tokens, unless `overrides` (config fields) say otherwise.
+    4 layers, 4 heads over 2 key heads of size 16, 4 experts of which 2 run, 256 tokens, unless `overrides` (config
+    fields) say otherwise.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -220,6 +254,17 @@ def tiny(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        # mixtures of experts
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        # linear layers of hybrids
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
     }
     chosen = {name: value for name, value in sizes.items() if name in fields} | overrides
     config = AutoConfig.for_model(model_type, **chosen)
@@ -320,7 +365,10 @@ def _label(source: str) -> str:
 
 def _facts_of_config(config: PretrainedConfig, *, name: str) -> ArchFacts:
     text: Any = config.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
+    try:
+        heads, hidden, head_dim = text.num_attention_heads, text.hidden_size, getattr(text, "head_dim", None)
+    except RuntimeError as error:
+        raise SparsekitError(f"facts of {name}: its layers differ ({str(error).split('. ')[0]}).") from None
     feed_forward = (getattr(text, field, None) for field in ("intermediate_size", "ffn_dim", "n_inner"))
     layer_types = getattr(text, "layer_types", None)
     return ArchFacts(
@@ -329,7 +377,7 @@ def _facts_of_config(config: PretrainedConfig, *, name: str) -> ArchFacts:
         num_layers=text.num_hidden_layers,
         num_heads=heads,
         num_key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        head_dim=head_dim or hidden // heads,
         hidden_size=hidden,
         intermediate_size=next((size for size in feed_forward if size), 4 * hidden),
         vocab_size=text.vocab_size,

@@ -7,7 +7,7 @@ coloured where the plan visits it, so that a picture of 128K tokens costs no N x
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "draw_masks", "mask_figure", "section_image"]
+__all__ = [
+    "COLOURS",
+    "draw_masks",
+    "draw_probe",
+    "draw_sinks",
+    "mask_figure",
+    "probe_figure",
+    "section_image",
+    "sinks_figure",
+]
 
 EXACT_TOKENS = 4096
 MAX_CELLS = 1024
@@ -120,10 +129,93 @@ def draw_masks(
     Raises:
         SparsekitError: as `mask_figure`; or a suffix that is not one of these, or a folder that cannot be written.
     """
+    return _save(out, lambda: mask_figure(config, tokens, title=title, also=also), dpi)
+
+
+def probe_figure(probe: Mapping[str, Any]) -> Figure:
+    """Mean gradient and attention of each section over the layers, as in TriangleMix's figure 4.
+
+    Args:
+        probe: what `sparsekit calibrate probe` found, `Probe.to_dict()`; bars are standard errors over the samples.
+    """
+    _need_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), facecolor="white", layout="constrained")
+    layers = [layer for layer in probe["layers"] if layer["gradient"] is not None]
+    at = [layer["layer"] for layer in layers]
+    looks = {"streaming": (COLOURS["window"], "s"), "last": (COLOURS["last"], "^"), "middle": (COLOURS["sink"], "o")}
+    for index, (field, title) in enumerate((("gradient", "Grad: |dy / dtheta|"), ("mass", "Att: attention weight"))):
+        axes = figure.add_subplot(1, 2, index + 1)
+        for name in ("last", "middle"):
+            colour, marker = looks[name]
+            errors = [(layer["gradient_error"] or {}).get(name, 0.0) for layer in layers]
+            axes.errorbar(
+                at,
+                [layer[field][name] for layer in layers],
+                yerr=errors if field == "gradient" else None,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=name.capitalize(),
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{title}, mean over the section's pairs", fontsize=11, color=INK)
+        axes.set_xlabel("layer", color=INK)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{probe['model']}: {probe['samples']} prompts", fontsize=12, color=INK, fontweight="bold")
+    return figure
+
+
+def draw_probe(probe: Mapping[str, Any], out: str | Path, *, dpi: int = 160) -> Path:
+    """Write `probe_figure` to `out` (.png, .svg or .pdf), and return the path."""
+    return _save(out, lambda: probe_figure(probe), dpi)
+
+
+def sinks_figure(inspection: Mapping[str, Any]) -> Figure:
+    """Heat maps over layers and heads of what `sparsekit inspect` found, `Inspection.to_dict()`."""
+    _need_matplotlib()
+    from matplotlib.figure import Figure
+
+    names = {
+        "score": f"sink score of key 0, {inspection['score_tokens']} tokens",
+        "first": "attention to key 0",
+        "learned": "attention to the learned sink",
+        "dropped_mass": "attention that the config drops",
+        "dropped_gradient": "gradient that the config drops",
+    }
+    layers = inspection["layers"]
+    heads = max((len(layer["score"]) for layer in layers), default=1)
+    shown = [name for name in names if any(layer[name] for layer in layers)]
+    if not shown:
+        raise SparsekitError("the inspection has no layer of full attention to draw.")
+    figure = Figure(figsize=(1.0 + 3.2 * len(shown), 5.0), facecolor="white", layout="constrained")
+    for index, name in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), index + 1)
+        cells = [list(layer[name]) or [float("nan")] * heads for layer in layers]
+        most = max(max(layer[name], default=0.0) for layer in layers) if name.startswith("dropped") else 1.0
+        image = axes.imshow(cells, vmin=0, vmax=most or 1.0, cmap="magma", aspect="auto", interpolation="nearest")
+        axes.set_title(names[name], fontsize=10, color=INK)
+        axes.set_xlabel("head", color=INK)
+        if index == 0:
+            axes.set_ylabel("layer", color=INK)
+        figure.colorbar(image, ax=axes)
+    figure.suptitle(str(inspection["model"]), fontsize=12, color=INK, fontweight="bold")
+    return figure
+
+
+def draw_sinks(inspection: Mapping[str, Any], out: str | Path, *, dpi: int = 160) -> Path:
+    """Write `sinks_figure` to `out` (.png, .svg or .pdf), and return the path."""
+    return _save(out, lambda: sinks_figure(inspection), dpi)
+
+
+def _save(out: str | Path, make: Callable[[], Figure], dpi: int) -> Path:
     path = Path(out)
     if path.suffix.lower() not in FORMATS:
         raise SparsekitError(f"output {str(path)!r}: the name must end in {', '.join(FORMATS)}.")
-    figure = mask_figure(config, tokens, title=title, also=also)
+    figure = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi)

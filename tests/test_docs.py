@@ -102,6 +102,14 @@ def test_errors_are_quoted_word_by_word(tmp_path: Path, monkeypatch: pytest.Monk
     assert quoted.splitlines() == "".join(said).splitlines()
 
 
+def test_calls_name_tests_that_exist() -> None:
+    tests = Path(__file__).parent
+    for call, holds, test in _rows((DOCS / "models.md").read_text(), "## Calls"):
+        assert re.match(r"(supported|superset|refused)\b", holds), call
+        file, name = test.strip("`").split("::")
+        assert re.search(rf"^def {name}\(", (tests / file).read_text(), re.MULTILINE), test
+
+
 def test_the_pages_of_commands_name_every_command() -> None:
     text = (DOCS / "cli.md").read_text()
     named = {row[0].strip("`").split()[0] for row in _rows(text)}

@@ -1,8 +1,13 @@
-"""What runs here, timed, correctness first: `bench_kernel` the kernels on static plans, `bench_dynamic` the methods."""
+"""What runs here, timed, correctness first.
+
+`bench_kernel`: the kernels on static plans. `bench_dynamic`: the dynamic methods. `bench_overhead`: an applied config
+where nothing runs sparse.
+"""
 
 from sparsekit.bench.dynamic import bench_dynamic
 from sparsekit.bench.inputs import captured, structured
 from sparsekit.bench.kernel import CASES, PEERS, bench_kernel
+from sparsekit.bench.overhead import bench_overhead
 from sparsekit.bench.quality import output_error, recall
 
 __all__ = [
@@ -10,6 +15,7 @@ __all__ = [
     "PEERS",
     "bench_dynamic",
     "bench_kernel",
+    "bench_overhead",
     "captured",
     "output_error",
     "recall",

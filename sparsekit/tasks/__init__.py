@@ -1,17 +1,30 @@
 """Tasks: prompts of a given length with known answers. Importing this package registers all of them."""
 
 from sparsekit.tasks.base import Sample, Task, prompt_ids, prompt_text, recall, register, task, task_names
+from sparsekit.tasks.corpus import read_corpus
+from sparsekit.tasks.counted_words import CommonWords, FrequentWords
+from sparsekit.tasks.key_value import KeyValue
 from sparsekit.tasks.needle import NEEDLE4, PASSKEY, Needle, Passkey
+from sparsekit.tasks.niah import Niah
+from sparsekit.tasks.perplexity import Perplexity
+from sparsekit.tasks.variables import VariableTracking
 
 __all__ = [
     "NEEDLE4",
     "PASSKEY",
+    "CommonWords",
+    "FrequentWords",
+    "KeyValue",
     "Needle",
+    "Niah",
     "Passkey",
+    "Perplexity",
     "Sample",
     "Task",
+    "VariableTracking",
     "prompt_ids",
     "prompt_text",
+    "read_corpus",
     "recall",
     "register",
     "task",

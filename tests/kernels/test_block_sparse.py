@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from children import interpret
 
 from sparsekit import SparsekitError
 from sparsekit.geometry import Geometry
@@ -16,23 +12,10 @@ from sparsekit.kernels.softmax import Softmax
 from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
 from sparsekit.testing import inputs_for
 
-HERE = Path(__file__).parent
-
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """interpreted_block_sparse.py, where TRITON_INTERPRET is set before anything imports triton."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "interpreted_block_sparse.py"],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert "passed" in ran.stdout
-    assert "skipped" not in ran.stdout
+    interpret("interpreted_block_sparse.py")
 
 
 def test_a_cpu_runs_torch_and_says_why() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from children import compiled, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from join_cases import CASES, TRIANGLE, Case, random_plan, same
@@ -25,7 +22,6 @@ from sparsekit.patterns import AShape, Dense, static_plan
 from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan, stack_heads
 
 CPU = torch.device("cpu")
-HERE = Path(__file__).parent
 
 
 def masks(plans: Sequence[BlockPlan]) -> list[Tensor]:
@@ -214,29 +210,12 @@ def test_a_row_goes_on_from_the_end_of_the_earlier_tile() -> None:
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """interpreted_join.py, where TRITON_INTERPRET is set before anything imports triton."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "interpreted_join.py"],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert "passed" in ran.stdout
-    assert "skipped" not in ran.stdout
+    interpret("interpreted_join.py")
 
 
 @pytest.mark.slow
 def test_it_compiles_for_hopper(tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    ran = subprocess.run(
-        [sys.executable, "compile_join.py"], cwd=HERE, env=env, capture_output=True, text=True, timeout=900
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    made = json.loads(ran.stdout.splitlines()[-1])
+    made = compiled("compile_join.py", tmp_path)
     assert {case["kernel"] for case in made} == {"_drop_row", "_merge_row", "_sum_row"}
     assert all(case["spilled"] == 0 for case in made), made
 

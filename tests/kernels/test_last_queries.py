@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import compiled, interpret
 from kernel_cases import GEOMETRIES, tensors
 
 from sparsekit import SparsekitError
@@ -17,37 +14,18 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax
 from sparsekit.kernels.last_queries import last_query_sums
 
-HERE = Path(__file__).parent
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """interpreted_last_queries.py, where TRITON_INTERPRET is set before anything imports triton."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-    ran = subprocess.run(
-        [*command, "interpreted_last_queries.py"],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert "passed" in ran.stdout
-    assert "skipped" not in ran.stdout
+    interpret("interpreted_last_queries.py")
 
 
 @pytest.mark.slow
 def test_it_compiles_for_hopper(tmp_path: Path) -> None:
     """Every kernel for sm_90: what it takes of a processor, and that logits run on matrix instructions."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    ran = subprocess.run(
-        [sys.executable, "compile_last_queries.py"], cwd=HERE, env=env, capture_output=True, text=True, timeout=900
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    made = json.loads(ran.stdout.splitlines()[-1])
+    made = compiled("compile_last_queries.py", tmp_path)
     names = {case["kernel"] for case in made}
     assert names >= {"_denominators", "_sums", "_tables", "_walk", "_column_bits", "_tokens", "_decide", "_count_map",
                      "_map_threshold", "_write_bits"}  # fmt: skip

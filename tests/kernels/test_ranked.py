@@ -3,14 +3,11 @@ processes."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import compiled, interpret
 from ranked_cases import GEOMETRIES, PATTERNS, SINKS, check_ranked, peaked, plan_of, shuffled, unvisited
 
 from sparsekit import SparsekitError
@@ -20,7 +17,6 @@ from sparsekit.kernels import attend, ranked
 from sparsekit.patterns import S2O
 from sparsekit.plan import dense_plan, stack_heads
 
-HERE = Path(__file__).parent
 G300 = GEOMETRIES["300"]
 
 
@@ -151,30 +147,13 @@ def test_shuffling_keeps_the_set() -> None:
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """interpreted_ranked.py, where TRITON_INTERPRET is set before anything imports triton."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "interpreted_ranked.py"],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert "passed" in ran.stdout
-    assert "skipped" not in ran.stdout
+    interpret("interpreted_ranked.py")
 
 
 @pytest.mark.slow
 def test_it_compiles(tmp_path: Path) -> None:
     """For cards that are not here: shared memory, matrix instructions, and loads ahead of the gathers."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    ran = subprocess.run(
-        [sys.executable, "compile_ranked.py"], cwd=HERE, env=env, capture_output=True, text=True, timeout=900
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    made = json.loads(ran.stdout.splitlines()[-1])
+    made = compiled("compile_ranked.py", tmp_path)
     assert {case["kernel"] for case in made} == {"_attend_ranked", "_list_bits"}
     for case in made:
         assert case["shared"] <= case["limit"], case

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import compiled, interpret
 from torch import Tensor
 
 from sparsekit import SparsekitError
@@ -29,8 +26,6 @@ from sparsekit.kernels.select import (
 )
 from sparsekit.plan import BlockPlan
 from sparsekit.testing import GEOMETRIES
-
-HERE = Path(__file__).parent
 
 
 def rows_of(n: int, columns: int) -> Tensor:
@@ -284,30 +279,13 @@ def test_rows_too_long_for_a_program_are_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """interpreted_select.py, where TRITON_INTERPRET is set before anything imports triton."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "interpreted_select.py"],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert "passed" in ran.stdout
-    assert "skipped" not in ran.stdout
+    interpret("interpreted_select.py")
 
 
 @pytest.mark.slow
 def test_it_compiles_for_hopper(tmp_path: Path) -> None:
     """Every kernel for sm_90: what it takes of a processor, and that logits run on matrix instructions."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    ran = subprocess.run(
-        [sys.executable, "compile_select.py"], cwd=HERE, env=env, capture_output=True, text=True, timeout=900
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    made = json.loads(ran.stdout.splitlines()[-1])
+    made = compiled("compile_select.py", tmp_path)
     assert {case["kernel"] for case in made} == {
         "_antidiagonals", "_count_entries", "_count_ties", "_histogram", "_mass", "_means", "_scores", "_top_p",
         "_topk", "_write_entries", "_write_mask",

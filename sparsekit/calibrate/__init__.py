@@ -1,0 +1,1 @@
+"""Calibration: which layers of a model bear which pattern. Measures, and writes a config; changes nothing else."""

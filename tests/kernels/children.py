@@ -1,0 +1,37 @@
+"""Child processes of the kernel tests: one in Triton's interpreter, one that compiles for cards that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def interpret(name: str) -> None:
+    """Run the tests of a file here with TRITON_INTERPRET set before anything imports triton; all of them must pass."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", name],
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    assert "passed" in ran.stdout
+    assert "skipped" not in ran.stdout
+
+
+def compiled(name: str, cache: Path) -> list[dict[str, Any]]:
+    """What a script here prints in its last line: one object for every kernel that it compiled, into an empty cache."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    ran = subprocess.run([sys.executable, name], cwd=HERE, env=env, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    made: list[dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])
+    return made

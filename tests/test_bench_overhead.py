@@ -1,0 +1,86 @@
+"""bench overhead: it compares a model with itself, in turns, and refuses where the results differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparsekit import SparsekitError
+from sparsekit.bench import bench_overhead, overhead
+from sparsekit.cli import app
+from sparsekit.models import tiny
+
+SMALL: dict[str, Any] = {"prompt_tokens": 100, "decode_tokens": 5, "rounds": 4, "device": "cpu"}
+
+
+def test_rows_and_file(tmp_path: Path) -> None:
+    lines: list[str] = []
+    model = tiny("llama")
+    rows = bench_overhead(model=model, out=str(tmp_path / "rows.jsonl"), show=lines.append, **SMALL)
+    assert rows == [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["prompt", "decode"]
+    assert [line.split()[0] for line in lines] == ["prompt", "decode"]
+    for row in rows:
+        assert row["error"] <= row["stock_error"]
+        assert 0 < row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
+        assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+    assert rows[1]["tokens_per_second"] == pytest.approx(5e3 / rows[1]["ms"], rel=1e-2)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_slower_door_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 ms more in each forward with sparsekit applied: the ratio is what that makes."""
+    import time
+
+    from sparsekit import patch
+
+    real = patch._is_for_others
+
+    def slow(*args: Any) -> bool:
+        time.sleep(0.005)
+        return real(*args)
+
+    monkeypatch.setattr(patch, "_is_for_others", slow)
+    decode = bench_overhead(shape="tiny", **SMALL)[1]
+    assert decode["ms"] > decode["stock_ms"] + 5 * 4
+    assert decode["ratio"] > 1.2
+
+
+def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsekit import patch
+
+    real = patch._original_attention
+
+    def wrong(module: Any, original: str) -> Any:
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            found, weights = real(module, original)(*args, **kwargs)
+            return found * 1.01, weights
+
+        return attention
+
+    monkeypatch.setattr(patch, "_original_attention", wrong)
+    with pytest.raises(SparsekitError, match="logits differ from the untouched model's"):
+        bench_overhead(shape="tiny", **SMALL)
+
+
+def test_command(tmp_path: Path) -> None:
+    run, file = CliRunner(), tmp_path / "rows.jsonl"
+    options = ["--shape", "tiny", "--prompt-tokens", "80", "--decode-tokens", "3", "--rounds", "2", "--device", "cpu"]
+    result = run.invoke(app, ["bench", "overhead", *options, "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    assert len(file.read_text().splitlines()) == 2
+    assert run.invoke(app, ["bench", "overhead", "--shape", "tini", "--device", "cpu"]).exit_code == 1
+    with pytest.raises(SparsekitError, match="tiny"):
+        bench_overhead(shape="tini", device="cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in overhead.SHAPES if name != "tiny"])
+def test_shapes_are_configs(name: str) -> None:
+    with torch.device("meta"):
+        model = tiny("llama", **overhead.SHAPES[name])
+    assert model.config.num_hidden_layers == overhead.SHAPES[name]["num_hidden_layers"]

@@ -1,0 +1,225 @@
+"""Several devices: device_map, offloaded weights, the meta device; and tensor parallelism in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sparsekit
+from sparsekit import SparsekitError
+from sparsekit.models import tiny
+
+TOKENS = 200
+TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
+SPARSE = {"layers": {"1-3": TRIANGLE}}
+
+
+def _ids() -> Tensor:
+    return torch.randint(3, 250, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, **kwargs: Any) -> Tensor:
+    return model(_ids(), **kwargs).logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensor:
+    model = tiny("llama")
+    with sparsekit.apply(model, SPARSE):
+        return _logits(model)
+
+
+def _parts(layers: list[str]) -> dict[str, str]:
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    return dict.fromkeys(names, "cpu") | {f"model.layers.{n}": place for n, place in enumerate(layers)}
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [{"": "cpu"}, "auto", _parts(["cpu", "disk", "disk", "cpu"]), _parts(["disk"] * 4)],
+    ids=["cpu", "auto", "half on disk", "layers on disk"],
+)
+def test_device_map(device_map: Any, folder: Path, expected: Tensor, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+    on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+    assert any(weight.is_meta for weight in model.parameters()) == on_disk
+    before = _logits(model)
+    with sparsekit.apply(model, SPARSE) as handle:
+        assert torch.equal(_logits(model), expected)
+        assert [row.ran for row in handle.report().layers] == ["dense"] + ["sparse"] * 3
+        tokens = model.generate(_ids(), max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (1, TOKENS + 3)
+    assert torch.equal(_logits(model), before)
+
+
+@pytest.mark.parametrize("first", ["apply", "offload"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offload_by_hooks(place: str, first: str, expected: Tensor, tmp_path: Path) -> None:
+    """accelerate's hooks bring each weight when its module runs; they may come before or after apply."""
+    model = tiny("llama")
+
+    def offload() -> None:
+        if place == "cpu":
+            cpu_offload(model, execution_device="cpu")
+        else:
+            disk_offload(model, tmp_path, execution_device="cpu")
+
+    if first == "offload":
+        offload()
+    with sparsekit.apply(model, SPARSE):
+        if first == "apply":
+            offload()
+        assert all(weight.is_meta for weight in model.parameters())
+        assert torch.equal(_logits(model), expected)
+
+
+@pytest.mark.gpu
+def test_layers_on_the_cpu_and_on_a_gpu(folder: Path, expected: Tensor) -> None:
+    """The mask function is called once, on the embeddings' device; each layer runs on its own."""
+    places = _parts(["cpu", "cuda:0", "cuda:0", "cpu"])
+    places = {name: 0 if place == "cuda:0" else place for name, place in places.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places)
+    mask = torch.ones(1, TOKENS, dtype=torch.long)
+    mask[0, :50] = 0
+    single = tiny("llama")
+    with sparsekit.apply(single, SPARSE), sparsekit.apply(model, SPARSE):
+        assert float((_logits(model).cpu() - expected).abs().max()) < 1e-2  # tf32 on the card
+        padded = _logits(model, attention_mask=mask).cpu() - _logits(single, attention_mask=mask)
+        assert float(padded[:, 50:].abs().max()) < 1e-2
+
+
+def test_the_meta_device_has_shapes_alone() -> None:
+    """Nothing there can be planned or computed: the model's own attention gives the shapes, and the report says so."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny("llama").config)
+    with sparsekit.apply(model, SPARSE) as handle, torch.inference_mode():
+        logits = model(_ids().to("meta")).logits
+        assert logits.is_meta and logits.shape == (1, TOKENS, 256)
+        assert {row.why for row in handle.report().layers} == {"the meta device holds no data"}
+
+
+# ---- tensor parallelism
+
+HEADS = {
+    "heads": {
+        "0": {"0": TRIANGLE, "1": "dense", "2": {"name": "a_shape", "window_tokens": 9}, "3": TRIANGLE},
+        "1": {"3": {"name": "block_topk", "top_k": 1, "block_tokens": 64}},
+        "2": {"0-3": TRIANGLE},
+    }
+}
+SHARDED = textwrap.dedent(
+    """
+    import json, sys, warnings
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+    import sparsekit
+
+    folder, config = sys.argv[1], json.loads(sys.argv[2])
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    ids, seen = torch.load(f"{folder}/ids.pt"), []
+    with torch.inference_mode(), sparsekit.apply(model, config) as handle:
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+        logits = model(ids).logits
+        first = handle.report().layers
+        tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+        compiled = torch.compile(model, backend="eager")(ids).logits
+    torch.save(
+        {"logits": logits, "tokens": tokens, "compiled": compiled, "width": seen[0],
+         "patterns": [row.pattern for row in first], "ran": [row.ran for row in first]},
+        f"{folder}/rank{rank}.pt",
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+    """
+)
+
+
+def _torchrun(script: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        *args,
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+
+
+def test_tensor_parallel_heads_keep_their_patterns(tmp_path: Path) -> None:
+    """transformers' own tp_plan in two gloo processes: two of four query heads and one of two key heads in each."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    torch.save(_ids(), tmp_path / "ids.pt")
+    dense = _logits(model)
+    with sparsekit.apply(model, HEADS):
+        expected, tokens = _logits(model), model.generate(_ids(), max_new_tokens=4, do_sample=False)
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = _torchrun(script, str(tmp_path), json.dumps(HEADS))
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert float((expected - dense).abs().max()) > 1e-2
+    for rank in ranks:
+        assert rank["width"] == 2 * 16
+        assert float((rank["logits"] - expected).abs().max()) < 1e-5
+        assert float((rank["compiled"] - expected).abs().max()) < 1e-5
+        assert torch.equal(rank["tokens"], tokens)
+    # The model's head numbers; a process whose heads are all dense runs the model's own attention.
+    assert ranks[0]["patterns"][0].startswith("heads 0: triangle(")
+    assert "heads 2: a_shape(" in ranks[1]["patterns"][0]
+    assert "heads 3: triangle(" in ranks[1]["patterns"][0]
+    assert ranks[0]["patterns"][1] == "dense"
+    assert "heads 3: block_topk(" in ranks[1]["patterns"][1]
+    assert ranks[0]["ran"] == ["sparse", "dense", "sparse", "dense"]
+    assert ranks[1]["ran"] == ["sparse", "sparse", "sparse", "dense"]
+
+
+def _halve(model: PreTrainedModel, rank: int) -> None:
+    """One process' weights of two, cut out by hand, which tells nobody which part they are."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(attention, name).weight = nn.Parameter(getattr(attention, name).weight.chunk(2, 0)[rank])
+        attention.o_proj.weight = nn.Parameter(attention.o_proj.weight.chunk(2, 1)[rank])
+
+
+def test_heads_that_cannot_be_told_are_refused() -> None:
+    """Layers whose heads are alike run; where they differ, guessing would be silently wrong."""
+    model = tiny("llama")
+    _halve(model, 1)
+    with sparsekit.apply(model, {"default": TRIANGLE}) as handle:
+        _logits(model)
+        assert {row.ran for row in handle.report().layers} == {"sparse"}
+    with (
+        sparsekit.apply(model, HEADS),
+        pytest.raises(SparsekitError, match=r"layer 0 has 4 query heads .* 2 of them came here"),
+    ):
+        _logits(model)

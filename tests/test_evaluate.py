@@ -1,0 +1,69 @@
+"""evaluate: a record for each task, length and config, in which a config is held against the model's own attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekit import SparsekitError, models
+from sparsekit.evaluate import evaluate
+
+TRIANGLE = {"version": 1, "layers": {"2-3": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}}
+DENSE = {"version": 1}
+
+
+@pytest.fixture(scope="module")
+def small(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Random weights under the real tokenizer: what is recorded does not depend on what the model knows."""
+    return models.tiny("llama", vocab_size=49152, max_position_embeddings=1024), smollm2[1]
+
+
+def test_records(small: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    configs = {"model": None, "dense": DENSE, "triangle": TRIANGLE}
+    rows = list(evaluate(*small, configs, tasks=["passkey", "kv_retrieval"], lengths=[400], samples=3, command="x"))
+    assert [(row["task"], row["label"]) for row in rows] == [
+        (t, c) for t in ("passkey", "kv_retrieval") for c in configs
+    ]
+    for own, dense, triangle in (rows[:3], rows[3:]):
+        assert own["kl"] == dense["kl"] == 0 and dense["texts"] == own["texts"]
+        assert triangle["kl"] > 0
+        assert own["density"] == dense["density"] == 1 > triangle["density"] > 0
+        assert triangle["layer_density"][:2] == [1, 1] and max(triangle["layer_density"][2:]) < 0.5
+        assert [layer["layers"] for layer in triangle["resolved"]] == ["0-1", "2-3"]
+        for row in (own, dense, triangle):
+            assert row["score_low"] <= row["score"] <= row["score_high"]
+            assert len(row["scores"]) == len(row["ttft_s_each"]) == len(row["prompt_tokens"]) == 3
+            assert max(row["prompt_tokens"]) <= 400 and row["peak_memory_bytes"] > 0
+
+
+def test_perplexity_of_what_follows(small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The sun rose over a town that nobody had drawn on any map. " * 200)
+    rows = list(
+        evaluate(
+            *small, {"model": None, "triangle": TRIANGLE}, tasks=["perplexity"], lengths=[500], samples=2,
+            corpus=str(tmp_path),
+        )
+    )  # fmt: skip
+    own, triangle = rows
+    assert own["perplexity"] > 1 and own["nll"] > 0
+    assert own["nll"] != triangle["nll"] and abs(own["nll"] - triangle["nll"]) < 1
+    assert own["nll_last_rows"] > 0 and triangle["density"] < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lengths": [4096]}, "tokens = 4096: .* has 1024 positions"),
+        ({"samples": 0}, "samples = 0: at least one"),
+        ({"lengths": []}, "0 lengths: one of each at least"),
+        ({"tasks": ["paskey"]}, "passkey"),
+    ],
+)
+def test_what_cannot_be_asked(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase], change: dict[str, object], says: str
+) -> None:
+    asked: dict[str, object] = {"tasks": ["passkey"], "lengths": [400], "samples": 1, **change}
+    with pytest.raises(SparsekitError, match=says):
+        list(evaluate(*small, {"model": None}, **asked))  # type: ignore[arg-type]
