@@ -572,6 +572,67 @@ def _inspect(
         typer.echo("\n".join(found.answer()))
 
 
+@app.command("eval")
+def _eval(
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG...", help="YAML files; `model` is the model as it is.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="A hub id, a folder, a .gguf file, or `smollm2-135m`.")],
+    tasks: Tasks = "passkey,needle4",
+    lengths: Lengths = "2048",
+    samples: Samples = 24,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    corpus: Annotated[str | None, typer.Option(help="Folder of texts, or `pydoc`, for the tasks that read.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Scores, divergence from dense, time to first token and density of configs on tasks."""
+    from sparsekit.config import load
+    from sparsekit.evaluate import evaluate
+
+    chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
+    if len(chosen) < len(configs):
+        raise SparsekitError(f"CONFIG {', '.join(configs)}: each one once.")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("")
+    rows = []
+    with _busy("answering"):
+        records = evaluate(
+            *_loaded(model, device, dtype),
+            chosen,
+            tasks=_words(tasks),
+            lengths=_numbers(lengths, "--tokens"),
+            samples=samples,
+            seed=seed,
+            corpus=corpus,
+            name=model,
+            command=shlex.join(["sparsekit", *sys.argv[1:]]),
+        )
+        for record in records:
+            rows.append(record)
+            if output is not None:
+                with output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+    if as_json:
+        _print_json(rows)
+        return
+    _print_table(
+        ["task", "tokens", "config", "score", "95%", "KL", "first token, s", "density"],
+        [
+            [
+                row["task"], row["tokens"], row["label"], f"{row['score']:.3f}",
+                f"{row['score_low']:.2f}-{row['score_high']:.2f}", f"{row['kl']:.4f}" if "kl" in row else "",
+                f"{row['ttft_s']:.2f}" if "ttft_s" in row else "", f"{row['density']:.3f}",
+            ]
+            for row in rows
+        ],
+        right=frozenset({1, 3, 4, 5, 6, 7}),
+    )  # fmt: skip
+
+
 def _loaded(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     from sparsekit.models import fast_dtype, load
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, models
+from sparsekit.cli import app
 from sparsekit.evaluate import evaluate
 
 TRIANGLE = {"version": 1, "layers": {"2-3": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}}
@@ -67,3 +70,22 @@ def test_what_cannot_be_asked(
     asked: dict[str, object] = {"tasks": ["passkey"], "lengths": [400], "samples": 1, **change}
     with pytest.raises(SparsekitError, match=says):
         list(evaluate(*small, {"model": None}, **asked))  # type: ignore[arg-type]
+
+
+def test_the_command(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_, **__: small)
+    (tmp_path / "triangle.yaml").write_text(json.dumps(TRIANGLE))
+    given = ["model", str(tmp_path / "triangle.yaml"), "--model", "smollm2-135m", "--dtype", "float32"]
+    options = ["--tasks", "passkey", "--tokens", "300,400", "--samples", "2", "-o", str(tmp_path / "out.jsonl")]
+    ran = CliRunner().invoke(app, ["eval", *given, *options, "--json"])
+    assert ran.exit_code == 0, ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows == json.loads(ran.stdout)
+    assert [(row["tokens"], row["label"] == "model") for row in rows] == [
+        (300, True), (300, False), (400, True), (400, False)
+    ]  # fmt: skip
+    assert rows[0]["model"] == "smollm2-135m" and rows[1]["config"]["layers"]
+    table = CliRunner().invoke(app, ["eval", *given, *options])
+    assert table.exit_code == 0 and "passkey" in table.stdout
