@@ -62,7 +62,7 @@ def test_probe_then_rule(tiny, right) -> None:
     config = load("c.yaml")
     assert sum(not layer.dense for layer in config.resolve().layers) == 2
     assert config.provenance["rule"] == "lowest_k" and config.provenance["gate"]["passed"]
-    assert config.provenance["command"].startswith("sparsekit ")
+    assert config.provenance["command"].startswith("sparsekit")
     assert "chose no layer" in out("calibrate", "rule", "m", "--rule", "lowest_k", "--k", "0", *common, code=1)
     search = ["--rule", "search", "--samples", "1", "--tokens", "300", "--budget", "9", "--bound", "0.9"]
     out("calibrate", "rule", "m", *search, *common)
