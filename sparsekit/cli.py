@@ -633,6 +633,88 @@ def _eval(
     )  # fmt: skip
 
 
+@app.command("sweep")
+def _sweep(
+    file: Annotated[str, typer.Argument(metavar="FILE.yaml", help="A question, its axes, tasks and lengths.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Result file, JSONL; default the name of FILE, here.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Prompts for each run, instead of the file's.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or several: cuda:0,cuda:1")] = "cpu",
+    executor: Annotated[str, typer.Option(help="inline, processes or ray: a worker for each device.")] = "inline",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster: auto, ray://...; default one is started.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray's workers, all on --device.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="Of each of Ray's workers: 0.5 puts two on a card.")] = 0.0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and do none.")] = False,
+    best_rule: Annotated[
+        str | None, typer.Option("--best", help='The fastest config that keeps a rule: "score within 1% of dense".')
+    ] = None,
+    best_output: Annotated[
+        Path | None, typer.Option("--best-output", help="Where its YAML goes; FILE-best.yaml.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Do the runs of a question that are still missing; killed at any point, the same command goes on."""
+    from sparsekit.sweep import best, load_question, run_sweep
+    from sparsekit.sweep.best import overview
+
+    question, devices = load_question(file), _words(device)
+    if dry_run:
+        runs = question.runs(device=devices[0], samples=samples)
+        _print_table(["model", "task", "tokens", "seed", "config"],
+                     [[run.model, run.task, run.tokens, run.seed, run.label] for run in runs])  # fmt: skip
+        typer.echo(f"{len(runs)} runs of {samples or question.samples} prompts")
+        return
+    found = run_sweep(
+        question,
+        output or Path(Path(file).stem + ".jsonl"),
+        executor=executor,
+        devices=devices if executor != "ray" else devices * workers,
+        samples=samples,
+        retry_failed=retry_failed,
+        address=address,
+        gpus=gpus,
+    )
+    records = found.of_runs()
+    chosen = best(records, best_rule) if best_rule is not None else None
+    if as_json:
+        _print_json(records)
+    else:
+        head, rows = overview(records)
+        _print_table(head, rows, right=frozenset(range(1, len(head))))
+        typer.echo(f"{found.done} runs done now, {len(found.runs) - found.done} before; records are in {found.path}")
+    if chosen is not None:
+        target = best_output or Path(Path(file).stem + "-best.yaml")
+        chosen.config().dump(target)
+        if not as_json:
+            typer.echo(f"{chosen.rule}: {chosen.winner}; its config is {target}")
+    if found.failed:
+        first = found.failed[0]
+        raise SparsekitError(
+            f"{len(found.failed)} of {len(found.runs)} runs failed (--retry-failed does them again); the first: "
+            f"{first['task']} at {first['tokens']}, {first['label']}: {first['error']}"
+        )
+
+
+@app.command("report")
+def _report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="JSONL files of `sweep` or `eval`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Its heading; default the question.")] = None,
+) -> None:
+    """One page of results: scores against time and density, depths, layers, configs, a table, filters."""
+    from sparsekit.report import write_report
+
+    with _busy("writing"):
+        remarks = write_report(results, output, title=title)
+    for remark in remarks:
+        typer.echo(remark, err=True)
+    typer.echo(str(output))
+
+
 def _loaded(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     from sparsekit.models import fast_dtype, load
 
@@ -867,6 +949,7 @@ def _missing() -> list[dict[str, str]]:
     """Optional parts that are not installed: what for, and the command that brings them."""
     needs = [
         ("matplotlib", "pictures", "pip install 'sparsekit-attention[plots]'"),
+        ("plotly", "reports", "pip install 'sparsekit-attention[report]'"),
         ("gguf", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
         ("accelerate", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
     ]

@@ -16,7 +16,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.patterns import AShape, Pattern, parse_pattern
 
-__all__ = ["LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
+__all__ = [
+    "LayerPatterns",
+    "ModelFacts",
+    "ResolvedConfig",
+    "SparseConfig",
+    "format_range",
+    "load",
+    "parse_range",
+    "parse_yaml",
+]
 
 AnyPattern = Annotated[Pattern, BeforeValidator(parse_pattern)]
 
@@ -279,7 +288,7 @@ def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
     if isinstance(source, str) and (
         not source.strip() or "\n" in source or ": " in source or source.lstrip().startswith("{")
     ):
-        return _validate(_parse(source, "config"), "config")
+        return _validate(parse_yaml(source, "config"), "config")
     path = Path(source)
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -288,7 +297,7 @@ def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SparsekitError(f"config {str(path)!r} cannot be read as text: {error}.") from None
-    return _validate(_parse(text, str(path)), str(path))
+    return _validate(parse_yaml(text, str(path)), str(path))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -308,7 +317,8 @@ def _mapping_without_twins(loader: _StrictLoader, node: yaml.MappingNode) -> dic
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_twins)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML text says; a SparsekitError that begins with `where` if it is none, or has a key twice."""
     try:
         return yaml.load(text, _StrictLoader)
     except SparsekitError as error:

@@ -100,7 +100,8 @@ def answer(
     """Prefill the prompt once; decode greedily from it; then, from the same prefill, read the true answer's tokens.
 
     Args:
-        stop_when_found: stop decoding when every answer was found, where further text cannot change the score.
+        stop_when_found: stop decoding when every answer was found, where further text cannot change the score; and
+            take the true answer's tokens as a draft, which is kept as far as each is the likeliest.
     """
     ids = prompt_ids(tokenizer, sample).to(model.device)
     _synchronize(model.device)
@@ -110,6 +111,9 @@ def answer(
     seconds = time.perf_counter() - start
 
     first, cache = prefill.logits[:, -1], prefill.past_key_values
+    truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
+        model.device
+    )
 
     def text_of(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -117,17 +121,17 @@ def answer(
     def found(tokens: list[int]) -> bool:
         return stop_when_found and task.metric == "recall" and task.score(text_of(tokens), sample) == 1
 
-    text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
-    decoded = cache.get_seq_length() - ids.shape[1]
-    if decoded:
-        cache.crop(-decoded)
-    truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
-        model.device
-    )
-    logits = first[:, None]
-    if truth.shape[1] > 1:
-        rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, rest.logits], 1)
+    if stop_when_found:
+        logits = _read_truth(model, first, cache, truth)
+        same = (logits[0].argmax(-1) == truth[0]).cumprod(0)
+        kept = min(int(same.sum()), truth.shape[1] - 1, task.max_new_tokens - 1)
+        _shorten(cache, ids.shape[1] + kept)
+        draft = truth[0, :kept].tolist()
+        text = text_of(_greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
+    else:
+        text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
+        _shorten(cache, ids.shape[1])
+        logits = _read_truth(model, first, cache, truth)
     # In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding.
     logprobs = logits[0].double().log_softmax(-1)
     return Answer(text, task.score(text, sample), seconds, ids.shape[1], logprobs)
@@ -176,14 +180,38 @@ def _nll(logits: Tensor, truth: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="none")
 
 
+def _read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor) -> Tensor:
+    """Logits (1, A, vocabulary) at the A tokens of `truth` after a prefill, whose cache grows by A - 1."""
+    logits = first[:, None]
+    if truth.shape[1] > 1:
+        rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, rest.logits], 1)
+    return logits
+
+
+def _shorten(cache: Any, tokens: int) -> None:
+    """Take off what a cache holds beyond its first `tokens`."""
+    beyond = cache.get_seq_length() - tokens
+    if beyond:
+        cache.crop(-beyond)
+
+
 def _greedy(
-    model: PreTrainedModel, logits: Tensor, cache: Any, count: int, done: Callable[[list[int]], bool]
+    model: PreTrainedModel,
+    logits: Tensor,
+    cache: Any,
+    count: int,
+    done: Callable[[list[int]], bool],
+    draft: Sequence[int] = (),
 ) -> list[int]:
-    """Up to `count` greedy tokens that follow a prefill, whose cache grows by them; fewer where `done(tokens)`."""
+    """Up to `count` greedy tokens that follow a prefill, whose cache grows by them; fewer where `done(tokens)`.
+
+    The first are `draft`, which the cache has already; `logits` (1, vocabulary) are of the next.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     stop = set(ends) if isinstance(ends, list) else {ends}
-    tokens: list[int] = []
-    for _ in range(count):
+    tokens = list(draft)
+    while len(tokens) < count:
         tokens.append(int(logits.argmax(-1)))
         if tokens[-1] in stop or len(tokens) == count or done(tokens):
             break

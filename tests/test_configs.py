@@ -11,7 +11,7 @@ from sparsekit.config import format_range
 from sparsekit.patterns import DynamicPattern
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
 
 # Layers that run triangle, of how many; prompts below the last number run dense.
 TRIANGLEMIX = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, models
 from sparsekit.cli import app
-from sparsekit.evaluate import evaluate
+from sparsekit.evaluate import answer, evaluate
+from sparsekit.tasks import task
 
 TRIANGLE = {"version": 1, "layers": {"2-3": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}}
 DENSE = {"version": 1}
@@ -39,6 +42,21 @@ def test_records(small: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None
             assert row["score_low"] <= row["score"] <= row["score_high"]
             assert len(row["scores"]) == len(row["ttft_s_each"]) == len(row["prompt_tokens"]) == 3
             assert max(row["prompt_tokens"]) <= 400 and row["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["passkey", "needle4", "niah_multikey_2"])
+def test_a_draft_of_the_true_answer_changes_nothing(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], name: str
+) -> None:
+    """Found or not: the text begins alike, and score and log-probabilities are those of plain decoding."""
+    kind = replace(task(name), max_new_tokens=16)
+    for sample in kind.samples(smollm2[1], tokens=400, count=2, seed=1):
+        plain, drafted = answer(*smollm2, kind, sample), answer(*smollm2, kind, sample, stop_when_found=True)
+        assert drafted.score == plain.score
+        assert plain.text.startswith(drafted.text) and (drafted.score == 1 or drafted.text == plain.text)
+        torch.testing.assert_close(drafted.logprobs, plain.logprobs, rtol=0, atol=1e-6)
+    wrong = replace(sample, answers=(plain.text.split()[0][:2] + "999",))  # a draft that is left after some tokens
+    assert answer(*smollm2, kind, wrong, stop_when_found=True).text == plain.text
 
 
 def test_perplexity_of_what_follows(small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:

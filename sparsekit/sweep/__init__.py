@@ -1,0 +1,19 @@
+"""Sweeps: a question in YAML, asked of every combination of its axes, resumable at any point."""
+
+from sparsekit.sweep.best import Best, best
+from sparsekit.sweep.execute import Runner, Summary, run_sweep
+from sparsekit.sweep.grid import Question, Run, load_question
+from sparsekit.sweep.results import ResultFile, read_results
+
+__all__ = [
+    "Best",
+    "Question",
+    "ResultFile",
+    "Run",
+    "Runner",
+    "Summary",
+    "best",
+    "load_question",
+    "read_results",
+    "run_sweep",
+]

@@ -1,0 +1,149 @@
+"""The result file of a sweep: JSONL, one record a run, appended and on the disk before the run counts as done.
+
+A process may be killed at any moment. What it leaves is whole lines, and at most one unfinished line at the end, which
+the next writer removes: its run was not done. One process writes at a time, held by a lock beside the file that the
+system releases when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sparsekit.errors import SparsekitError
+
+__all__ = ["ResultFile", "read_results"]
+
+
+class ResultFile:
+    """Records by run key; the last record of a key is the one that counts. Use `with file.writing():` to append."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._fd: int | None = None
+
+    @contextmanager
+    def writing(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """Hold the file; yields what it has, by key. An unfinished last line is removed first.
+
+        Raises:
+            SparsekitError: another process holds it, it cannot be opened, or it has a line that is no record.
+        """
+        lock = FileLock(f"{self.path}.lock", timeout=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise SparsekitError(
+                f"results {str(self.path)!r} are being written by another process; wait for it, or give another file."
+            ) from None
+        except OSError as error:
+            raise SparsekitError(f"results {str(self.path)!r} cannot be written: {error.strerror or error}.") from None
+        try:
+            self._fd = self._open()
+            yield self._mended()
+        finally:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+            lock.release()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record, and return when the disk has it.
+
+        Raises:
+            SparsekitError: it could not be written (no space left); the file is as before.
+        """
+        assert self._fd is not None, "append outside `with writing()`"
+        line = (json.dumps(record) + "\n").encode()
+        before = os.fstat(self._fd).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+            os.fsync(self._fd)
+        except OSError as error:
+            self._cut(before)
+            raise SparsekitError(
+                f"results {str(self.path)!r}: {error.strerror or error}; make room, then give the same command again: "
+                "finished runs are kept."
+            ) from None
+
+    def _open(self) -> int:
+        new = not self.path.exists()
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            if new and hasattr(os, "O_DIRECTORY"):  # the name of a new file is on the disk when its folder is
+                folder = os.open(self.path.parent, os.O_DIRECTORY)
+                os.fsync(folder)
+                os.close(folder)
+        except OSError as error:
+            raise SparsekitError(f"results {str(self.path)!r} cannot be written: {error.strerror or error}.") from None
+        return fd
+
+    def _mended(self) -> dict[str, dict[str, Any]]:
+        records, whole, size = _parse(self.path)
+        if whole < size:
+            self._cut(whole)
+        if any("key" not in record for record in records):
+            raise SparsekitError(f"results {str(self.path)!r} are of `sparsekit eval`; give a sweep a file of its own.")
+        return {record["key"]: record for record in records}
+
+    def _cut(self, size: int) -> None:
+        """Back to `size` bytes; a file that cannot be cut (a device) has nothing to cut."""
+        assert self._fd is not None
+        try:
+            os.ftruncate(self._fd, size)
+            os.fsync(self._fd)
+        except OSError:
+            return
+
+
+def read_results(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(records, remarks) of result files: the last record of each key, in order; nothing is changed.
+
+    Records of `sparsekit eval`, which have no key, all count. A remark tells of an unfinished last line.
+
+    Raises:
+        SparsekitError: a file that cannot be read, has a line that is no record, or holds nothing.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    remarks = []
+    for path in map(Path, paths):
+        records, whole, size = _parse(path)
+        if whole < size:
+            remarks.append(f"{path}: the last line is unfinished, and left out.")
+        for record in records:
+            key = record.get("key", f"{path} {len(found)}")
+            found.pop(key, None)
+            found[key] = record
+    if not found:
+        raise SparsekitError(f"results {', '.join(map(str, paths))}: no record in there.")
+    return list(found.values()), remarks
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], int, int]:
+    """(records, bytes of whole lines, bytes in all)."""
+    try:
+        data = path.read_bytes() if not path.is_char_device() else b""
+    except OSError as error:
+        raise SparsekitError(f"results {str(path)!r} cannot be read: {error.strerror or error}.") from None
+    whole = data.rfind(b"\n") + 1
+    records = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not {"task", "tokens"} <= record.keys():
+                raise ValueError
+        except ValueError:
+            raise SparsekitError(
+                f"results {str(path)!r}, line {number}: no record of sparsekit; remove the line, or give another file."
+            ) from None
+        records.append(record)
+    return records, whole, len(data)
