@@ -113,7 +113,7 @@ _UNSPECIALIZED = ["shift", "scale", "cap", "heads", "group", "first_row", "n_row
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 @no_type_check
 def _antidiagonals(
-    d_q, d_k, p_q, p_k, p_span, p_lse, q_batch, q_head, q_token, k_batch, k_head, k_token,
+    d_q, d_k, p_q, p_k, p_span, p_lse, q_batch, q_head, q_token, k_batch, k_head, k_token, q_column, k_column,
     shift, scale, cap, heads, group, first_row, n_rows, columns, span_rows,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -123,6 +123,11 @@ def _antidiagonals(
     Stride row i holds the queries STRIDE * i + STRIDE - 1 - s, stride column j the keys STRIDE * j + s; their logit is
     the sum of the products at equal s over the count of queries there are. Row numbers in memory are positions + shift
     (q) and + the sample's start (k).
+
+    TMA: d_q and d_k are matrices whose row is STRIDE tokens, and steps count rows a batch and rows a head of them, and
+    `q_column` columns a head. A tile may reach into another head's rows: they only make logits that are never stored,
+    or that `_mass` leaves out. (Boxes of five dimensions, reshaped, left the first factor to registers and gave other
+    logits each time in Triton 3.6, H100.)
     """
     PER: tl.constexpr = BLOCK // STRIDE  # stride rows, and columns, a block
     tiles_m = tl.cdiv(n_rows * PER, BM)
@@ -152,8 +157,10 @@ def _antidiagonals(
         keys = tl.minimum(q_end - column * STRIDE, STRIDE)
         acc = tl.zeros([BM, BN], tl.float32)
         if TMA:
-            at_q = first + (start + shift) // STRIDE
-            at_k = i_n * BN + start // STRIDE
+            at_q = i_sample * q_batch + i_head % heads * q_head + first + (start + shift) // STRIDE
+            at_k = i_sample * k_batch + i_key_head * k_head + i_n * BN + start // STRIDE
+            column_q = i_head % heads * q_column
+            column_k = i_key_head * k_column
         else:
             dim = tl.arange(0, BK)
             q_row = row.to(tl.int64) * STRIDE + (STRIDE - 1 + start + shift)
@@ -166,8 +173,8 @@ def _antidiagonals(
             s = i // (D // BK)
             at = i % (D // BK) * BK
             if TMA:
-                b_a = d_q.load([i_sample, i_head % heads, at_q, STRIDE - 1 - s, at]).reshape(BM, BK)
-                b_b = d_k.load([i_sample, i_key_head, at_k, s, at]).reshape(BN, BK)
+                b_a = d_q.load([at_q, column_q + (STRIDE - 1 - s) * q_token + at])
+                b_b = d_k.load([at_k, column_k + s * k_token + at])
             else:
                 there = ((s >= fewest) & (s < most))[:, None]
                 b_a = tl.load(p_a + (at - s * q_token), mask=there, other=0.0)
@@ -359,10 +366,13 @@ def antidiagonal_lse(
     per = block_tokens // stride
     span_rows = n_rows * per
     out = torch.empty(samples, heads, span_rows, grid.columns, dtype=torch.float32, device=q.device)
-    tma = tile.tma and _has_tma(q.device) and _walks_whole_strides(q, k, geometry, stride)
-    d_q = _strided(q, tile.m, stride, step) if tma else None
-    d_k = _strided(k, tile.n, stride, step) if tma else None
-    steps = (0,) * 6 if tma else (*q.stride()[:3], *k.stride()[:3])
+    seen = [_by_strides(x, n, stride, step) for x, n in ((q, tile.m), (k, max(tile.n, per)))]
+    tma = tile.tma and _has_tma(q.device) and _starts_whole(geometry, stride) and None not in seen
+    d_q, d_k = [None if x is None or not tma else x[0] for x in seen]
+    steps = (*q.stride()[:3], *k.stride()[:3], 0, 0)
+    if tma:
+        (q_rows, q_columns), (k_rows, k_columns) = [x[1:] for x in seen if x is not None]
+        steps = (*q_rows, q.stride(2), *k_rows, k.stride(2), q_columns, k_columns)
     numbers = (
         -geometry.q_offset, float(softmax.scale), float(softmax.softcap or 1.0), heads, heads // k.shape[1],
         first_row, n_rows, grid.columns, span_rows,
@@ -381,22 +391,37 @@ def antidiagonal_lse(
     return out
 
 
-def _walks_whole_strides(q: Tensor, k: Tensor, geometry: Geometry, stride: int) -> bool:
-    """Whether the copy engine can step over strides: it knows whole ones only, and addresses and steps of 16 bytes."""
+def _starts_whole(geometry: Geometry, stride: int) -> bool:
+    """Whether no stride is cut: the copy engine knows whole ones only."""
     ends = (span.q_end for span in geometry.spans)
-    whole = all(n % stride == 0 for n in (geometry.q_offset, geometry.q_len, *geometry.kv_start, *ends))
-    wide = all(s * x.element_size() % 16 == 0 and s > 0 for x in (q, k) for s in x.stride()[:3])
-    return whole and wide and (q.data_ptr() | k.data_ptr()) % 16 == 0 and k.shape[2] >= stride
+    return all(n % stride == 0 for n in (geometry.q_offset, geometry.q_len, *geometry.kv_start, *ends))
 
 
-def _strided(x: Tensor, rows: int, stride: int, step: int) -> Any:
-    """A box of every `stride`-th row of one head: x seen as (batch, heads, tokens / stride, stride, D)."""
+def _by_strides(x: Tensor, rows: int, stride: int, step: int) -> tuple[Any, tuple[int, int], int] | None:
+    """x (B, heads, tokens, D) as a matrix of `stride` tokens a row: (descriptor of boxes rows x step, (rows a batch,
+    rows a head), columns a head). None where x is no such matrix, or its steps or address are none for TMA."""
     batch, heads, tokens, dim = x.shape
+    own, head, token, _ = x.stride()
+    wide = token * stride
+    if tokens < stride or token <= 0 or token * x.element_size() % 16 or x.data_ptr() % 16:
+        return None
+    per_batch = 0 if batch == 1 else own // wide
+    if batch > 1 and (own <= 0 or own % wide):
+        return None
+    if heads == 1:
+        per_head, columns = 0, 0
+    elif head > 0 and head % wide == 0:
+        per_head, columns = head // wide, 0
+    elif head * x.element_size() % 16 == 0 and head > 0 and (heads - 1) * head + dim <= token:
+        per_head, columns = 0, head
+    else:
+        return None
+    last = (batch - 1) * per_batch + (heads - 1) * per_head + tokens // stride
     fields = {
-        "shape": [batch, heads, tokens // stride, stride, dim],
-        "strides": [x.stride(0), x.stride(1), x.stride(2) * stride, x.stride(2), 1],
-        "block_shape": [1, 1, rows, 1, step],
+        "shape": [last, (stride - 1) * token + (heads - 1) * columns + dim],
+        "strides": [wide, 1],
+        "block_shape": [rows, step],
         "padding": "zero",
         "round_f32_to_tf32": False,
     }
-    return _descriptor(x, fields)
+    return _descriptor(x, fields), (per_batch, per_head), columns

@@ -329,16 +329,13 @@ def _row_of(p_span, i_row, heads, rows, BLOCK_Q: tl.constexpr, BLOCK: tl.constex
     return i_sample, i_tile, start, q_first, q_end, q_first // BLOCK
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words"])
+@triton.jit
 @no_type_check
-def _count_entries(
-    p_bits, p_span, p_causal, p_count, p_dense, heads, rows, bit_rows, words,
-    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+def _row_bits(
+    p_bits, i_row, start, q_end, first, rows, bit_rows, words,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles that a plan row lists, at place row + 1; a row that keeps every causal one is dense, and lists none."""
-    i_row = tl.program_id(0)
-    i_sample, i_tile, start, _, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
-    causal = tl.load(p_causal + i_sample * rows + i_tile)
+    """uint32 (WORDS,): the blocks that a plan row keeps, over its PARTS block rows, each with its own block."""
     p_bits += (i_row // rows).to(tl.int64) * bit_rows * words
     lane = tl.arange(0, WORDS)
     union = tl.zeros([WORDS], tl.uint32)
@@ -352,6 +349,20 @@ def _count_entries(
         one = tl.full([], 1, tl.uint32) << (own % 32).to(tl.uint32)
         last = (word & (one - 1)) | one  # before its own block, and its own
         union = union | tl.where(lane == tl.where(inside, own // 32, -1), last, word)
+    return union
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words"])
+@no_type_check
+def _count_entries(
+    p_bits, p_span, p_causal, p_count, p_dense, heads, rows, bit_rows, words,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Tiles that a plan row lists, at place row + 1; a row that keeps every causal one is dense, and lists none."""
+    i_row = tl.program_id(0)
+    i_sample, i_tile, start, _, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
+    causal = tl.load(p_causal + i_sample * rows + i_tile)
+    union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
     # The row's last block is a part of one where the row ends before the block does.
     spare = (causal + FACTOR - 1) // FACTOR * FACTOR - causal
     count = tl.where(causal > 0, FACTOR * tl.sum(_ones(union)) - spare, 0)
@@ -366,32 +377,27 @@ def _count_entries(
 @no_type_check
 def _write_entries(
     p_bits, p_span, p_causal, p_row, p_entry, heads, rows, bit_rows, words,
-    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KV: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The entries of a plan row, ascending."""
+    """The entries of a plan row, ascending: a lane a word, whose place is the running sum of bits before it."""
     i_row = tl.program_id(0)
     at = tl.load(p_row + i_row)
     if tl.load(p_row + i_row + 1) > at:
+        TILE: tl.constexpr = BLOCK // FACTOR
         i_sample, i_tile, start, q_first, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
-        causal = tl.load(p_causal + i_sample * rows + i_tile)
+        limit = tl.load(p_causal + i_sample * rows + i_tile) * TILE
         low = tl.maximum(start, q_first)
-        p_bits += (i_row // rows).to(tl.int64) * bit_rows * words
-        for i in range(0, causal, CHUNK):
-            key = (i + tl.arange(0, CHUNK)) * BLOCK_KV
-            block = key // BLOCK
-            keep = key < 0
-            for part in tl.static_range(PARTS):
-                own = start // BLOCK + part
-                inside = (own >= first) & (own * BLOCK < q_end)
-                p_words = p_bits + (own - first).to(tl.int64) * words
-                mine = tl.where(inside, own, -1)
-                word = tl.load(p_words + block // 32, mask=block < mine, other=0)
-                keep = keep | (((word >> (block % 32)) & 1) != 0) | (block == mine)
-            keep = keep & (key < causal * BLOCK_KV)
-            place = at + tl.cumsum(keep.to(tl.int32), 0) - 1
-            entry = (key << 2) | (key + BLOCK_KV - 1 > low).to(tl.int32)
-            tl.store(p_entry + place, entry, mask=keep)
-            at += tl.sum(keep.to(tl.int32))
+        union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
+        count = _ones(union)
+        p_place = p_entry + at + FACTOR * (tl.cumsum(count, 0) - count)
+        block = tl.arange(0, WORDS) * (32 * BLOCK)
+        for bit in tl.static_range(32):
+            on = ((union >> bit) & 1) != 0
+            for i in tl.static_range(FACTOR):
+                key = block + (bit * BLOCK + i * TILE)
+                entry = (key << 2) | (key + TILE - 1 > low).to(tl.int32)
+                tl.store(p_place + i, entry, mask=on & (key < limit))
+            p_place += FACTOR * on.to(tl.int32)
 
 
 # ---- launchers
@@ -524,6 +530,5 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
             room = limit
         row_ptr = counts.cumsum(0, dtype=torch.int32)
         entries = torch.zeros(room, dtype=torch.int32, device=device)
-        options = {**shared, "BLOCK_KV": plan.block_kv, "PARTS": parts, "CHUNK": 1024, "num_warps": 4}
         launch(_write_entries, programs, (bits, grid.spans, grid.causal, row_ptr, entries, *numbers), options)
     return BlockPlan(plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense)

@@ -4,6 +4,7 @@ runs this file in a process of its own, because TRITON_INTERPRET must be set bef
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -124,12 +125,49 @@ def test_pooled(geometry: Geometry, block_tokens: int) -> None:
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Through pointers, and through the copy engine's descriptors where a call has whole strides; which it was."""
-    asked: list[bool] = []
-    whole = block_scores_kernel._walks_whole_strides
+    used: list[bool] = []
+    real = block_scores_kernel.launch
+
+    def launch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any], *rest: Any) -> None:
+        if "TMA" in options:
+            used.append(options["TMA"])
+        real(kernel, programs, args, options, *rest)
+
     monkeypatch.setattr(block_scores_kernel, "_has_tma", lambda device: request.param)
-    monkeypatch.setattr(block_scores_kernel, "_walks_whole_strides", lambda *a: asked.append(whole(*a)) or asked[-1])
-    yield asked
-    assert bool(asked) == request.param
+    monkeypatch.setattr(block_scores_kernel, "launch", launch)
+    yield used
+    assert used
+    assert request.param or not any(used)
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous()
+
+
+def _fused(x: torch.Tensor) -> torch.Tensor:
+    """As a projection to q, k and v at once lays it out: other columns between one token and the next."""
+    wide = torch.full((x.shape[0], x.shape[2], 3, *x.shape[1::2]), torch.nan, dtype=x.dtype)
+    wide[:, :, 1] = x.transpose(1, 2)
+    return wide[:, :, 1].transpose(1, 2)
+
+
+def _in_a_cache(x: torch.Tensor) -> torch.Tensor:
+    """Heads first, with room for more tokens behind each head, filled with what must not be read."""
+    room = torch.full((*x.shape[:2], x.shape[2] + 64, x.shape[3]), torch.nan, dtype=x.dtype)
+    room[:, :, : x.shape[2]] = x
+    return room[:, :, : x.shape[2]]
+
+
+@pytest.mark.parametrize("layout", [_heads_first, _fused, _in_a_cache])
+@pytest.mark.parametrize("geometry", WHOLE_STRIDES, ids=name_of)
+def test_antidiagonals_of_any_layout(geometry: Geometry, layout: Any, walk: list[bool]) -> None:
+    q, k, _ = inputs_for(geometry)
+    grid = block_grid(geometry, 128, geometry.batch, CPU)
+    seen = torch.arange(grid.columns) < head_lengths(geometry, 128, geometry.batch, 4, CPU)[..., None]
+    expected = antidiagonal_mass(q, k, geometry, grid, 128, 16, Softmax(0.25), impl="torch")
+    got = antidiagonal_mass(layout(q), layout(k), geometry, grid, 128, 16, Softmax(0.25), impl="triton")
+    assert torch.allclose(got[seen], expected[seen], atol=1e-4, rtol=1e-4)
+    assert all(walk) or not any(walk)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16])
@@ -145,7 +183,7 @@ def test_antidiagonals(geometry: Geometry, stride: int, walk: list[bool]) -> Non
     if grid.rows > 1:
         got = antidiagonal_mass(*call, 1, grid.rows - 1, impl="triton")
         assert torch.allclose(got[seen[:, :, 1:]], expected[:, :, 1:][seen[:, :, 1:]], atol=1e-4, rtol=1e-4)
-    if walk and geometry in WHOLE_STRIDES:
+    if any(walk) and geometry in WHOLE_STRIDES:
         assert all(walk), "no descriptor was made, so this tests nothing"
 
 
