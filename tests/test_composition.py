@@ -45,6 +45,12 @@ def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     return model(ids, **kwargs).logits
 
 
+@pytest.fixture(autouse=True)
+def short_prompts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`explain` shows what a GPU does, where prompts as short as these run dense."""
+    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {})
+
+
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return tiny("llama")

@@ -49,6 +49,12 @@ FACTS = ArchFacts(
 )
 
 
+@pytest.fixture(autouse=True)
+def short_prompts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dynamic patterns on a GPU too, unless a test says otherwise."""
+    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {})
+
+
 def only(pattern: object, tokens: int, heads: int = 4, **more: object) -> LayerExplanation:
     """The one layer of a model that runs `pattern`."""
     return explain({"model": {"num_layers": 1, "num_heads": heads}, "default": pattern, **more}, tokens).layers[0]
@@ -313,6 +319,9 @@ def test_prompts_below_the_crossover_run_dense_on_a_gpu(monkeypatch: pytest.Monk
     assert below.layers[0].why == "8999 tokens, fewer than the 9000 from which block_topk pays"
     assert (above.layers[0].runs, above.layers[0].density) == ("sparse", None)
     assert [layer.dense_below for layer in above.layers] == [9000, 0]
+    for own, runs in ((0, "sparse"), (8000, "sparse"), (9500, "dense")):
+        pattern = {"name": "block_topk", "dense_below_tokens": own}
+        assert explain({**config, "layers": {"0": pattern}}, 8999).layers[0].runs == runs
     assert "dense below 9,000 tokens on a GPU" in str(above)
     union = {"name": "union", "of": ["xattention", "block_topk", "triangle"]}
     assert only(union, 8000).runs == "dense"

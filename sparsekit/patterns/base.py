@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError, nearest
@@ -27,8 +27,11 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
 
-# Measured (docs/results): the shortest prompt, tokens, at which select and attention together beat the best dense one.
-CROSSOVER_TOKENS: dict[str, dict[str, int]] = {"cuda": {}}
+# Measured (docs/results/dynamic-h100.jsonl): the shortest prompt, tokens, of 2,048, 4,096, 8,192, ..., at which selecting
+# and attention together beat the best dense kernel.
+CROSSOVER_TOKENS: dict[str, dict[str, int]] = {
+    "cuda": {"vertical_slash": 32768, "flexprefill": 16384, "xattention": 16384, "block_topk": 16384, "s2o": 32768}
+}
 
 
 class Pattern(BaseModel, ABC):
@@ -70,7 +73,8 @@ class Pattern(BaseModel, ABC):
         return {"name": self.name, **given} if given else self.name
 
     def __str__(self) -> str:
-        given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key != "name")
+        hidden = {"name"} | ({"dense_below_tokens"} if getattr(self, "dense_below_tokens", None) is None else set())
+        given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key not in hidden)
         return f"{self.name}({given})" if given else self.name
 
 
@@ -140,6 +144,10 @@ def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
 class DynamicPattern(Pattern):
     """A pattern that estimates from q and k what to keep. No host synchronisation, all heads in one launch."""
 
+    dense_below_tokens: int | None = Field(
+        None, ge=0, description="shorter prompts run dense, tokens; default: where it was measured to pay; 0: none do"
+    )
+
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         """The plan of `select`; of everything where a prompt is so short that estimating costs more than it saves."""
         if max(span.keys for span in geometry.spans) < self.dense_below(q.device):
@@ -148,7 +156,7 @@ class DynamicPattern(Pattern):
 
     def dense_below(self, device: torch.device) -> int:
         """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""
-        return crossover_tokens(self, device)
+        return crossover_tokens(self, device) if self.dense_below_tokens is None else self.dense_below_tokens
 
     def keys_at_most(self, geometry: Geometry) -> int | None:
         """Keys that a query tile of that geometry computes at most, by a budget; None where none bounds them."""

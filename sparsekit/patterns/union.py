@@ -94,6 +94,8 @@ class DynamicUnion(DynamicPattern):
                 yield member
 
     def dense_below(self, device: torch.device) -> int:
+        if self.dense_below_tokens is not None:
+            return self.dense_below_tokens
         return max(leaf.dense_below(device) for leaf in self.leaves() if isinstance(leaf, DynamicPattern))
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
@@ -105,5 +107,6 @@ class DynamicUnion(DynamicPattern):
             if any(plan.all_dense for plan in plans):
                 break
             if not isinstance(leaf, StaticPattern):
-                plans.append(leaf.plan(q, k, geometry, softmax))
+                own = leaf.select if isinstance(leaf, DynamicPattern) else leaf.plan
+                plans.append(own(q, k, geometry, softmax))
         return join_plans(plans)
