@@ -1,10 +1,10 @@
-"""`python -m sparsekit.bench kernel | dynamic | overhead`: the benches without the rest of the command line."""
+"""`python -m sparsekit.bench kernel | dynamic | overhead | prefill`: the benches without the command line's rest."""
 
 import sys
 
-from sparsekit.bench import dynamic_command, kernel, overhead
+from sparsekit.bench import dynamic_command, kernel, overhead, prefill
 
-BENCHES = {"kernel": kernel.main, "dynamic": dynamic_command.main, "overhead": overhead.main}
+BENCHES = {"kernel": kernel.main, "dynamic": dynamic_command.main, "overhead": overhead.main, "prefill": prefill.main}
 
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -23,10 +23,20 @@ from sparsekit.patch import apply
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SHAPES", "bench_overhead", "main"]
+__all__ = ["SHAPES", "bench_overhead", "main", "model_or_shape"]
 
 # Of random weights: config fields of a Llama, as in the config.json of the model of that name.
 SHAPES: dict[str, dict[str, int]] = {
+    "llama-3.1-8b": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
     "llama-3.2-1b": {
         "num_hidden_layers": 16,
         "hidden_size": 2048,
@@ -49,6 +59,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
     "tiny": {},
 }
+STOCK_RUNS = 4
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -86,7 +97,7 @@ def bench_overhead(
         SparsekitError: an unknown shape, or logits that are not the untouched model's.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name, found = _model(model, shape, dtype, where)
+    name, found = model_or_shape(model, shape, dtype, where)
     record = Record(out, place(where))
     vocab = found.config.get_text_config().vocab_size
     ids = torch.randint(3, vocab, (1, prompt_tokens + decode_tokens), generator=torch.Generator().manual_seed(0))
@@ -128,10 +139,10 @@ def bench_overhead(
     return record.rows
 
 
-def _model(
+def model_or_shape(
     model: PreTrainedModel | str | None, shape: str | None, dtype: str | None, device: torch.device
 ) -> tuple[str, PreTrainedModel]:
-    """Its name, and the model on the device."""
+    """Its name, and the model on the device: the one given, or random weights of `shape`."""
     if isinstance(model, str):
         return model, load(model, dtype=dtype or DTYPES.get(device.type, torch.float32), device=device)[0]
     if model is not None:
@@ -142,25 +153,32 @@ def _model(
     wanted = getattr(torch, dtype, None) if dtype else DTYPES.get(device.type, torch.float32)
     if not isinstance(wanted, torch.dtype):
         raise SparsekitError(f"dtype {dtype!r} is not one of float32, bfloat16, float16.")
-    with torch.device(device):
-        made: Any = tiny("llama", **SHAPES[shape])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted)  # never more of the weights than the model has
+    try:
+        with torch.device(device):
+            made: Any = tiny("llama", **SHAPES[shape])
+    finally:
+        torch.set_default_dtype(before)
     return f"{shape}, random weights", made.to(wanted)
 
 
 def _same(model: PreTrainedModel, config: Mapping[str, Any], run: Callable[[], Tensor]) -> dict[str, float]:
-    """Largest differences of logits from the untouched model's: with sparsekit, and of a second run without it.
+    """Largest differences of logits from the untouched model's: with sparsekit, and of further runs without it.
+
+    A card may decode the same tokens to other last bits each time, the untouched model too; those are `stock_error`.
 
     Raises:
-        SparsekitError: the first is larger than the second.
+        SparsekitError: the first is more than twice the second, or a layer ran sparse.
     """
-    stock, again = run(), run()
+    stock = run()
+    noise = max(float((run() - stock).abs().max()) for _ in range(STOCK_RUNS))
     with apply(model, config) as handle:
-        ours = run()
+        error = float((run() - stock).abs().max())
         ran = {row.ran for row in handle.report().layers}
-    error, noise = float((ours - stock).abs().max()), float((again - stock).abs().max())
-    if error > noise or "sparse" in ran:
+    if error > 2 * noise or "sparse" in ran:
         raise SparsekitError(
-            f"logits differ from the untouched model's by {error:.2g}, and two of its own by {noise:.2g}."
+            f"logits differ from the untouched model's by {error:.2g}, and {STOCK_RUNS} of its own by {noise:.2g}."
         )
     return {"error": error, "stock_error": noise}
 

@@ -12,6 +12,7 @@ import torch
 
 from sparsekit.calibrate.prompts import Prompt
 from sparsekit.calibrate.records import Records, content_key, fingerprint
+from sparsekit.calibrate.shared import SharedLayers
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError
 from sparsekit.evaluate import Answer, answer, kl_divergence, mean_interval
@@ -67,7 +68,10 @@ class Effect:
 
 
 class Judge:
-    """Measures mixtures on fixed prompts. What is in the records is not measured again."""
+    """Measures mixtures on fixed prompts.
+
+    What is in the records is not measured again; dense layers below the first sparse one run once a prompt.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Judge:
         self.measured = 0  # forwards that were really run, dense ones not counted
         self._weights = fingerprint(model)
         self._dense: dict[str, Answer] = {}
+        self._shared = SharedLayers(model)
 
     def effect(self, patterns: Mapping[int, Pattern]) -> Effect:
         """Of these layers with these patterns, all others dense."""
@@ -108,7 +113,7 @@ class Judge:
             score = self._exact(dense, prompt)
             return {"kl": 0.0, "score": score, "dense_score": score, "same": 1.0, "tile_density": {}}
         config = load({"layers": {str(layer): pattern.to_yaml() for layer, pattern in patterns.items()}})
-        with apply(self.model, config) as handle:
+        with apply(self.model, config) as handle, self._shared.from_layer(min(patterns), content_key(prompt.key)):
             got = self._read(prompt)
             rows = {row.layer: row for row in handle.report().layers}
         idle = [layer for layer in patterns if rows[layer].ran == "own"]
@@ -127,7 +132,8 @@ class Judge:
     def _dense_answer(self, prompt: Prompt) -> Answer:
         key = content_key(prompt.key)
         if key not in self._dense:
-            self._dense[key] = self._read(prompt)
+            with self._shared.keep(key):
+                self._dense[key] = self._read(prompt)
         return self._dense[key]
 
     def _read(self, prompt: Prompt) -> Answer:
