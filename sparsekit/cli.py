@@ -252,6 +252,14 @@ def _bench_overhead(context: typer.Context) -> None:
     raise typer.Exit(overhead.main(context.args))
 
 
+@bench_app.command("prefill", context_settings=_PASS_ON)
+def _bench_prefill(context: typer.Context) -> None:
+    """Time to the first token and peak memory of configs, against the untouched model. `--help` lists options."""
+    from sparsekit.bench import prefill
+
+    raise typer.Exit(prefill.main(context.args))
+
+
 # ---- calibration
 
 calibrate_app = typer.Typer(
@@ -268,6 +276,12 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Default: the checkpoint's; on a CPU bfloat16 or float32, by a measurement."),
+]
+ExactDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Default: the checkpoint's; on a CPU float32, since bfloat16's rounding hides small KL."
+    ),
 ]
 Seeds = Annotated[str, typer.Option("--seeds", help="Of the prompts, parted by commas.")]
 Tasks = Annotated[str, typer.Option("--tasks", help="Parted by commas.")]
@@ -351,7 +365,7 @@ def _calibrate_rule(
     give_back: GiveBack = False,
     records: RecordFile = None,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    dtype: ExactDtype = None,
 ) -> None:
     """Choose layers by a rule, and write the config if it passes the gate."""
     from sparsekit.calibrate.effects import Judge
@@ -364,7 +378,7 @@ def _calibrate_rule(
     found = None if probe_file is None else read_probe(probe_file)
     [chosen] = _patterns_of(pattern) or [{"name": ""}]
     runs = parse_pattern(chosen)
-    loaded = _loaded(model, device, dtype)
+    loaded = _loaded(model, device, dtype, exact=True)
     arch = facts(loaded[0])
 
     def bears(some: Sequence[int]) -> bool:
@@ -406,13 +420,13 @@ def _calibrate_tune(
     records: RecordFile = None,
     report: Annotated[Path | None, typer.Option("--report", help="JSON file of every measurement.")] = None,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    dtype: ExactDtype = None,
 ) -> None:
     """The cheapest mixture of patterns within a budget of divergence from dense, and its config if it passes."""
     from sparsekit.calibrate.tune import summary, tune
     from sparsekit.config import parse_range
 
-    loaded = _loaded(model, device, dtype)
+    loaded = _loaded(model, device, dtype, exact=True)
     found = tune(
         *loaded,
         _patterns_of(patterns),
@@ -514,14 +528,14 @@ def _calibrate_curve(
     records: RecordFile = None,
     output: JsonFile = None,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    dtype: ExactDtype = None,
     as_json: Json = False,
 ) -> None:
     """Divergence from dense and scores, against the layer from which a pattern runs: to hold a probe against."""
     from sparsekit.calibrate.curve import start_layer_curve
 
     found = start_layer_curve(
-        *_loaded(model, device, dtype),
+        *_loaded(model, device, dtype, exact=True),
         _patterns_of(patterns),
         _numbers(starts, "--starts"),
         samples=samples,
@@ -574,6 +588,7 @@ def _inspect(
 
 @app.command("eval")
 def _eval(
+    context: typer.Context,
     configs: Annotated[
         list[str], typer.Argument(metavar="CONFIG...", help="YAML files; `model` is the model as it is.")
     ],
@@ -583,21 +598,31 @@ def _eval(
     samples: Samples = 24,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     corpus: Annotated[str | None, typer.Option(help="Folder of texts, or `pydoc`, for the tasks that read.")] = None,
+    harness: Annotated[str | None, typer.Option("--harness", help="`lm-eval`: --tasks are its tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="lm-eval: documents of each task; default all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="lm-eval: examples; default the task's.")] = None,
+    include: Annotated[Path | None, typer.Option(help="lm-eval: folder with task YAMLs of one's own.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Scores, divergence from dense, time to first token and density of configs on tasks."""
+    """Scores, divergence from dense, time to first token and density of configs on tasks, ours or lm-eval's."""
     from sparsekit.config import load
     from sparsekit.evaluate import evaluate
+    from sparsekit.harness import records_kept
 
     chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
     if len(chosen) < len(configs):
         raise SparsekitError(f"CONFIG {', '.join(configs)}: each one once.")
+    _check_harness(context, harness)
+    if harness is not None:
+        options = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "output": output}
+        _eval_by_lm_eval(chosen, model, _words(tasks), include, device, dtype, as_json, options)
+        return
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("")
+        output.write_text(records_kept(output))
     rows = []
     with _busy("answering"):
         records = evaluate(
@@ -631,6 +656,53 @@ def _eval(
         ],
         right=frozenset({1, 3, 4, 5, 6, 7}),
     )  # fmt: skip
+
+
+def _check_harness(context: typer.Context, harness: str | None) -> None:
+    """Options that do not go with the kind of tasks are errors, whether or not they would change anything."""
+    if harness not in (None, "lm-eval"):
+        raise SparsekitError(f"--harness {harness!r}: lm-eval is the one that there is; leave it out for our tasks.")
+    given = {name for name in context.params if _typed(context, name)}
+    for name in ("lengths", "samples", "corpus") if harness else ("limit", "num_fewshot", "include"):
+        if name in given:
+            option = {"lengths": "--tokens"}.get(name, f"--{name.replace('_', '-')}")
+            raise SparsekitError(
+                f"{option} does not go with --harness lm-eval: its tasks have prompts of their own (--limit: fewer)."
+                if harness
+                else f"{option} goes with --harness lm-eval only; our tasks have --tokens, --samples and --corpus."
+            )
+    if harness and "tasks" not in given:
+        raise SparsekitError("--harness lm-eval needs --tasks: names of its tasks, such as hellaswag,gsm8k.")
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _eval_by_lm_eval(
+    configs: dict[str, Any],
+    model: str,
+    names: list[str],
+    include: Path | None,
+    device: str,
+    dtype: str | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from sparsekit.harness import LmEvalTasks, ran_dense, run_lm_eval, table
+
+    with _busy("looking for tasks"):
+        tasks = LmEvalTasks(names, include)
+    command = shlex.join(["sparsekit", *sys.argv[1:]])
+    loaded = _loaded(model, device, dtype)
+    rows = list(run_lm_eval(*loaded, configs, tasks=tasks, name=model, command=command, **options))
+    for remark in ran_dense(rows):
+        typer.echo(remark, err=True)
+    if as_json:
+        _print_json(rows)
+    else:
+        _print_table(*table(rows), right=frozenset({3, 4, 5, 6, 7}))
 
 
 @app.command("sweep")
@@ -667,6 +739,8 @@ def _sweep(
         _print_table(["model", "task", "tokens", "seed", "config"],
                      [[run.model, run.task, run.tokens, run.seed, run.label] for run in runs])  # fmt: skip
         typer.echo(f"{len(runs)} runs of {samples or question.samples} prompts")
+        if question.search is not None:
+            typer.echo(f"then {question.search.trials} trials of {len(runs)} runs each")
         return
     found = run_sweep(
         question,
@@ -686,6 +760,8 @@ def _sweep(
         head, rows = overview(records)
         _print_table(head, rows, right=frozenset(range(1, len(head))))
         typer.echo(f"{found.done} runs done now, {len(found.runs) - found.done} before; records are in {found.path}")
+        if question.search is not None:
+            _say_found(question.search, found.tried, records)
     if chosen is not None:
         target = best_output or Path(Path(file).stem + "-best.yaml")
         chosen.config().dump(target)
@@ -699,13 +775,30 @@ def _sweep(
         )
 
 
+def _say_found(plan: Any, tried: int, records: list[dict[str, Any]]) -> None:
+    from sparsekit.sweep import front
+
+    few = "" if tried == plan.trials else f" of {plan.trials}: nothing else that fulfils the constraints was suggested"
+    typer.echo(f"{tried} configs tried{few}")
+    found = front(records, plan)
+    typer.echo(f"{'best' if found else 'none'} in {', '.join(plan.objectives)}"
+               f"{f' with {plan.subject_to}' if plan.subject_to else ''}{':' if found else ''}")  # fmt: skip
+    for one in found:
+        typer.echo(f"  {one}")
+
+
 @app.command("report")
 def _report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="JSONL files of `sweep` or `eval`.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS...", help="JSONL files of `sweep` or `eval`, and JSON files of `calibrate probe -o`."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Its heading; default the question.")] = None,
 ) -> None:
-    """One page of results: scores against time and density, depths, layers, configs, a table, filters."""
+    """One page of results: scores against time and density, depths, layers, gradients, configs, tables, filters."""
     from sparsekit.report import write_report
 
     with _busy("writing"):
@@ -715,11 +808,13 @@ def _report(
     typer.echo(str(output))
 
 
-def _loaded(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+def _loaded(model: str, device: str, dtype: str | None, *, exact: bool = False) -> tuple[Any, Any]:
     from sparsekit.models import fast_dtype, load
 
     with _busy(f"loading {model}"):
-        chosen = fast_dtype(device) if dtype is None and device == "cpu" else dtype
+        chosen: Any = dtype
+        if dtype is None and device == "cpu":
+            chosen = "float32" if exact else fast_dtype(device)
         return load(model, dtype=chosen, device=device)
 
 
@@ -950,6 +1045,7 @@ def _missing() -> list[dict[str, str]]:
     needs = [
         ("matplotlib", "pictures", "pip install 'sparsekit-attention[plots]'"),
         ("plotly", "reports", "pip install 'sparsekit-attention[report]'"),
+        ("lm_eval", "tasks of lm-eval", "pip install 'sparsekit-attention[eval]'"),
         ("gguf", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
         ("accelerate", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
     ]

@@ -12,6 +12,7 @@ passkey 256 2 1.0
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import time
@@ -275,7 +276,7 @@ class Evaluator:
         self._key: tuple[Task, int, int, int] | None = None
         self._samples: list[Sample] = []
         self._dense: list[Answer] = []
-        self._warm: set[tuple[int, SparseConfig | None]] = set()
+        self._warm: set[tuple[int, str]] = set()
 
     def run(self, config: SparseConfig | None, kind: Task, tokens: int, *, samples: int, seed: int) -> dict[str, Any]:
         """Answer `samples` prompts under `config` (None: the model as it is), and say how it went: a JSON object.
@@ -293,9 +294,9 @@ class Evaluator:
         self._prepare(kind, tokens, samples, seed)
         with apply(self.model, config) if config is not None else nullcontext() as handle:
             self._warm_up(config, tokens)
-            with _PeakMemory(self.model.device) as peak:
+            with PeakMemory(self.model.device) as peak:
                 measured = self._answers(kind, handle) if kind.metric != "nll" else self._readings(kind, handle)
-            resolved = None if handle is None else _spelled_out(handle.resolved.layers)
+            resolved = None if handle is None else spelled_out(handle.resolved.layers)
         return {
             "model": self.name,
             "task": kind.name,
@@ -310,7 +311,7 @@ class Evaluator:
             "config": None if config is None else config.to_dict(),
             "resolved": resolved,
             **({"corpus": dict(self._samples[0].meta)["corpus_digest"]} if kind.metric == "nll" else {}),
-            **_measured_on(self.model),
+            **measured_on(self.model),
         }
 
     def _prepare(self, kind: Task, tokens: int, samples: int, seed: int) -> None:
@@ -328,7 +329,8 @@ class Evaluator:
 
     def _warm_up(self, config: SparseConfig | None, tokens: int) -> None:
         """One prefill that nobody times: the first of its kind compiles kernels, and makes static plans."""
-        known = (tokens, config if self.model.device.type == "cuda" else None)
+        on_card = self.model.device.type == "cuda" and config is not None
+        known = (tokens, json.dumps(config.to_dict()) if on_card else "")  # type: ignore[union-attr]
         if known not in self._warm:
             self._warm.add(known)
             ids = prompt_ids(self.tokenizer, self._samples[0]).to(self.model.device)
@@ -340,7 +342,7 @@ class Evaluator:
         if handle is not None and not self._dense:
             with handle.pause():
                 self._dense = [self._answer(kind, sample) for sample in self._samples]
-        found, seen = [], _Seen()
+        found, seen = [], Seen()
         for sample in self._samples:
             found.append(self._answer(kind, sample))
             seen.look(handle)
@@ -371,7 +373,7 @@ class Evaluator:
         return answer(self.model, self.tokenizer, kind, sample, stop_when_found=True)
 
     def _readings(self, kind: Task, handle: Handle | None) -> dict[str, Any]:
-        found, seen = [], _Seen()
+        found, seen = [], Seen()
         for sample in self._samples:
             reading = read_on(
                 self.model, self.tokenizer, kind, sample, handle=handle, prefilled=lambda: seen.look(handle)
@@ -393,7 +395,7 @@ class Evaluator:
         }
 
 
-class _Seen:
+class Seen:
     """What the layers did, over prompts."""
 
     def __init__(self) -> None:
@@ -421,7 +423,7 @@ class _Seen:
         }
 
 
-class _PeakMemory:
+class PeakMemory:
     """Most bytes in use within the block: of the device, or of the whole process on a CPU (None where not told)."""
 
     _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -431,7 +433,7 @@ class _PeakMemory:
         self.bytes: int | None = None
         self.of = "device" if device.type == "cuda" else "process"
 
-    def __enter__(self) -> _PeakMemory:
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif platform.system() == "Linux":
@@ -449,7 +451,7 @@ class _PeakMemory:
             self.bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def _spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
+def spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
     """The patterns of every layer and head with all their parameters, layers alike in one object."""
     runs: dict[tuple[Any, ...], list[int]] = {}
     for layer in layers:
@@ -463,7 +465,7 @@ def _spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
     ]
 
 
-def _measured_on(model: PreTrainedModel) -> dict[str, Any]:
+def measured_on(model: PreTrainedModel) -> dict[str, Any]:
     import transformers
 
     device = model.device

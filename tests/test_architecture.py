@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"evaluate", "bench"},
     {"calibrate"},
     {"sweep"},
-    {"plots"},
+    {"harness", "plots"},
     {"report", "demo"},
     {"cli"},
     {"__main__"},

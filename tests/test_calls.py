@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 import sparsekit
 from sparsekit import SparsekitError
@@ -450,13 +450,38 @@ def test_offloaded_caches() -> None:
     """Keys that wait on the host and come back layer by layer; transformers has these for CUDA alone."""
     model = tiny("llama", initializer_range=0.1).cuda()
     ids = _ids().cuda()
-    with sparsekit.apply(model, SPARSE) as handle, handle.prompt(tokens=TOKENS):
-        plain = model.generate(ids, max_new_tokens=10, do_sample=False)
-        for name in ("offloaded", "offloaded_static"):
-            for options in ({}, {"prefill_chunk_size": 70}):
-                got = model.generate(ids, max_new_tokens=10, do_sample=False, cache_implementation=name, **options)
-                assert torch.equal(got, plain)
+
+    def logits(**options: Any) -> torch.Tensor:
+        """(10, vocabulary): of the tokens that the untouched model decodes, so that a near tie changes none of them."""
+        forced = LogitsProcessorList([_Force(tokens)]) if tokens is not None else None
+        said = model.generate(
+            ids, max_new_tokens=10, do_sample=False, logits_processor=forced, return_dict_in_generate=True,
+            output_logits=True, **options,
+        )  # fmt: skip
+        return torch.cat(said.logits)
+
+    tokens = None
+    tokens = logits().argmax(-1)
+    for name in ("offloaded", "offloaded_static"):
+        for options in ({}, {"prefill_chunk_size": 70}):
+            own = (logits(cache_implementation=name, **options) - logits()).abs().max()
+            with sparsekit.apply(model, SPARSE) as handle, handle.prompt(tokens=TOKENS):
+                got = (logits(cache_implementation=name, **options) - logits()).abs().max()
                 assert _ran(handle) == ["dense", "sparse", "sparse", "sparse"]
+            assert float(got) <= max(2 * float(own), 1e-4), (name, options, float(own), float(got))
+
+
+class _Force(LogitsProcessor):
+    """Greedy decoding says these tokens, whatever the logits are."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.tokens[self.step]] = 0
+        self.step += 1
+        return forced
 
 
 def test_continuous_batching_is_refused_by_transformers(model: PreTrainedModel) -> None:
