@@ -147,9 +147,10 @@ def _sums(
     scale, cap, q_offset, queries, splits, samples, tokens, force_columns, force_distances,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Columns and distances of one part of the keys: p_sums (2, B, H, tokens). Each is written by one program."""
+    """Columns and distances of one part of the keys: p_sums (2, B, H, tokens), each written by one program, or with ADD
+    added to what stands there."""
     i_sample, i_key_head, i_block, _, start, q_end, n, first, tiles, low, high = _part(
         p_span, queries, splits, tl.program_id(0), KEY_HEADS, SLOTS, BN
     )
@@ -203,12 +204,18 @@ def _sums(
         column = first - back + x
         total = tl.sum(tl.reshape(b_p, (AT_ONCE, BM, BN)), 1)
         total = tl.where((column < force_columns)[None, :], float("inf"), total)
-        tl.store(p_column + column[None, :], total, mask=is_head & ((column >= 0) & (column < limit))[None, :])
+        there = is_head & ((column >= 0) & (column < limit))[None, :]
+        if ADD:
+            total += tl.load(p_column + column[None, :], mask=there, other=0.0)
+        tl.store(p_column + column[None, :], total, mask=there)
         b_turned = tl.reshape(tl.gather(b_p, turned, 1), (AT_ONCE, BM, BN))
         distance = back + x
         total = carry + tl.sum(tl.where(ahead, 0.0, b_turned), 1)
         total = tl.where((distance < force_distances)[None, :], float("inf"), total)
-        tl.store(p_distance + distance[None, :], total, mask=is_head & (distance < limit)[None, :])
+        there = is_head & (distance < limit)[None, :]
+        if ADD:
+            total += tl.load(p_distance + distance[None, :], mask=there, other=0.0)
+        tl.store(p_distance + distance[None, :], total, mask=there)
         carry = tl.sum(tl.where(ahead, b_turned, 0.0), 1)
 
 
@@ -223,10 +230,11 @@ def last_query_sums_triton(
 ) -> Tensor:
     """`last_queries.last_query_sums` on checked arguments."""
     _check(q, k, k, softmax)
-    near = _sums_of(q, k, geometry, softmax, min(queries, AT_MOST), 0, force_columns, force_distances)
-    if queries <= AT_MOST:
-        return near
-    return near.add_(_sums_of(q, k, geometry, softmax, queries - AT_MOST, AT_MOST, force_columns, force_distances))
+    forced = (force_columns, force_distances)
+    sums = _sums_of(q, k, geometry, softmax, min(queries, AT_MOST), 0, *forced)
+    if queries > AT_MOST:
+        sums = _sums_of(q, k, geometry, softmax, queries - AT_MOST, AT_MOST, *forced, onto=sums)
+    return sums
 
 
 @functools.lru_cache(maxsize=64)
@@ -249,8 +257,9 @@ def _sums_of(
     behind: int,
     force_columns: int,
     force_distances: int,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """The sums of the `queries` last queries but `behind`, which are at most `AT_MOST`."""
+    """The sums of the `queries` last queries but `behind`, which are at most `AT_MOST`; added to `onto`."""
     batch, heads, _, dim = q.shape
     key_heads, group = k.shape[1], heads // k.shape[1]
     capability = _capability(q.device)
@@ -265,9 +274,10 @@ def _sums_of(
     wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * key_heads * slots))
     splits = max(min(wanted, tiles // MIN_TILES), 1)
     rows = batch * heads
-    exact = not behind and all(span.q_end == most for span in geometry.spans)
-    make = torch.empty if exact else torch.zeros
-    sums = make(2, batch, heads, most, dtype=torch.float32, device=q.device)
+    sums = onto
+    if sums is None:
+        make = torch.empty if all(span.q_end == most for span in geometry.spans) else torch.zeros
+        sums = make(2, batch, heads, most, dtype=torch.float32, device=q.device)
     part = torch.empty(2 * rows * splits * block_m, dtype=torch.float32, device=q.device)
     spans = _spans_behind(geometry, behind, q.device) if behind else _spans(geometry, q.device)
     sinks = softmax.sink_logits
@@ -293,5 +303,5 @@ def _sums_of(
     with on_device(q.device):
         _start(_denominators, ("denominators", *form), grid, (q, k, part, spans, *steps, *scalars), options, {})
         args = (q, k, part, sinks, sums, spans, *steps, *scalars, most, force_columns, force_distances)
-        _start(_sums, ("sums", *form), grid, args, options, {})
+        _start(_sums, ("sums", onto is not None, *form), grid, args, options, {"ADD": onto is not None})
     return sums
