@@ -15,6 +15,10 @@ class Element {
     this.textContent = "";
     this.value = "";
     this.hidden = false;
+    this.listeners = {};
+  }
+  on(event, listener) {
+    this.listeners[event] = listener;
   }
   setAttribute(name, value) {
     this.attributes[name] = String(value);
@@ -39,7 +43,8 @@ const context = vm.createContext({
     createElement: (tag) => new Element(tag),
   },
   location: { hash: hash ? "#" + hash : "" },
-  history: { replaceState: (...args) => (context.address = args[2]) },
+  history: { replaceState: (...args) => (context.address = context.location.hash = args[2]) },
+  addEventListener: (event, listener) => (context[`on${event}`] = listener),
   URLSearchParams,
   Plotly: {
     react: (box, traces, layout) => {
@@ -64,7 +69,17 @@ function shown() {
     options: Object.fromEntries(
       [...elements].filter(([id]) => id.startsWith("filter-")).map(([id, e]) => [id, e.children.map((c) => c.textContent)]),
     ),
-    plots: Object.fromEntries(Object.entries(plots).map(([id, plot]) => [id, plot.traces])),
+    // A plot that is hidden is not shown, whatever it was before.
+    plots: Object.fromEntries(Object.entries(plots).filter(([id]) => !el(id).hidden).map(([id, p]) => [id, p.traces])),
+    axes: Object.fromEntries(Object.entries(plots).map(([id, { layout }]) => [id, [layout.xaxis, layout.yaxis]])),
+    words: Object.fromEntries(
+      [...elements].filter(([id, e]) => id.endsWith("-words") && !e.hidden).map(([id, e]) => [id, e.textContent]),
+    ),
+    configs: el("configs").children.map((row) => row.children.map((cell) => cell.textContent)),
+    chosen: Object.fromEntries(["needle", "other", "before", "after"].map((id) => [id, el(id).value])),
+    constant: el("constant").textContent,
+    probe: el("probe-says").hidden ? null : el("probe-says").textContent,
+    hidden: ["results", "details", "gradients"].filter((id) => el(id).hidden),
     diff: el("diff").children.map((line) => [line.attributes.class, line.textContent]),
     failed: el("failed").children.map((item) => item.textContent),
     failures_hidden: el("failures").hidden,
@@ -72,19 +87,36 @@ function shown() {
 }
 
 const first = shown();
-el("filter-task").onchange.call(null, (el("filter-task").value = "needle4"));
-const filtered = { ...shown(), address: context.address };
-el("filter-config").value = "64";
-el("filter-config").oninput();
-const searched = shown();
-el("filter-config").value = "";
-el("filter-config").oninput();
-el("filter-task").onchange((el("filter-task").value = ""));
-const heads = el("table").children[0].children;
-heads.find((cell) => cell.attributes["data-column"] === "tokens").onclick();
-const descending = shown().table;
-el("table").children[0].children.find((cell) => cell.attributes["data-column"] === "tokens").onclick();
-const ascending = shown().table;
-el("after").onchange((el("after").value = Object.keys(vm.runInContext("DATA.configs", context)).at(-1)));
-const compared = shown().diff;
-process.stdout.write(JSON.stringify({ first, filtered, searched, descending, ascending, compared }));
+const steps = { first };
+const rows = () => el("table").children.slice(1).length;
+if (rows()) {
+  el("filter-task").onchange.call(null, (el("filter-task").value = "needle4"));
+  steps.filtered = { ...shown(), address: context.address };
+  el("filter-config").value = "64";
+  el("filter-config").oninput();
+  steps.searched = shown();
+  el("reset").onclick();
+  steps.reset = { ...shown(), address: context.address };
+  context.location.hash = "#task=vt";
+  context.onhashchange();
+  steps.moved = shown();
+  el("reset").onclick();
+  const head = (table, column) => el(table).children[0].children.find((c) => c.attributes["data-column"] === column);
+  head("table", "tokens").onclick();
+  steps.descending = shown().table;
+  head("table", "tokens").onclick();
+  steps.ascending = shown().table;
+  head("configs", "density").onclick();
+  steps.byDensity = shown().configs;
+  const last = Object.keys(vm.runInContext("DATA.configs", context)).at(-1);
+  el("after").onchange((el("after").value = last));
+  steps.compared = shown().diff;
+  el("before").onchange((el("before").value = last));
+  steps.same = shown().diff;
+  if (plots["score-time"]) {
+    const [, points] = plots["score-time"].traces;
+    el("score-time").listeners.plotly_click({ points: [{ customdata: points.customdata[0] }] });
+    steps.clicked = { ...shown(), key: points.customdata[0] };
+  }
+}
+process.stdout.write(JSON.stringify(steps));

@@ -254,18 +254,32 @@ MANY = asked(seeds=list(range(8)))  # 160 runs
 
 
 def _sweep_in_child(out: Path, log: Path) -> None:
-    """A sweep whose runs take 6 ms, each written down when it begins."""
+    """A sweep whose runs take 6 ms, each told in `log` when it begins, and whose records take as long to be written."""
+    real = os.write
+
+    def slowly(fd: int, data: bytes) -> int:
+        time.sleep(0.001)
+        return real(fd, data[:50])
+
+    results.os.write = slowly
 
     def maker(device: str) -> Callable[[Run], Mapping[str, Any]]:
         def run(run: Run) -> Mapping[str, Any]:
             with log.open("a") as file:
-                file.write(run.key + "\n")
+                print(run.key, file=file)
             time.sleep(0.006)
             return fake(device)(run)
 
         return run
 
     run_sweep(MANY, out, maker=maker, quiet=True)
+
+
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """Records of a file that may end in the middle of a line, and that end."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:whole].splitlines()], data[whole:]
 
 
 def _told(path: Path) -> dict[str, Any]:
@@ -276,21 +290,25 @@ def test_killed_twenty_times_and_resumed(tmp_path: Path) -> None:
     """The same records as without a kill, none twice, no broken line; and nothing that was recorded is done again."""
     out, whole, log = tmp_path / "r.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
     expected = run_sweep(MANY, whole, maker=fake, quiet=True)
-    context, rng, sizes = multiprocessing.get_context("fork"), random.Random(0), []
-    for _ in range(20):
-        had = read_results([out])[0] if out.exists() and out.stat().st_size else []
+    context, rng, sizes, in_a_line = multiprocessing.get_context("fork"), random.Random(0), [], 0
+    for attempt in range(20):
+        had, _ = _whole_lines(out)
         log.write_text("")
         child = context.Process(target=_sweep_in_child, args=(out, log))
         child.start()
-        time.sleep(rng.uniform(0.01, 0.09))
+        # Every other one anywhere, while it starts too; the others while it is at work, however slow the machine.
+        while attempt % 2 and not log.stat().st_size and child.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.005, 0.08))
         os.kill(child.pid or 0, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL, "the sweep ended before the kill: give it more runs"
-        now = read_results([out])[0] if out.exists() and out.stat().st_size else []
+        now, rest = _whole_lines(out)
         assert now[: len(had)] == had
         assert not {row["key"] for row in had} & set(log.read_text().split())
         sizes.append(len(now))
-    assert 0 < sizes[-1] < len(expected.runs) and len(set(sizes)) > 5
+        in_a_line += bool(rest)
+    assert 0 < sizes[-1] < len(expected.runs) and len(set(sizes)) > 5 and in_a_line
     last = run_sweep(MANY, out, maker=fake, quiet=True)
     assert last.done == len(expected.runs) - sizes[-1]
     assert set(Counter(row["key"] for row in lines(out)).values()) == {1}
@@ -303,8 +321,8 @@ def test_cut_off_anywhere_in_a_line_and_resumed(tmp_path: Path) -> None:
     run_sweep(QUESTION, out, maker=fake, quiet=True)
     whole, expected = out.read_bytes(), _told(out)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
-    for cut in [rng.randrange(len(whole)) for _ in range(20)] + ends[:2] + [ends[3] - 1]:
-        out.write_bytes(whole[:cut])
+    for cut in [rng.randrange(len(whole)) for _ in range(20)] + ends[:2] + [ends[3] - 1, 1]:
+        out.write_bytes(whole[:cut] + (b"\0" * 100 if cut % 3 == 0 else b""))  # room that was made, and not filled
         kept = sum(end <= cut for end in ends)
         assert run_sweep(QUESTION, out, maker=fake, quiet=True).done == 40 - kept
         assert out.read_bytes().startswith(whole[: ends[kept - 1] if kept else 0])
@@ -367,8 +385,12 @@ def test_a_model_that_cannot_be_loaded_fails_its_runs_alone(
     assert {"resolved", "versions", "device", "dtype", "peak_memory_bytes", "ttft_s_p80", "plan_ms"} <= done[1].keys()
 
 
-def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line that did not fit is taken back; what was done is kept; afterwards the rest is done."""
+@pytest.mark.parametrize("told_by", ["write", "fsync"])
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str) -> None:
+    """The line that did not fit is taken back; what was done is kept; afterwards the rest is done.
+
+    Some file systems find out only when what was written goes to the disk.
+    """
     out, real, room = tmp_path / "r.jsonl", os.write, [3000]
 
     def write(fd: int, data: bytes) -> int:
@@ -378,7 +400,11 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         room[0] -= count
         return count
 
-    monkeypatch.setattr(results.os, "write", write)
+    def fsync(fd: int) -> None:
+        if out.stat().st_size > 3000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.os, told_by, {"write": write, "fsync": fsync}[told_by])
     with pytest.raises(SparsekitError, match="No space left on device; make room") as error:
         run_sweep(QUESTION, out, maker=fake, quiet=True)
     assert "\n" not in str(error.value)
@@ -414,9 +440,28 @@ def test_result_files_that_are_broken(tmp_path: Path) -> None:
             with pytest.raises(SparsekitError, match=says):
                 act()
         assert out.read_bytes() == text
-    out.write_text('{"task": "passkey", "tokens": 512}\n')
+    for text, says in (
+        (b'{"task": "passkey", "tokens": 512}\n', r"line 1: no record .* \(without label, model, seed, score, density"),
+        (whole + b"[1]\n", r"line 41: no record .* \(no JSON object\)"),
+        (whole + whole.replace(b'"density": 0.5', b'"density": null'), r"line 41: no record .* \(density = None\)"),
+        (b"[" * 9999 + b"\n", r"line 1: no record .* \(no JSON\)"),
+    ):
+        out.write_bytes(text)
+        with pytest.raises(SparsekitError, match=says) as error:
+            read_results([out])
+        assert "\n" not in str(error.value) and str(out) in str(error.value)
+    # A file of another kind that has no line's end is no unfinished line: nothing of it is removed.
+    for text in (b'{"kind": "probe", "layers": []}', b"notes", b'{\n  "kind": "probe"\n}'):
+        out.write_bytes(text)
+        with pytest.raises(SparsekitError, match="line 1: no record"):
+            run_sweep(QUESTION, out, maker=fake, quiet=True)
+        assert out.read_bytes() == text
+    evaluated = {"label": "a", "model": "m", "task": "passkey", "tokens": 512, "seed": 0}
+    out.write_text(json.dumps({**evaluated, "score": 1.0, "density": 1, "config": None}) + '\n{"label": "a')
+    before = out.read_bytes()
     with pytest.raises(SparsekitError, match="are of `sparsekit eval`"):
         run_sweep(QUESTION, out, maker=fake, quiet=True)
+    assert out.read_bytes() == before
     out.write_text("")
     with pytest.raises(SparsekitError, match="no record in there"):
         read_results([out])

@@ -1,4 +1,4 @@
-"""One page of a sweep's or an evaluation's results: plots, needle map, configs with a diff, a table, filters.
+"""One page of a sweep's or an evaluation's results: plots, needle map, gradients, configs with a diff, tables, filters.
 
 The page is one HTML file without any link: Plotly, the data and the script are inside, so that it opens anywhere,
 offline. Its filters are kept in the address (`report.html#task=needle4&tokens=2048`).
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import html
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from sparsekit.config import load
+from sparsekit.config import format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.sweep import read_results
 from sparsekit.sweep.grid import config_key
@@ -24,22 +27,25 @@ __all__ = ["report_data", "write_report"]
 
 # What the page shows of a record.
 FIELDS = (
-    *("label", "model", "task", "tokens", "seed", "samples", "score", "score_low", "score_high", "kl", "ttft_s"),
-    *("ttft_s_p20", "ttft_s_p80", "density", "tile_density", "plan_ms", "peak_memory_bytes", "device", "dtype"),
+    *("model", "task", "tokens", "seed", "samples", "score", "score_low", "score_high", "kl", "ttft_s", "ttft_s_p20"),
+    *("ttft_s_p80", "density", "tile_density", "plan_ms", "peak_memory_bytes", "device", "dtype"),
 )
 DIGITS = 6
+# How a file of `sparsekit calibrate probe -o` begins, whole or cut off.
+_PROBE = re.compile(rb'\s*\{\s*"kind"\s*:\s*"probe"')
 
 
 def write_report(results: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> list[str]:
     """Write the page of one or several result files; returns remarks (a last line that was unfinished).
 
     Args:
-        results: JSONL files of `sparsekit sweep` or `sparsekit eval`.
-        out: the page, .html.
+        results: JSONL files of `sparsekit sweep` or `sparsekit eval`, and JSON files of `sparsekit calibrate probe -o`.
+        out: the page, .html. What stands there stays if the page cannot be written.
         title: its heading; default the question that the records tell.
 
     Raises:
-        SparsekitError: plotly is not installed, results cannot be read, or the page cannot be written.
+        SparsekitError: plotly is not installed, a file cannot be read or is of another kind, or the page cannot be
+            written.
     """
     if find_spec("plotly") is None:
         raise SparsekitError("reports need plotly: pip install 'sparsekit-attention[report]'")
@@ -48,8 +54,10 @@ def write_report(results: Sequence[str | Path], out: str | Path, *, title: str |
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise SparsekitError(f"output {str(path)!r}: the name must end in .html.")
-    records, remarks = read_results(results)
-    data = report_data(records)
+    probes = [file for file in results if _is_probe(file)]
+    others = [file for file in results if file not in probes]
+    records, remarks = read_results(others) if others or not probes else ([], [])
+    data = {**report_data(records), "probes": [_probe(file) for file in probes]}
     asked = list(dict.fromkeys(record["question"] for record in records if record.get("question")))
     here = files("sparsekit.report")
     page = Template(here.joinpath("page.html").read_text(encoding="utf-8")).substitute(
@@ -60,40 +68,58 @@ def write_report(results: Sequence[str | Path], out: str | Path, *, title: str |
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         script=here.joinpath("page.js").read_text(encoding="utf-8"),
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None
+    _write(path, page)
     return remarks
 
 
 def report_data(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page is made of: `records`, `configs` by key with their text, and `failed`."""
+    """What the page is made of: `records`, `configs` by key with their text, and `failed`.
+
+    A config has one label on the whole page, the first that a record gives it.
+
+    Raises:
+        SparsekitError: a record whose config or results are not as `sparsekit sweep` and `eval` write them.
+    """
     shown: list[dict[str, Any]] = []
     configs: dict[str, dict[str, str]] = {}
+    labels: set[str] = set()
     for record in records:
         if record.get("status", "ok") != "ok":
             continue
-        key = record.get("config_key") or config_key(None if record["config"] is None else load(record["config"]))
-        label = "dense" if key == "dense" else record["label"]
-        configs.setdefault(key, {"label": label, "text": _text(record)})
-        shown.append(
-            {
-                **{name: _rounded(record.get(name)) for name in FIELDS},
-                "label": label,
-                "config_key": key,
-                "scores": _rounded(record.get("scores", [])),
-                "depths": _rounded(record.get("depths", [])),
-                "layer_density": _rounded(record.get("layer_density")),
-            }
-        )
+        try:
+            key = record.get("config_key") or config_key(None if record["config"] is None else load(record["config"]))
+            if key not in configs:
+                label = _free("dense" if key == "dense" else record["label"], labels)
+                configs[key] = {"label": label, "text": _text(record)}
+            shown.append(
+                {
+                    **{name: _rounded(record.get(name)) for name in FIELDS},
+                    "label": configs[key]["label"],
+                    "config_key": key,
+                    "scores": _rounded(record.get("scores", [])),
+                    "depths": _rounded(record.get("depths", [])),
+                    "layer_density": _rounded(record.get("layer_density")),
+                }
+            )
+        except (KeyError, TypeError, AttributeError, SparsekitError) as error:
+            where = f"{record['label']}, {record['task']} at {record['tokens']}"
+            raise SparsekitError(f"record of {where}: not as sparsekit writes it ({error}).") from None
     failed = [
         {name: record.get(name) for name in ("label", "task", "tokens", "error")}
         for record in records
         if record.get("status") == "failed"
     ]
     return {"records": shown, "configs": configs, "failed": failed}
+
+
+def _free(label: str, taken: set[str]) -> str:
+    """The label, with a number where other configs have it already."""
+    found, count = label, 1
+    while found in taken:
+        count += 1
+        found = f"{label} ({count})"
+    taken.add(found)
+    return found
 
 
 def _text(record: Mapping[str, Any]) -> str:
@@ -134,4 +160,64 @@ def _subtitle(records: Sequence[Mapping[str, Any]]) -> str:
         for record in done
         if record.get("versions")
     )
-    return ". ".join(part for part in (of("model"), of("device"), of("dtype"), *versions) if part) + "."
+    return "".join(f"{part}. " for part in (of("model"), of("device"), of("dtype"), *versions) if part).strip()
+
+
+# ---- probes
+
+
+def _is_probe(file: str | Path) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            return _PROBE.match(opened.read(100)) is not None
+    except OSError:
+        return False  # who reads it as results says why
+
+
+def _probe(file: str | Path) -> dict[str, Any]:
+    """What the page shows of a probe: a number for each section and probed layer, and what was asked, in words."""
+    from sparsekit.calibrate.probe import SECTIONS, read_probe
+
+    probe = read_probe(file)
+    layers = [layer for layer in probe.layers if layer.gradient is not None]
+
+    def of(field: str) -> dict[str, list[Any]]:
+        return {name: [_rounded(getattr(layer, field)[name]) for layer in layers] for name in SECTIONS}
+
+    try:
+        asked = f"{probe.samples} prompts of {probe.prompts['tokens']} tokens ({', '.join(probe.prompts['tasks'])})"
+        errors = of("gradient_error") if all(layer.gradient_error for layer in layers) else None
+        found = {"gradient": of("gradient"), "gradient_error": errors, "mass": of("mass")}
+    except (KeyError, TypeError) as error:
+        raise SparsekitError(
+            f"probe {str(file)!r}: not as `sparsekit calibrate probe -o` writes it ({error})."
+        ) from None
+    cut = probe.sections
+    own = [layer.layer for layer in probe.layers if layer.gradient is None]
+    says = (
+        f"How much the answer's logit depends on each section of a layer's attention, and how much attention is there. "
+        f"{probe.model}, {asked}. Streaming is {cut.sink_tokens} sink tokens and a window of {cut.window_tokens}, far "
+        f"above the others: a click on its name shows it. Last is the last {cut.last_tokens} rows, Middle all else."
+    )
+    if errors:
+        says += " Bars are standard errors over the prompts."
+    if own:
+        says += f" Layers {format_range(own)} keep the model's own attention and were not probed."
+    named = {"file": Path(file).name, "model": probe.model, "says": says}
+    return {**named, "layers": [layer.layer for layer in layers], **found}
+
+
+# ---- the file
+
+
+def _write(path: Path, page: str) -> None:
+    """All of the page, or what stood there before."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(page, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None

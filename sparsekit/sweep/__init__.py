@@ -4,6 +4,7 @@ from sparsekit.sweep.best import Best, best
 from sparsekit.sweep.execute import Runner, Summary, run_sweep
 from sparsekit.sweep.grid import Question, Run, load_question
 from sparsekit.sweep.results import ResultFile, read_results
+from sparsekit.sweep.search import front
 
 __all__ = [
     "Best",
@@ -13,6 +14,7 @@ __all__ = [
     "Runner",
     "Summary",
     "best",
+    "front",
     "load_question",
     "read_results",
     "run_sweep",

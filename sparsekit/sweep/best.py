@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError
 
-__all__ = ["Best", "Standing", "best", "overview", "standings"]
+__all__ = ["Best", "Rule", "Standing", "best", "overview", "parse_rule", "standings"]
 
 _WITHIN = re.compile(r"score within (\d+(?:\.\d+)?)\s*(%?) of dense")
 _BELOW = re.compile(r"(kl|density) below (\d+(?:\.\d+)?(?:e-?\d+)?)")
@@ -51,6 +52,21 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What a config must keep: functions that say by how much a Standing misses a part, 0 or less where it does not.
+
+    `metrics` are the fields of a Standing that are looked at.
+    """
+
+    text: str
+    metrics: tuple[str, ...]
+    parts: tuple[Callable[[Standing], float], ...]
+
+    def keeps(self, standing: Standing) -> bool:
+        return all(part(standing) <= 0 for part in self.parts)
+
+
+@dataclass(frozen=True)
 class Best:
     """What `best` found: the winner, who else keeps the rule, fastest first, and all."""
 
@@ -87,11 +103,14 @@ def best(records: Sequence[Mapping[str, Any]], rule: str) -> Best:
     Raises:
         SparsekitError: a rule that cannot be read, records without dense, or no config that keeps it.
     """
-    tests = [_test(part.strip()) for part in rule.lower().split(" and ")]
+    try:
+        parsed = parse_rule(rule)
+    except SparsekitError as error:
+        raise SparsekitError(f"best: {error}") from None
     found = [standing for standing in standings(records) if standing.config is not None]
     if not found:
         raise SparsekitError("best: no config has a record for every task, length and seed that dense has.")
-    keep = [standing for standing in found if all(test(standing) for test in tests)]
+    keep = [standing for standing in found if parsed.keeps(standing)]
     if not keep:
         near = max(found, key=lambda standing: standing.score)
         raise SparsekitError(
@@ -165,15 +184,34 @@ def _standing(key: str, cells: Mapping[Cell, Mapping[str, Any]], dense: Mapping[
     )
 
 
-def _test(text: str) -> Any:
-    """The part of a rule as a function of a Standing."""
+def parse_rule(text: str) -> Rule:
+    """A rule as `best` takes it.
+
+    Raises:
+        SparsekitError: a part that cannot be read.
+    """
+    metrics, parts = zip(*(_part(part.strip()) for part in text.lower().split(" and ")), strict=True)
+    return Rule(text, metrics, parts)
+
+
+def _part(text: str) -> tuple[str, Callable[[Standing], float]]:
+    """(field it looks at, by how much it is missed) of a part of a rule."""
     if match := _WITHIN.fullmatch(text):
         number, percent = float(match[1]), match[2]
-        return lambda s: s.score >= (s.dense_score * (1 - number / 100) if percent else s.dense_score - number) - 1e-12
+
+        def missed(s: Standing) -> float:
+            return (s.dense_score * (1 - number / 100) if percent else s.dense_score - number) - 1e-12 - s.score
+
+        return "score", missed
     if match := _BELOW.fullmatch(text):
-        name, bound = match[1], float(match[2])
-        return lambda s: getattr(s, name) is not None and getattr(s, name) < bound
+        name, bound = match[1], math.nextafter(float(match[2]), -math.inf)  # the bound itself is not below it
+
+        def above(s: Standing) -> float:
+            value: float | None = getattr(s, name)
+            return math.inf if value is None else value - bound
+
+        return name, above
     raise SparsekitError(
-        f"best: {text!r} cannot be read; write `score within 1% of dense`, `score within 0.02 of dense`, "
+        f"{text!r} cannot be read; write `score within 1% of dense`, `score within 0.02 of dense`, "
         "`kl below 0.01` or `density below 0.5`, joined by `and`."
     )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,18 +27,57 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparsekit.config import SparseConfig, load, parse_range, parse_yaml
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.patterns import Pattern, parse_pattern, pattern_class
+from sparsekit.sweep.best import parse_rule
 from sparsekit.tasks import read_corpus, task
 
-__all__ = ["Axis", "Question", "Run", "config_key", "load_question"]
+__all__ = ["OBJECTIVES", "Axis", "Question", "Range", "Run", "Search", "config_key", "load_question"]
 
 RANGES = "ranges"  # an axis `ranges.21-29` moves the rule that the base writes under "21-29"
 CONFIG_FIELDS = ("default", "layers", "heads", "dense_below_tokens", "min_queries", "dense_impl")
 PLACES = ("model", "task", "tokens", "seed")  # what a constraint may name beside the axes
+OBJECTIVES = ("score", "density", "time", "kl")  # of a search: the first goes up, the others down
+
+
+class Range(BaseModel):
+    """Values of an axis of a search: numbers from `low` to `high`, both included; whole ones where both are whole.
+
+    Attributes:
+        low, high: the ends.
+        log: small numbers as closely as large ones: 64 to 128 is as far as 512 to 1024.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @field_validator("low", "high", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError("it should be a number")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} should be below high = {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low = {self.low} should be above 0 with `log`")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def ends(self) -> tuple[int | float, int | float]:
+        return (self.low, self.high) if self.whole else (float(self.low), float(self.high))
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,18 @@ class Axis:
 
     name: str
     path: tuple[str, ...]
-    values: tuple[Any, ...]
+    values: tuple[Any, ...] | Range
+
+    def some(self) -> tuple[Any, ...]:
+        """All values, or the ends of a range."""
+        return self.values.ends() if isinstance(self.values, Range) else self.values
+
+    @property
+    def ordered(self) -> bool:
+        """Whether values that stand side by side are alike: numbers, and ranges of layers, as they are written."""
+        if self.path[0] == RANGES:
+            return None not in self.some()
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.some())
 
 
 @dataclass(frozen=True)
@@ -107,6 +158,43 @@ class Run:
         return f"{self.task} at {self.tokens}, {self.label}"
 
 
+class Search(BaseModel):
+    """Combinations are suggested, from what the ones before have shown, instead of all being run.
+
+    Attributes:
+        objectives: one or several of `score`, which goes up, and `density`, `time` and `kl`, which go down; the means
+            of a `Standing`.
+        subject_to: a rule as `best` takes it; a config that does not keep it is worse than any that does.
+        trials: how many different configs are tried.
+        seed: of the suggestions.
+        batch: trials that are suggested together, and so can be done together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    objectives: list[str] = Field(min_length=1)
+    subject_to: str | None = None
+    trials: int = Field(ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    batch: int = Field(1, ge=1)
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        values = _several(value)
+        for one in values:
+            if one not in OBJECTIVES:
+                raise SparsekitError(f"{one!r} is none of {', '.join(OBJECTIVES)}.{nearest(one, OBJECTIVES)}")
+        return values
+
+    @field_validator("subject_to")
+    @classmethod
+    def _rule(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_rule(value)
+        return value
+
+
 class Question(BaseModel):
     """A validated sweep file.
 
@@ -122,6 +210,7 @@ class Question(BaseModel):
         dense: the model as it is, too.
         corpus: of the tasks that read one: a folder, or `pydoc`.
         dtype: of the weights; default the model's (on a CPU the faster one).
+        search: try some combinations of the axes, which may be ranges then, instead of all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -139,24 +228,34 @@ class Question(BaseModel):
     dense: bool = True
     corpus: str | None = None
     dtype: str | None = None
+    search: Search | None = None
 
     @field_validator("model", "tasks", "lengths", "seeds", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        values = value if isinstance(value, list) else [value]
-        for i, one in enumerate(values):
-            if one in values[:i]:
-                raise SparsekitError(f"{one!r} stands twice")
-        return values
+        return _several(value)
 
     def varied(self) -> tuple[Axis, ...]:
         """The axes, each checked against the base.
 
         Raises:
-            SparsekitError: an axis that names no field, has no value or one twice, or sets what another sets.
+            SparsekitError: an axis that names no field, has no value or one twice, or sets what another sets; a range
+                without a search, or a search that has nothing to vary or to be held against.
         """
         base = self.base.to_dict()
         axes = [_axis(name, said, base) for name, said in self.axes.items()]
+        if self.search is None:
+            for name, axis in zip(self.axes, axes, strict=True):
+                if isinstance(axis.values, Range):
+                    raise SparsekitError(f"axes.{name}: a range needs `search:`; without it write a list of values.")
+        elif not axes:
+            raise SparsekitError("search: there are no axes to search.")
+        elif len(self.model) > 1:
+            raise SparsekitError(
+                f"search: one model, not {len(self.model)}: each would be loaded anew for every trial."
+            )
+        elif not self.dense:
+            raise SparsekitError("search: needs `dense: true`, which its trials are held against.")
         for i, axis in enumerate(axes):
             for other in axes[:i]:
                 if axis.name == other.name:
@@ -169,6 +268,8 @@ class Question(BaseModel):
     def runs(self, *, device: str = "cpu", samples: int | None = None) -> list[Run]:
         """All runs, those of one model, task, length and seed together, dense first; equal work once.
 
+        Of a search, those that are known before it begins: dense.
+
         Args:
             device: its kind is part of what a run is.
             samples: instead of the file's.
@@ -179,38 +280,74 @@ class Question(BaseModel):
         axes, rules = self.varied(), [_Constraint(text) for text in self.constraints]
         for name in self.tasks:
             task(name, self.corpus)
-        digest = read_corpus(self.corpus).digest if self.corpus else None
-        points = [(values, self._config(axes, values)) for values in product(*(axis.values for axis in axes))]
+        if self.corpus:
+            read_corpus(self.corpus)
+        points: list[tuple[dict[str, Any], SparseConfig]] = []
+        if self.search is not None:
+            self._check_each_value(axes, rules)
+        else:
+            every = product(*(axis.some() for axis in axes))
+            points = [(_said(axes, values), self._config(axes, values)) for values in every]
         found: dict[str, Run] = {}
-        for model, name, tokens, seed in product(self.model, self.tasks, self.lengths, self.seeds):
-            here = dict(zip(PLACES, (model, name, tokens, seed), strict=True))
-
-            def run(label: str, said: dict[str, Any], config: SparseConfig | None, here: dict[str, Any] = here) -> Run:
-                reads = task(str(here["task"]), self.corpus) != task(str(here["task"]))
-                return Run(
-                    label=label,
-                    axes=said,
-                    config=config,
-                    samples=samples or self.samples,
-                    corpus=self.corpus if reads else None,
-                    corpus_digest=digest if reads else None,
-                    dtype=self.dtype,
-                    device=device.partition(":")[0],
-                    **here,
-                )
-
-            chosen = [run("dense", {}, None)] if self.dense else []
-            for values, config in points:
-                said = {axis.name: value for axis, value in zip(axes, values, strict=True)}
-                names = {**here, **{name: _plain(value) for name, value in said.items()}}
-                if all(rule.holds(names) for rule in rules):
-                    chosen.append(run(_label(said), said, config))
+        for place in self._places():
+            chosen = [self._run(place, "dense", {}, None, device, samples)] if self.dense else []
+            for said, config in points:
+                if _fulfilled(rules, place, said):
+                    chosen.append(self._run(place, _label(said), said, config, device, samples))
             for one in chosen:
                 found.setdefault(one.key, one)
-        if not any(run.config is not None for run in found.values()):
+        if self.search is None and not any(run.config is not None for run in found.values()):
             why = "no combination fulfils the constraints" if points and rules else "nothing differs from dense"
             raise SparsekitError(f"empty grid: {why}; {len(points)} combinations, {len(rules)} constraints.")
         return list(found.values())
+
+    def combination(self, values: Sequence[Any], *, device: str = "cpu", samples: int | None = None) -> list[Run]:
+        """The runs of one combination, a value for each axis; none where one of them does not fulfil a constraint.
+
+        Raises:
+            SparsekitError: as `runs`.
+        """
+        axes, rules = self.varied(), [_Constraint(text) for text in self.constraints]
+        said, places = _said(axes, values), self._places()
+        if not all(_fulfilled(rules, place, said) for place in places):
+            return []
+        config = self._config(axes, values)
+        return [self._run(place, _label(said), said, config, device, samples) for place in places]
+
+    def _places(self) -> list[dict[str, Any]]:
+        every = product(self.model, self.tasks, self.lengths, self.seeds)
+        return [dict(zip(PLACES, place, strict=True)) for place in every]
+
+    def _run(
+        self,
+        place: Mapping[str, Any],
+        label: str,
+        said: dict[str, Any],
+        config: SparseConfig | None,
+        device: str,
+        samples: int | None,
+    ) -> Run:
+        reads = task(place["task"], self.corpus) != task(place["task"])
+        return Run(
+            label=label,
+            axes=said,
+            config=config,
+            samples=samples or self.samples,
+            corpus=self.corpus if reads else None,
+            corpus_digest=read_corpus(self.corpus).digest if reads and self.corpus else None,
+            dtype=self.dtype,
+            device=device.partition(":")[0],
+            **place,
+        )
+
+    def _check_each_value(self, axes: Sequence[Axis], rules: Sequence[_Constraint]) -> None:
+        """What no search could check for all: each value makes a config, the other axes at their first."""
+        first = [axis.some()[0] for axis in axes]
+        for i, axis in enumerate(axes):
+            for value in axis.some():
+                values = [*first[:i], value, *first[i + 1 :]]
+                if any(_fulfilled(rules, place, _said(axes, values)) for place in self._places()):
+                    self._config(axes, values)
 
     def _config(self, axes: Sequence[Axis], values: Sequence[Any]) -> SparseConfig:
         data = deepcopy(self.base.to_dict())
@@ -310,21 +447,37 @@ def _digest(value: Any) -> str:
 # ---- axes
 
 
+def _several(value: Any) -> list[Any]:
+    """One, or a list of different ones."""
+    values = value if isinstance(value, list) else [value]
+    for i, one in enumerate(values):
+        if one in values[:i]:
+            raise SparsekitError(f"{one!r} stands twice")
+    return values
+
+
 def _axis(name: str, said: Any, base: Mapping[str, Any]) -> Axis:
     where = f"axes.{name}"
     if name in ("model", "models", "tasks", "lengths", "seeds", "samples"):
         raise SparsekitError(f"{where}: write `{name}` beside `axes`, not in it.")
     path, values = name, said
-    if isinstance(said, Mapping):
+    if isinstance(said, Mapping) and ("path" in said or not {"low", "high"} & set(said)):
         if set(said) != {"path", "values"}:
             raise SparsekitError(
-                f"{where} = {dict(said)!r}: an axis is a list of values, or {{path: ..., values: [...]}}."
+                f"{where} = {dict(said)!r}: an axis is a list of values, {{path: ..., values: [...]}}, or in a search "
+                "a range {low: ..., high: ...}."
             )
         path, values = said["path"], said["values"]
         if not isinstance(name, str) or not name.isidentifier() or name in PLACES:
             raise SparsekitError(f"{where}: a name of one's own is one word, and none of {', '.join(PLACES)}.")
     if not isinstance(path, str):
         raise SparsekitError(f"{where}: the path {path!r} is no text, such as layers.21-29.window_tokens.")
+    parts = tuple(path.split("."))
+    last = parts[-1]
+    own = last if name == path and last.isidentifier() else name
+    if isinstance(values, Mapping):
+        _check_path(where, parts, base)
+        return Axis(own, parts, _range(where, values))
     if not isinstance(values, list):
         raise SparsekitError(f"{where} = {values!r}: a list of values is needed.")
     if not values:
@@ -332,10 +485,15 @@ def _axis(name: str, said: Any, base: Mapping[str, Any]) -> Axis:
     for i, value in enumerate(values):
         if value in values[:i]:
             raise SparsekitError(f"{where}: {_plain(value)!r} stands twice.")
-    parts = tuple(path.split("."))
     _check_path(where, parts, base)
-    last = parts[-1]
-    return Axis(last if name == path and last.isidentifier() else name, parts, tuple(values))
+    return Axis(own, parts, tuple(values))
+
+
+def _range(where: str, said: Mapping[str, Any]) -> Range:
+    try:
+        return Range.model_validate(dict(said))
+    except ValidationError as error:
+        raise SparsekitError(_one_line(error, where, Range)) from None
 
 
 def _check_path(where: str, path: tuple[str, ...], base: Mapping[str, Any]) -> None:
@@ -416,8 +574,12 @@ def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     return a[:short] == b[:short] or whole_layers
 
 
+def _said(axes: Sequence[Axis], values: Sequence[Any]) -> dict[str, Any]:
+    return {axis.name: value for axis, value in zip(axes, values, strict=True)}
+
+
 def _label_of(axes: Sequence[Axis], values: Sequence[Any]) -> str:
-    return _label({axis.name: value for axis, value in zip(axes, values, strict=True)})
+    return _label(_said(axes, values))
 
 
 def _label(said: Mapping[str, Any]) -> str:
@@ -441,18 +603,21 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool) else _short(value).partition("(")[0]
 
 
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    path, value = ".".join(map(str, first["loc"])), first["input"]
+def _one_line(error: ValidationError, where: str = "", owner: type[BaseModel] = Question) -> str:
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # why another is missing
+    path, value = ".".join(map(str, (*([where] if where else ()), *first["loc"]))), first["input"]
     if first["type"] == "extra_forbidden":
-        fields = list(Question.model_fields)
-        return f"unknown field {path!r} = {value!r}; allowed: {', '.join(fields)}.{nearest(path, fields)}"
+        if len(first["loc"]) > 1:
+            owner = Search  # the one part of a sweep with fields of its own
+        fields, name = list(owner.model_fields), str(first["loc"][-1])
+        return f"unknown field {path!r} = {value!r}; allowed: {', '.join(fields)}.{nearest(name, fields)}"
     if first["type"] == "missing":
         return f"{path}: is needed."
     if first["type"] == "too_short":
-        return f"{path}: empty grid: at least one is needed."
+        return f"{path}: {'empty grid: ' if len(first['loc']) == 1 else ''}at least one is needed."
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should").rstrip(".")
-    return f"{path} = {value!r}: {message}."
+    return f"{path} = {value!r}: {message}{'' if message.endswith('?') else '.'}"
 
 
 # ---- constraints
@@ -520,6 +685,11 @@ class _Constraint:
                 pairs = zip(ops, values, values[1:], strict=False)
                 return all(self._COMPARE[type(op)](a, b) for op, a, b in pairs)
         raise SparsekitError(f"constraints: {self.text!r}: only comparisons and arithmetic of names and numbers.")
+
+
+def _fulfilled(rules: Sequence[_Constraint], place: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    names = {**place, **{name: _plain(value) for name, value in said.items()}}
+    return all(rule.holds(names) for rule in rules)
 
 
 def groups(runs: Sequence[Run]) -> Iterator[list[Run]]:

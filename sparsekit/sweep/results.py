@@ -20,6 +20,11 @@ from sparsekit.errors import SparsekitError
 
 __all__ = ["ResultFile", "read_results"]
 
+# What every record has, what one that did not fail has too, and how a line of a sweep begins.
+NEEDED = ("label", "model", "task", "tokens", "seed")
+MEASURED = ("score", "density", "config")
+START = b'{"key": "'
+
 
 class ResultFile:
     """Records by run key; the last record of a key is the one that counts. Use `with file.writing():` to append."""
@@ -30,10 +35,11 @@ class ResultFile:
 
     @contextmanager
     def writing(self) -> Iterator[dict[str, dict[str, Any]]]:
-        """Hold the file; yields what it has, by key. An unfinished last line is removed first.
+        """Hold the file; yields what it has, by key. An unfinished last line of a sweep is removed first.
 
         Raises:
-            SparsekitError: another process holds it, it cannot be opened, or it has a line that is no record.
+            SparsekitError: another process holds it, it cannot be opened, or it has a line that is no record. Nothing
+                is removed from a file of another kind.
         """
         lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
@@ -88,11 +94,16 @@ class ResultFile:
         return fd
 
     def _mended(self) -> dict[str, dict[str, Any]]:
-        records, whole, size = _parse(self.path)
-        if whole < size:
-            self._cut(whole)
+        records, rest = _parse(self.path)
         if any("key" not in record for record in records):
             raise SparsekitError(f"results {str(self.path)!r} are of `sparsekit eval`; give a sweep a file of its own.")
+        if rest:
+            # After a power failure a file may end in zeros, where the system had made room but had not written.
+            begun = rest.rstrip(b"\0")[: len(START)]
+            if not START.startswith(begun):
+                raise _no_record(self.path, len(records) + 1, "no JSON")
+            assert self._fd is not None
+            self._cut(os.fstat(self._fd).st_size - len(rest))
         return {record["key"]: record for record in records}
 
     def _cut(self, size: int) -> None:
@@ -108,17 +119,20 @@ class ResultFile:
 def read_results(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """(records, remarks) of result files: the last record of each key, in order; nothing is changed.
 
-    Records of `sparsekit eval`, which have no key, all count. A remark tells of an unfinished last line.
+    Records of `sparsekit eval`, which have no key, all count. A remark tells of an unfinished last line, and of a file
+    that holds nothing beside others that do.
 
     Raises:
-        SparsekitError: a file that cannot be read, has a line that is no record, or holds nothing.
+        SparsekitError: a file that cannot be read, has a line that is no record, or no file holds a record.
     """
     found: dict[str, dict[str, Any]] = {}
     remarks = []
     for path in map(Path, paths):
-        records, whole, size = _parse(path)
-        if whole < size:
+        records, rest = _parse(path)
+        if rest:
             remarks.append(f"{path}: the last line is unfinished, and left out.")
+        elif not records:
+            remarks.append(f"{path}: holds no record.")
         for record in records:
             key = record.get("key", f"{path} {len(found)}")
             found.pop(key, None)
@@ -128,8 +142,8 @@ def read_results(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], lis
     return list(found.values()), remarks
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """(records, bytes of whole lines, bytes in all)."""
+def _parse(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """(records of the whole lines, what follows the last of them)."""
     try:
         data = path.read_bytes() if not path.is_char_device() else b""
     except OSError as error:
@@ -139,11 +153,28 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], int, int]:
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not {"task", "tokens"} <= record.keys():
-                raise ValueError
-        except ValueError:
-            raise SparsekitError(
-                f"results {str(path)!r}, line {number}: no record of sparsekit; remove the line, or give another file."
-            ) from None
+        except (ValueError, RecursionError):
+            raise _no_record(path, number, "no JSON") from None
+        if why := _lacking(record):
+            raise _no_record(path, number, why)
         records.append(record)
-    return records, whole, len(data)
+    return records, data[whole:]
+
+
+def _lacking(record: Any) -> str:
+    """Why a line's JSON is no record, or nothing."""
+    if not isinstance(record, dict):
+        return "no JSON object"
+    needed = NEEDED if record.get("status", "ok") != "ok" else NEEDED + MEASURED
+    if lacking := [name for name in needed if name not in record]:
+        return f"without {', '.join(lacking)}"
+    numbers = [name for name in needed if name in ("tokens", "score", "density")]
+    wrong = [name for name in numbers if isinstance(record[name], bool) or not isinstance(record[name], int | float)]
+    return ", ".join(f"{name} = {record[name]!r}" for name in wrong)
+
+
+def _no_record(path: Path, line: int, why: str) -> SparsekitError:
+    return SparsekitError(
+        f"results {str(path)!r}, line {line}: no record of `sparsekit sweep` or `sparsekit eval` ({why}); remove the "
+        "line, or give another file."
+    )

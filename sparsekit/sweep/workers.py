@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
@@ -20,7 +20,7 @@ from typing import Any
 from sparsekit.errors import SparsekitError
 from sparsekit.sweep.grid import Run, groups
 
-__all__ = ["Processes", "RayActors", "Runner", "RunnerMaker", "Workers", "dispatch", "do", "said"]
+__all__ = ["Crew", "Processes", "RayActors", "Runner", "RunnerMaker", "Workers", "do", "said"]
 
 Runner = Callable[[Run], Mapping[str, Any]]  # what `Evaluator.run` gives
 RunnerMaker = Callable[[str], Runner]  # of a device
@@ -72,6 +72,10 @@ class Workers(ABC):
     def stop(self, worker: Any) -> None:
         """End it."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """After the last of them: leave what they worked in."""
+
 
 @dataclass
 class _Desk:
@@ -84,15 +88,30 @@ class _Desk:
     since: float = 0.0
 
 
-def dispatch(runs: Sequence[Run], devices: Sequence[str], workers: Workers) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Every run with what came of it, as they finish; one worker for each device."""
-    waiting = deque(deque(group) for group in groups(runs))
-    desks: list[_Desk] = []
-    try:
-        for device in devices[: len(runs)]:
-            desks.append(_Desk(device, workers.start(device)))
-            _give(desks[-1], waiting, desks, workers)
-        while busy := [desk for desk in desks if desk.run is not None]:
+class Crew(AbstractContextManager["Crew"]):
+    """One worker for each device, started when there is something to do, and kept from one list of runs to the next.
+
+    Args:
+        workers: makes their kind, when the first is started.
+    """
+
+    def __init__(self, devices: Sequence[str], workers: Callable[[], Workers]) -> None:
+        self.devices, self._kind = devices, workers
+        self._workers: Workers | None = None
+        self._desks: list[_Desk] = []
+
+    def __call__(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Every run with what came of it, as they finish."""
+        if not runs:
+            return
+        workers = self._workers = self._workers or self._kind()
+        waiting = deque(deque(group) for group in groups(runs))
+        for desk in self._desks:
+            self._give(desk, waiting, workers)
+        for device in self.devices[len(self._desks) : len(runs)]:
+            self._desks.append(_Desk(device, workers.start(device)))
+            self._give(self._desks[-1], waiting, workers)
+        while busy := [desk for desk in self._desks if desk.run is not None]:
             ready = workers.ready([desk.worker for desk in busy])
             for desk in [desk for desk in busy if any(desk.worker is worker for worker in ready)]:
                 run = desk.run
@@ -103,21 +122,25 @@ def dispatch(runs: Sequence[Run], devices: Sequence[str], workers: Workers) -> I
                     result = _failure(f"the worker on {desk.device} died ({error})", desk.since)
                     desk.worker = workers.start(desk.device)
                 desk.run = None
-                _give(desk, waiting, desks, workers)
+                self._give(desk, waiting, workers)
                 yield run, result
-    finally:
-        for desk in desks:
-            workers.stop(desk.worker)
 
+    def _give(self, desk: _Desk, waiting: deque[deque[Run]], workers: Workers) -> None:
+        """The next run of the desk's own group; else a group that nobody has; else one from the longest left."""
+        if not desk.group and waiting:
+            desk.group = waiting.popleft()
+        group = desk.group or max((other.group for other in self._desks), key=len)
+        if group:
+            desk.run, desk.since = (group.popleft() if group is desk.group else group.pop()), time.perf_counter()
+            workers.send(desk.worker, desk.run)
 
-def _give(desk: _Desk, waiting: deque[deque[Run]], desks: Sequence[_Desk], workers: Workers) -> None:
-    """The next run of the desk's own group; else a group that nobody has; else one from the longest that is left."""
-    if not desk.group and waiting:
-        desk.group = waiting.popleft()
-    group = desk.group or max((other.group for other in desks), key=len)
-    if group:
-        desk.run, desk.since = (group.popleft() if group is desk.group else group.pop()), time.perf_counter()
-        workers.send(desk.worker, desk.run)
+    def __exit__(self, *_: object) -> None:
+        if self._workers is not None:
+            try:
+                for desk in self._desks:
+                    self._workers.stop(desk.worker)
+            finally:
+                self._workers.close()
 
 
 # ---- processes
@@ -164,6 +187,9 @@ class Processes(Workers):
         worker.process.join(timeout=5)
         if worker.process.is_alive():
             worker.process.kill()
+
+    def close(self) -> None:
+        """There is nothing but the processes."""
 
 
 def _serve(pipe: Connection, maker: RunnerMaker, device: str) -> None:
