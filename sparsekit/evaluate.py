@@ -329,8 +329,7 @@ class Evaluator:
 
     def _warm_up(self, config: SparseConfig | None, tokens: int) -> None:
         """One prefill that nobody times: the first of its kind compiles kernels, and makes static plans."""
-        on_card = self.model.device.type == "cuda" and config is not None
-        known = (tokens, json.dumps(config.to_dict()) if on_card else "")  # type: ignore[union-attr]
+        known = (tokens, _kind_of_prefill(config, self.model.device))
         if known not in self._warm:
             self._warm.add(known)
             ids = prompt_ids(self.tokenizer, self._samples[0]).to(self.model.device)
@@ -393,6 +392,11 @@ class Evaluator:
             "scores": [math.exp(-reading.nll) for reading in found],
             "prompt_tokens": [reading.tokens for reading in found],
         }
+
+
+def _kind_of_prefill(config: SparseConfig | None, device: torch.device) -> str:
+    """Prefills of one kind share what a first one pays for: on a card each config has kernels of its own."""
+    return json.dumps(config.to_dict()) if config is not None and device.type == "cuda" else ""
 
 
 class Seen:

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from sparsekit import SparsekitError, models
+from sparsekit import SparsekitError, load, models
+from sparsekit import evaluate as evaluate_module
 from sparsekit.cli import app
 from sparsekit.evaluate import answer, evaluate
 from sparsekit.tasks import task
@@ -42,6 +43,13 @@ def test_records(small: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None
             assert row["score_low"] <= row["score"] <= row["score_high"]
             assert len(row["scores"]) == len(row["ttft_s_each"]) == len(row["prompt_tokens"]) == 3
             assert max(row["prompt_tokens"]) <= 400 and row["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_recipe_has_a_warm_up_of_its_own_on_a_card(device: str) -> None:
+    files = sorted(Path(__file__).parents[1].glob("configs/smollm2-135m/*.yaml"))
+    kinds = {evaluate_module._kind_of_prefill(load(str(file)), torch.device(device)) for file in files}
+    assert len(files) > 5 and len(kinds) == (len(files) if device == "cuda" else 1)
 
 
 @pytest.mark.parametrize("name", ["passkey", "needle4", "niah_multikey_2"])

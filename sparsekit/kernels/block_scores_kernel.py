@@ -276,7 +276,7 @@ def _check(q: Tensor, k: Tensor) -> None:
 
 
 def pooled_means_triton(
-    q: Tensor, k: Tensor, geometry: Geometry, grid: BlockGrid, block_tokens: int, warps: int = 4
+    q: Tensor, k: Tensor, geometry: Geometry, grid: BlockGrid, block_tokens: int, warps: int = 1
 ) -> tuple[Tensor, Tensor]:
     """`block_scores.pooled_means`, q and k in one launch."""
     _check(q, k)

@@ -57,6 +57,13 @@ def _store_words(p_bits, keep, words, BLOCK: tl.constexpr, ALL: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _value(key):
+    """The float of an ordered key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
 def _topk_row(
     p_score, p_bits, length, k, words,
     BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
@@ -64,30 +71,44 @@ def _topk_row(
     """One row whose `length` is at most BLOCK."""
     column = tl.arange(0, BLOCK)
     key = _ordered(tl.load(p_score + column, mask=column < length, other=float("-inf")))
+    forced = column < 0
     if FIRST:
-        key = tl.where((column == 0) & (column < length), FORCED, key)
+        forced = forced | ((column == 0) & (column < length))
     if LAST:
-        key = tl.where(column == length - 1, FORCED, key)
+        forced = forced | (column == length - 1)
+    key = tl.where(forced, NONE, key)
+    n_forced = tl.sum(forced.to(tl.int32))
     n_some = tl.sum((key > NONE).to(tl.int32))
-    wanted = tl.minimum(tl.maximum(k, tl.sum((key == FORCED).to(tl.int32))), n_some)
+    wanted = tl.minimum(tl.maximum(k - n_forced, 0), n_some)
     # The largest threshold that at least `wanted` keys reach.
-    low = tl.min(tl.where(key > NONE, key, FORCED))
     high = tl.max(key)
+    low = tl.min(tl.where(key > NONE, key, high))
     reached = n_some
-    if wanted < n_some:
+    if (wanted > 0) & (wanted < n_some):
+        above = 0  # keys above `high`
+        turn = 0
         while low < high:
+            # A guess where log counts are straight in between, as tails nearly are; every other time the middle key.
+            first, last = _value(low), _value(high)
+            few = tl.maximum(above.to(tl.float32), 0.5)
+            many = reached.to(tl.float32)
+            guess = first + (last - first) * (tl.math.log2(many / wanted) / tl.math.log2(many / few))
             middle = _upper_middle(low, high)
+            if (turn % 2 == 0) & (tl.abs(guess) < float("inf")):
+                middle = tl.minimum(tl.maximum(_ordered(guess), low + 1), high)
             count = tl.sum((key >= middle).to(tl.int32))
             enough = count >= wanted
             low = tl.where(enough, middle, low)
-            high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
             reached = tl.where(enough, count, reached)
-    keep = (key >= low) & (key > NONE)
-    if reached > wanted:
+            above = tl.where(enough, above, count)
+            high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
+            turn += 1
+    keep = (key >= low) & (key > NONE) & (wanted > 0)
+    if (reached > wanted) & (wanted > 0):
         tie = (key == low).to(tl.int32)
-        above = reached - tl.sum(tie)
-        keep = keep & ((key > low) | (above + tl.cumsum(tie, 0) <= wanted))
-    _store_words(p_bits, keep, words, BLOCK, ALL)
+        over = reached - tl.sum(tie)
+        keep = keep & ((key > low) | (over + tl.cumsum(tie, 0) <= wanted))
+    _store_words(p_bits, keep | forced, words, BLOCK, ALL)
 
 
 @triton.jit(do_not_specialize=["k", "columns", "words"])

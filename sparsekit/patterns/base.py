@@ -27,8 +27,8 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
 
-# Measured (docs/results/dynamic-h100.jsonl): the shortest prompt, tokens, of 2,048, 4,096, 8,192, ..., at which selecting
-# and attention together beat the best dense kernel.
+# Measured (docs/results/dynamic-h100.jsonl): the shortest of 2,048, 4,096, 8,192, ... tokens at which selecting and
+# attention together beat the best dense kernel.
 CROSSOVER_TOKENS: dict[str, dict[str, int]] = {
     "cuda": {"vertical_slash": 32768, "flexprefill": 16384, "xattention": 16384, "block_topk": 16384, "s2o": 32768}
 }

@@ -54,6 +54,7 @@ def test_rows(columns: int, force: dict[str, bool]) -> None:
     lengths = torch.randint(0, columns + 1, (12,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
     several = lengths.flip(0).contiguous()
     masses = scores.exp()
+    masses[8:10] = torch.rand(2, columns, generator=torch.Generator().manual_seed(4))
     masses[8] *= 1e-38
     masses[9] *= 1e30
     masses[10] = 1e-42

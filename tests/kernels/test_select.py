@@ -29,8 +29,9 @@ from sparsekit.testing import GEOMETRIES
 
 
 def rows_of(n: int, columns: int) -> Tensor:
-    """Rows of scores of every kind: ties, both zeros, infinities, NaN, nothing at all."""
-    scores = torch.randn(max(n, 8), columns, generator=torch.Generator().manual_seed(columns))
+    """Rows of scores of every kind: ties, both zeros, infinities, NaN, nothing at all, sizes far apart."""
+    generator = torch.Generator().manual_seed(columns)
+    scores = torch.randn(max(n, 8), columns, generator=generator)
     scores[0] = 0
     scores[1] = scores[1].round()
     scores[2, ::2] = -torch.inf
@@ -39,6 +40,9 @@ def rows_of(n: int, columns: int) -> Tensor:
     scores[5] = scores[5].sign() * 0.0
     scores[6, : columns // 2] = torch.inf
     scores[7] = torch.nan
+    if n >= 10:
+        scores[8] *= 10 ** (torch.rand(columns, generator=generator) * 70 - 35)  # of every size there is
+        scores[9] = torch.where(torch.arange(columns) % 7 == 0, -3e38, 3e38)  # as far apart as no float is
     return scores
 
 
