@@ -185,7 +185,9 @@ def test_rows_are_complete_and_written(tmp_path: Path, loudest: type[DynamicPatt
     for row in rows[:2]:
         assert row["error"] <= max(1.5 * row["sdpa_error"], 1e-5) and row["recall_error"] < 1e-3
     some, everything = (row for row in rows if row["case"] == "dynamic" and row["tokens"] == 600)
-    assert some["label"] == "loudest (top_k 3)" and some["parameters"] == {"top_k": 3, "broken": False}
+    assert some["label"] == "loudest (top_k 3)" and some["parameters"] == {
+        "dense_below_tokens": None, "top_k": 3, "broken": False
+    }  # fmt: skip
     assert 0 < some["pair_density"] < some["recall"] < 1 and some["recall_worst_head"] <= some["recall"]
     assert some["error_l2"] > 0 and some["error_l1"] > 0 and some["plan_bytes"] > 0 and some["impl"] == "torch"
     for name in ("index_ms", "attend_ms", "ms"):
