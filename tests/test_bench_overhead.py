@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError
-from sparsekit.bench import bench_overhead, overhead
+from sparsekit.bench import bench_overhead
+from sparsekit.bench.shapes import SHAPES
 from sparsekit.cli import app
 from sparsekit.models import tiny
 
@@ -79,8 +80,8 @@ def test_command(tmp_path: Path) -> None:
         bench_overhead(shape="tini", device="cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in overhead.SHAPES if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])
 def test_shapes_are_configs(name: str) -> None:
     with torch.device("meta"):
-        model = tiny("llama", **overhead.SHAPES[name])
-    assert model.config.num_hidden_layers == overhead.SHAPES[name]["num_hidden_layers"]
+        model = tiny("llama", **SHAPES[name])
+    assert model.config.num_hidden_layers == SHAPES[name]["num_hidden_layers"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.bench.command import finished
 from sparsekit.bench.timing import Record, place, rounds, spread
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.geometry import Geometry
@@ -438,13 +438,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-million", action="store_true", help="leave Triangle at 2^20 tokens out")
     parser.add_argument("--repeat-ms", type=int, default=200)
     given = parser.parse_args(argv)
-    try:
-        bench_kernel(
+    return finished(
+        lambda: bench_kernel(
             lengths=given.lengths, heads=given.heads, key_heads=given.key_heads, dim=given.dim, dtype=given.dtype,
             impls=given.impls, cases=given.cases, peers=given.peers, million=not given.no_million,
             repeat_ms=given.repeat_ms, out=given.out, show=lambda line: print(line, flush=True),
-        )  # fmt: skip
-    except SparsekitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        )
+    )  # fmt: skip

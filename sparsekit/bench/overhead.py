@@ -7,7 +7,6 @@ sparsekit's door; here they are timed through it and without it, in turns, in on
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,52 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsekit.bench.command import add_model_arguments, finished
+from sparsekit.bench.shapes import model_or_shape
 from sparsekit.bench.timing import Record, place, spread, synchronize
-from sparsekit.errors import SparsekitError, nearest
-from sparsekit.models import load, tiny
+from sparsekit.errors import SparsekitError
 from sparsekit.patch import apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SHAPES", "bench_overhead", "main", "model_or_shape"]
+__all__ = ["bench_overhead", "main"]
 
-# Of random weights: config fields of a Llama, as in the config.json of the model of that name.
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-3.1-8b": {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-    },
-    "llama-3.2-1b": {
-        "num_hidden_layers": 16,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-    },
-    "smollm2-135m": {
-        "num_hidden_layers": 30,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-    },
-    "tiny": {},
-}
 STOCK_RUNS = 4
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 @torch.inference_mode()
@@ -80,7 +45,7 @@ def bench_overhead(
 
     Args:
         model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`.
-        shape: one of `SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
+        shape: one of `sparsekit.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         prompt_tokens: of the prompt, which is under `dense_below_tokens`; decoding starts at its end.
         decode_tokens: decoded one by one in each round.
         rounds: each has one run with and one without, in changing order, so that a drift of the clock hits both.
@@ -137,30 +102,6 @@ def bench_overhead(
         if show is not None:
             show(_line(row))
     return record.rows
-
-
-def model_or_shape(
-    model: PreTrainedModel | str | None, shape: str | None, dtype: str | None, device: torch.device
-) -> tuple[str, PreTrainedModel]:
-    """Its name, and the model on the device: the one given, or random weights of `shape`."""
-    if isinstance(model, str):
-        return model, load(model, dtype=dtype or DTYPES.get(device.type, torch.float32), device=device)[0]
-    if model is not None:
-        return type(model).__name__, model
-    shape = shape or ("llama-3.2-1b" if device.type == "cuda" else "smollm2-135m")
-    if shape not in SHAPES:
-        raise SparsekitError(f"shape {shape!r} is not one of {', '.join(SHAPES)}.{nearest(shape, SHAPES)}")
-    wanted = getattr(torch, dtype, None) if dtype else DTYPES.get(device.type, torch.float32)
-    if not isinstance(wanted, torch.dtype):
-        raise SparsekitError(f"dtype {dtype!r} is not one of float32, bfloat16, float16.")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(wanted)  # never more of the weights than the model has
-    try:
-        with torch.device(device):
-            made: Any = tiny("llama", **SHAPES[shape])
-    finally:
-        torch.set_default_dtype(before)
-    return f"{shape}, random weights", made.to(wanted)
 
 
 def _same(model: PreTrainedModel, config: Mapping[str, Any], run: Callable[[], Tensor]) -> dict[str, float]:
@@ -225,18 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sparsekit bench overhead",
         description="Decoding and short prompts with a config applied, against the untouched model, in one run.",
     )
-    parser.add_argument("--model", help="as for `explain`, with weights; default: random weights")
-    parser.add_argument("--shape", help=f"of random weights: {', '.join(SHAPES)}")
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--dtype", help="default bfloat16 on a CUDA device, else float32")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file for the rows")
+    add_model_arguments(parser)
     given = vars(parser.parse_args(argv))
-    try:
-        bench_overhead(**given, show=lambda line: print(line, flush=True))
-    except SparsekitError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    return finished(lambda: bench_overhead(**given, show=lambda line: print(line, flush=True)))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsekit.bench.overhead import SHAPES, model_or_shape
+from sparsekit.bench.command import add_model_arguments, finished
+from sparsekit.bench.shapes import model_or_shape
 from sparsekit.bench.timing import Record, place, spread, synchronize
 from sparsekit.config import SparseConfig, load
-from sparsekit.errors import SparsekitError
 from sparsekit.patch import apply
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def bench_prefill(
     Args:
         configs: files, or `SparseConfig`s.
         model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`.
-        shape: one of `sparsekit.bench.overhead.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
+        shape: one of `sparsekit.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
         rounds: in each every config reads the prompt once, after one reading that is not timed.
         dtype, device: default bfloat16 and the card, or float32 and the CPU.
@@ -55,7 +55,7 @@ def bench_prefill(
 
     Returns:
         `config`, `tokens`, `ms` (median, p20, p80), `faster` (the untouched model's median over this one's), `density`
-        (visited tiles over dense attention's, mean over the layers of full attention), `sparse_layers`; on a CUDA
+        (visited tiles over dense attention's, mean over the layers), `sparse_layers`; on a CUDA
         device `peak_bytes`, all that the process held at its highest, weights included.
 
     Raises:
@@ -79,11 +79,11 @@ def bench_prefill(
             for label, config in loaded:
                 with apply(found, config) as handle:
                     ms, memory = _timed(found, prompt, where)
-                    layers = [row for row in handle.report().layers if row.tile_density is not None]
+                    layers = handle.report().layers
                 times[label] += [ms] * (n > 0)
-                density = sum(row.tile_density or 0 for row in layers) / max(len(layers), 1)
-                sparse = sum(row.ran == "sparse" for row in layers)
-                seen[label] = {**memory, "density": round(density, 4), "sparse_layers": sparse}
+                density = round(mean(layer.tile_density for layer in layers), 4)
+                sparse = sum(layer.ran == "sparse" for layer in layers)
+                seen[label] = {**memory, "density": density, "sparse_layers": sparse}
         stock = spread(times[STOCK])["ms"]
         for label, all_ms in times.items():
             row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
@@ -120,17 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Time to the first token and peak memory of configs, against the untouched model, in one run.",
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="a YAML file")
-    parser.add_argument("--model", help="as for `explain`, with weights; default: random weights")
-    parser.add_argument("--shape", help=f"of random weights: {', '.join(SHAPES)}")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072], help="of the prompt, tokens")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dtype", help="default bfloat16 on a CUDA device, else float32")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file for the rows")
+    add_model_arguments(parser)
     given = vars(parser.parse_args(argv))
-    try:
-        bench_prefill(**given, show=lambda line: print(line, flush=True))
-    except SparsekitError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    return finished(lambda: bench_prefill(**given, show=lambda line: print(line, flush=True)))

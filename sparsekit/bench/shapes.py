@@ -1,0 +1,75 @@
+"""Models to time: a loaded one, or random weights of a real model's shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsekit.errors import SparsekitError, nearest
+from sparsekit.models import load, tiny
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["SHAPES", "model_or_shape"]
+
+# Of random weights: config fields of a Llama, as in the config.json of the model of that name.
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-3.1-8b": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+    "llama-3.2-1b": {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+    "smollm2-135m": {
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    },
+    "tiny": {},
+}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+def model_or_shape(
+    model: PreTrainedModel | str | None, shape: str | None, dtype: str | None, device: torch.device
+) -> tuple[str, PreTrainedModel]:
+    """Its name, and the model on the device: the one given, or random weights of `shape`."""
+    if isinstance(model, str):
+        return model, load(model, dtype=dtype or DTYPES.get(device.type, torch.float32), device=device)[0]
+    if model is not None:
+        return type(model).__name__, model
+    shape = shape or ("llama-3.2-1b" if device.type == "cuda" else "smollm2-135m")
+    if shape not in SHAPES:
+        raise SparsekitError(f"shape {shape!r} is not one of {', '.join(SHAPES)}.{nearest(shape, SHAPES)}")
+    wanted = getattr(torch, dtype, None) if dtype else DTYPES.get(device.type, torch.float32)
+    if not isinstance(wanted, torch.dtype):
+        raise SparsekitError(f"dtype {dtype!r} is not one of float32, bfloat16, float16.")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted)  # never more of the weights than the model has
+    try:
+        with torch.device(device):
+            made: Any = tiny("llama", **SHAPES[shape])
+    finally:
+        torch.set_default_dtype(before)
+    return f"{shape}, random weights", made.to(wanted)
