@@ -80,11 +80,11 @@ def _topk_row(
     n_forced = tl.sum(forced.to(tl.int32))
     n_some = tl.sum((key > NONE).to(tl.int32))
     wanted = tl.minimum(tl.maximum(k - n_forced, 0), n_some)
-    # The largest threshold that at least `wanted` keys reach.
+    # The largest threshold that at least `wanted` keys reach; where none is wanted, one that no key does.
     high = tl.max(key)
-    low = tl.min(tl.where(key > NONE, key, high))
-    reached = n_some
-    if (wanted > 0) & (wanted < n_some):
+    low = tl.where(wanted > 0, tl.min(tl.where(key > NONE, key, high)), FORCED)
+    reached = tl.where(wanted > 0, n_some, 0)
+    if wanted < reached:
         above = 0  # keys above `high`
         turn = 0
         while low < high:
@@ -103,8 +103,8 @@ def _topk_row(
             above = tl.where(enough, above, count)
             high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
             turn += 1
-    keep = (key >= low) & (key > NONE) & (wanted > 0)
-    if (reached > wanted) & (wanted > 0):
+    keep = (key >= low) & (key > NONE)
+    if reached > wanted:
         tie = (key == low).to(tl.int32)
         over = reached - tl.sum(tie)
         keep = keep & ((key > low) | (over + tl.cumsum(tie, 0) <= wanted))

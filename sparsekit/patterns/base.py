@@ -73,8 +73,9 @@ class Pattern(BaseModel, ABC):
         return {"name": self.name, **given} if given else self.name
 
     def __str__(self) -> str:
-        hidden = {"name"} | ({"dense_below_tokens"} if getattr(self, "dense_below_tokens", None) is None else set())
-        given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key not in hidden)
+        fields = type(self).model_fields
+        unset = {key for key, value in self if value is None and fields[key].default is None}
+        given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key != "name" and key not in unset)
         return f"{self.name}({given})" if given else self.name
 
 
