@@ -29,7 +29,7 @@ from torch import Tensor
 from sparsekit import __version__
 from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
-from sparsekit.patch import Handle, apply
+from sparsekit.patch import Handle, LayerReport, apply
 from sparsekit.tasks import Sample, Task, prompt_ids, task
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def read_on(
     sample: Sample,
     *,
     handle: Handle | None = None,
-    prefilled: Callable[[], None] | None = None,
+    prefilled: Callable[[], object] | None = None,
 ) -> Reading:
     """Prefill the prompt as the model does now; then read its continuation with the model's own attention.
 
@@ -407,13 +407,15 @@ class Seen:
         self.tile_density: list[list[float]] = []
         self.plan_ms: list[float] = []
 
-    def look(self, handle: Handle | None) -> None:
+    def look(self, handle: Handle | None) -> tuple[LayerReport, ...]:
+        """Add what the layers did last; it is returned too."""
         if handle is None:
-            return
+            return ()
         layers = handle.report().layers
         self.density.append([layer.density for layer in layers])
         self.tile_density.append([layer.tile_density for layer in layers])
         self.plan_ms.append(sum(layer.plan_ms or 0.0 for layer in layers))
+        return layers
 
     def summary(self) -> dict[str, Any]:
         if not self.density:

@@ -36,7 +36,7 @@ from sparsekit.errors import SparsekitError, nearest
 from sparsekit.evaluate import Z95, Config, PeakMemory, Seen, measured_on, spelled_out
 from sparsekit.patch import Handle, apply
 from sparsekit.sweep.grid import canonical, config_key
-from sparsekit.sweep.results import ResultFile, read_results
+from sparsekit.sweep.results import ResultFile
 from sparsekit.sweep.workers import said
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def run_lm_eval(
     if isinstance(tasks, LmEvalTasks) and include is not None:
         raise SparsekitError(f"include {str(include)!r}: goes with names; these tasks were looked up already.")
     chosen = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(tasks, include)
-    file = None if output is None else _Records(output)
+    file = None if output is None else ResultFile(output, shared=True)
     harness = _Harness(model, tokenizer, chosen, name)
     with ExitStack() as stack:
         known = {} if file is None else stack.enter_context(file.writing())
@@ -210,20 +210,6 @@ def ran_dense(records: Sequence[Mapping[str, Any]]) -> list[str]:
         for record in records
         if record["config_key"] != "dense" and not record["sparse_prompts"]
     ]
-
-
-class _Records(ResultFile):
-    """A file that may hold records of `sparsekit eval`'s own tasks too, which have no key."""
-
-    def _mended(self) -> dict[str, dict[str, Any]]:
-        try:
-            records, _ = read_results([self.path])
-        except SparsekitError:
-            return super()._mended()  # nothing in there, or no records: then it says so
-        if all("key" in record for record in records):
-            return super()._mended()
-        self._cut(self.path.read_bytes().rfind(b"\n") + 1)
-        return {record["key"]: record for record in records if "key" in record}
 
 
 class _Harness:
@@ -343,8 +329,7 @@ class _Prompts:
 
     def _after(self, *_: object) -> None:
         if self._begins and self._handle is not None:
-            self.seen.look(self._handle)
-            self.sparse += any(layer.ran == "sparse" for layer in self._handle.report().layers)
+            self.sparse += any(layer.ran == "sparse" for layer in self.seen.look(self._handle))
 
 
 # ---- what lm-eval says

@@ -21,6 +21,7 @@ from sparsekit.evaluate import Z95
 from sparsekit.harness import LmEvalTasks, ran_dense, records_kept, run_lm_eval, table
 from sparsekit.report import report_data
 from sparsekit.sweep import read_results
+from sparsekit.sweep.results import ResultFile
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read when lm-eval imports datasets
 
@@ -215,12 +216,12 @@ def test_one_file_for_both_kinds_of_tasks(tmp_path: Path) -> None:
     own = {"label": "model", "task": "passkey", **both}
     theirs = {"key": "a", "label": "model", "harness": "lm-eval", "task": "door", **both}
     out.write_text(f'{json.dumps(own)}\n{json.dumps(theirs)}\n{{"key": "b", "la')
-    with harness._Records(out).writing() as known:
+    with ResultFile(out, shared=True).writing() as known:
         assert known == {"a": theirs}
     assert out.read_text() == f"{json.dumps(own)}\n{json.dumps(theirs)}\n"
     assert records_kept(out) == f"{json.dumps(theirs)}\n" and records_kept(tmp_path / "none.jsonl") == ""
     out.write_text("layers: dense\n")
-    with pytest.raises(SparsekitError, match="line 1: no record"), harness._Records(out).writing():
+    with pytest.raises(SparsekitError, match="line 1: no record"), ResultFile(out, shared=True).writing():
         pass
     assert out.read_text() == "layers: dense\n" and records_kept(out) == ""
 

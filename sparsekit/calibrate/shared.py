@@ -58,7 +58,7 @@ class SharedLayers:
             i = len(kept.cached)
             if i < len(self.layers):
                 layers = getattr(kwargs.get("past_key_values"), "layers", [])
-                if i < len(layers) and type(layers[i]).__name__ == "DynamicLayer":
+                if i < len(layers) and type(layers[i]).__name__ == "DynamicLayer":  # no window, no fixed size
                     kept.cached.append((layers[i].keys, layers[i].values))
                 kept.tupled = isinstance(out, tuple)
 

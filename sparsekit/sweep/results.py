@@ -24,13 +24,18 @@ __all__ = ["ResultFile", "read_results"]
 NEEDED = ("label", "model", "task", "tokens", "seed")
 MEASURED = ("score", "density", "config")
 START = b'{"key": "'
+START_OF_ANY = b'{"'
 
 
 class ResultFile:
-    """Records by run key; the last record of a key is the one that counts. Use `with file.writing():` to append."""
+    """Records by run key; the last record of a key is the one that counts. Use `with file.writing():` to append.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        shared: records without a key, of `sparsekit eval`'s own tasks, may stand in the file too; else it is refused.
+    """
+
+    def __init__(self, path: str | Path, *, shared: bool = False) -> None:
+        self.path, self.shared = Path(path), shared
         self._fd: int | None = None
 
     @contextmanager
@@ -95,16 +100,16 @@ class ResultFile:
 
     def _mended(self) -> dict[str, dict[str, Any]]:
         records, rest = _parse(self.path)
-        if any("key" not in record for record in records):
+        if not self.shared and any("key" not in record for record in records):
             raise SparsekitError(f"results {str(self.path)!r} are of `sparsekit eval`; give a sweep a file of its own.")
         if rest:
             # After a power failure a file may end in zeros, where the system had made room but had not written.
-            begun = rest.rstrip(b"\0")[: len(START)]
-            if not START.startswith(begun):
+            start = START_OF_ANY if self.shared else START
+            if not start.startswith(rest.rstrip(b"\0")[: len(start)]):
                 raise _no_record(self.path, len(records) + 1, "no JSON")
             assert self._fd is not None
             self._cut(os.fstat(self._fd).st_size - len(rest))
-        return {record["key"]: record for record in records}
+        return {record["key"]: record for record in records if "key" in record}
 
     def _cut(self, size: int) -> None:
         """Back to `size` bytes; a file that cannot be cut (a device) has nothing to cut."""
