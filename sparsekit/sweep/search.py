@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from sparsekit.errors import SparsekitError
 from sparsekit.sweep.best import Rule, Standing, parse_rule, standings
@@ -143,7 +143,7 @@ class _Suggestions:
         )
         said = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says on stderr that it made a study
-        directions = ["maximize" if name == "score" else "minimize" for name in plan.objectives]
+        directions = [_direction(name) for name in plan.objectives]
         self.study = optuna.create_study(directions=directions)
         optuna.logging.set_verbosity(said)
         self.tried: set[str] = set()
@@ -174,13 +174,19 @@ class _Suggestions:
         return None
 
 
+def _direction(objective: str) -> Literal["maximize", "minimize"]:
+    return "maximize" if objective == "score" else "minimize"
+
+
 def _distribution(axis: Axis) -> Any:
     """Of numbers in a range; of places in a list, which are neighbours where its values are ordered."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(axis.values, Range):
-        kind = IntDistribution if axis.values.whole else FloatDistribution
-        return kind(*axis.values.ends(), log=axis.values.log)
+        low, high = axis.values.ends()
+        if axis.values.whole:
+            return IntDistribution(int(low), int(high), log=axis.values.log)
+        return FloatDistribution(low, high, log=axis.values.log)
     if axis.ordered:
         return IntDistribution(0, len(axis.values) - 1)
     return CategoricalDistribution(range(len(axis.values)))
