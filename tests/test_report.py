@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from sparsekit import SparsekitError, load
 from sparsekit.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections
 from sparsekit.cli import app
-from sparsekit.report import report_data, write_report
+from sparsekit.report import markdown_report, report_data, write_report
 from sparsekit.sweep.grid import config_key
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -169,6 +169,27 @@ def test_data_holds_every_record_and_each_config_once() -> None:
     assert data["configs"]["dense"]["text"] == "every layer: the model's own attention"
     plain = {k: v for k, v in records[1].items() if k not in ("config_key", "status", "question", "key")}
     assert report_data([plain])["records"][0]["config_key"] == records[1]["config_key"]
+
+
+def test_a_table_for_a_page_of_docs(tmp_path: Path) -> None:
+    plain = {k: v for k, v in sweep(1)[1].items() if k not in ("config_key", "status", "question", "key")}
+    records = [*sweep(2), {**plain, "task": "cwe", "label": "a|b", "score": 0.5}]
+    records.append({**sweep(1)[1], "key": "another", "status": "failed"})
+    results, table = tmp_path / "r.jsonl", tmp_path / "table.md"
+    results.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert write_report([results], table) == []
+    assert table.read_text() == markdown_report(records)
+    question, blank, head, line, *rows, after, caption = table.read_text().splitlines()
+    assert question == "How <wide> a window?" and blank == after == ""
+    tasks = [f"{task} {tokens}" for task in ("passkey", "needle4", "vt") for tokens in (1024, 2048)]
+    assert head == f"| config | {' | '.join([*tasks, 'cwe 1024'])} | KL | time of dense | density |"
+    assert line == "| --- |" + " ---: |" * 10
+    assert rows[0] == "| dense |" + " 0.900 |" * 6 + "  | 0.0010 | 1.00 | 1.000 |"
+    assert rows[1].startswith("| window_tokens=64 |" + " 0.300 |" * 6 + " 0.500 |")
+    assert len(rows) == 3 and rows[2].startswith("| window_tokens=128 |")
+    assert caption == "24 prompts a score. smollm2-135m. cpu (x86_64). float32. sparsekit 0.1.0, torch 2.13.0."
+    [row] = markdown_report([records[-2]], title="Mine").splitlines()[4:5]
+    assert row.startswith("| a\\|b | 0.500 |")
 
 
 def test_a_config_has_one_label_and_a_label_one_config() -> None:
@@ -618,7 +639,8 @@ def test_what_cannot_be_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / name).write_text(text)
     for given, out, says in (
         *(([tmp_path / name], page, says) for name, (_, says) in bad.items()),
-        ([results], tmp_path / "r.txt", "must end in .html"),
+        ([results], tmp_path / "r.txt", r"must end in \.html, or in \.md for the table alone"),
+        ([probe], tmp_path / "r.md", r"probe .*: a table \(\.md\) has no place for it"),
         ([tmp_path / "no.jsonl"], page, "cannot be read: No such file"),
         ([tmp_path], page, "cannot be read: Is a directory"),
         ([results], results / "r.html", "cannot be written"),

@@ -234,7 +234,9 @@ def report(
             metavar="RESULTS...", help="JSONL files of `sweep` or `eval`, and JSON files of `calibrate probe -o`."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html; or its table, .md.")] = Path(
+        "report.html"
+    ),
     title: Annotated[str | None, typer.Option(help="Its heading; default the question.")] = None,
 ) -> None:
     """One page of results: scores against time and density, depths, layers, gradients, configs, tables, filters."""

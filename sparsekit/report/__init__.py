@@ -1,7 +1,8 @@
 """One page of a sweep's or an evaluation's results: plots, needle map, gradients, configs with a diff, tables, filters.
 
 The page is one HTML file without any link: Plotly, the data and the script are inside, so that it opens anywhere,
-offline. Its filters are kept in the address (`report.html#task=needle4&tokens=2048`).
+offline. Its filters are kept in the address (`report.html#task=needle4&tokens=2048`). A name that ends in .md gives the
+table of scores alone, for an issue or a page of docs.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 from sparsekit.config import format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.sweep import read_results
+from sparsekit.sweep.best import overview
 from sparsekit.sweep.grid import config_key
 
-__all__ = ["report_data", "write_report"]
+__all__ = ["markdown_report", "report_data", "write_report"]
 
 # What the page shows of a record.
 FIELDS = (
@@ -40,36 +42,82 @@ def write_report(results: Sequence[str | Path], out: str | Path, *, title: str |
 
     Args:
         results: JSONL files of `sparsekit sweep` or `sparsekit eval`, and JSON files of `sparsekit calibrate probe -o`.
-        out: the page, .html. What stands there stays if the page cannot be written.
+        out: the page, .html, or the table alone, .md. What stands there stays if it cannot be written.
         title: its heading; default the question that the records tell.
 
     Raises:
         SparsekitError: plotly is not installed, a file cannot be read or is of another kind, or the page cannot be
             written.
     """
-    if find_spec("plotly") is None:
-        raise SparsekitError("reports need plotly: pip install 'sparsekit-attention[report]'")
-    from plotly.offline import get_plotlyjs
-
     path = Path(out)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise SparsekitError(f"output {str(path)!r}: the name must end in .html.")
+    if path.suffix.lower() not in (".html", ".htm", ".md"):
+        raise SparsekitError(f"output {str(path)!r}: the name must end in .html, or in .md for the table alone.")
+    table_alone = path.suffix.lower() == ".md"
+    if not table_alone and find_spec("plotly") is None:
+        raise SparsekitError("reports need plotly: pip install 'sparsekit-attention[report]'")
     probes = [file for file in results if _is_probe(file)]
+    if table_alone and probes:
+        raise SparsekitError(f"probe {str(probes[0])!r}: a table (.md) has no place for it; write a page (.html).")
     others = [file for file in results if file not in probes]
     records, remarks = read_results(others) if others or not probes else ([], [])
-    data = {**report_data(records), "probes": [_probe(file) for file in probes]}
-    asked = list(dict.fromkeys(record["question"] for record in records if record.get("question")))
+    if table_alone:
+        _write(path, markdown_report(records, title=title))
+    else:
+        _write(path, _page(records, [_probe(file) for file in probes], title))
+    return remarks
+
+
+def markdown_report(records: Sequence[Mapping[str, Any]], *, title: str | None = None) -> str:
+    """A row for each config, with its mean score on each task and length, and what it ran on; as Markdown.
+
+    Args:
+        records: of a sweep or an evaluation; failed ones are left out.
+        title: a line above the table; default the question that the records tell.
+    """
+    done = [{**record, "config_key": _key(record)} for record in records if record.get("status", "ok") == "ok"]
+    head, rows = overview(done)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    samples = sorted({record["samples"] for record in done if record.get("samples")})
+    prompts = f"{' or '.join(map(str, samples))} prompts a score. " if samples else ""
+    return f"{_title(records, title)}\n\n{table}\n\n{prompts}{_subtitle(records)}\n"
+
+
+def _page(records: Sequence[Mapping[str, Any]], probes: list[dict[str, Any]], title: str | None) -> str:
+    from plotly.offline import get_plotlyjs
+
+    data = {**report_data(records), "probes": probes}
     here = files("sparsekit.report")
-    page = Template(here.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(title or " ".join(asked) or "sparsekit results"),
+    return Template(here.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(_title(records, title)),
         subtitle=html.escape(_subtitle(records)),
         plotly=get_plotlyjs(),
         # No text of a record can end the script element, or is markup.
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         script=here.joinpath("page.js").read_text(encoding="utf-8"),
     )
-    _write(path, page)
-    return remarks
+
+
+def _title(records: Sequence[Mapping[str, Any]], given: str | None) -> str:
+    asked = dict.fromkeys(record["question"] for record in records if record.get("question"))
+    return given or " ".join(asked) or "sparsekit results"
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    """The config's key, which records of `sparsekit eval` do not have.
+
+    Raises:
+        SparsekitError: a config that is not as `sparsekit sweep` and `eval` write it.
+    """
+    try:
+        return record.get("config_key") or config_key(None if record["config"] is None else load(record["config"]))
+    except (KeyError, TypeError, AttributeError, SparsekitError) as error:
+        raise _not_ours(record, error) from None
+
+
+def _not_ours(record: Mapping[str, Any], error: Exception) -> SparsekitError:
+    where = f"{record['label']}, {record['task']} at {record['tokens']}"
+    return SparsekitError(f"record of {where}: not as sparsekit writes it ({error}).")
 
 
 def report_data(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,8 +134,8 @@ def report_data(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for record in records:
         if record.get("status", "ok") != "ok":
             continue
+        key = _key(record)
         try:
-            key = record.get("config_key") or config_key(None if record["config"] is None else load(record["config"]))
             if key not in configs:
                 label = _free("dense" if key == "dense" else record["label"], labels)
                 configs[key] = {"label": label, "text": _text(record)}
@@ -102,8 +150,7 @@ def report_data(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 }
             )
         except (KeyError, TypeError, AttributeError, SparsekitError) as error:
-            where = f"{record['label']}, {record['task']} at {record['tokens']}"
-            raise SparsekitError(f"record of {where}: not as sparsekit writes it ({error}).") from None
+            raise _not_ours(record, error) from None
     failed = [
         {name: record.get(name) for name in ("label", "task", "tokens", "error")}
         for record in records
