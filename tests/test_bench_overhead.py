@@ -38,33 +38,33 @@ def test_a_slower_door_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """5 ms more in each forward with sparsekit applied: the ratio is what that makes."""
     import time
 
-    from sparsekit import patch
+    from sparsekit.patch import mask
 
-    real = patch._is_for_others
+    real = mask.is_for_others
 
     def slow(*args: Any) -> bool:
         time.sleep(0.005)
         return real(*args)
 
-    monkeypatch.setattr(patch, "_is_for_others", slow)
+    monkeypatch.setattr(mask, "is_for_others", slow)
     decode = bench_overhead(shape="tiny", **SMALL)[1]
     assert decode["ms"] > decode["stock_ms"] + 5 * 4
     assert decode["ratio"] > 1.2
 
 
 def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsekit import patch
+    from sparsekit.patch import attention
 
-    real = patch._original_attention
+    real = attention.original_attention
 
     def wrong(module: Any, original: str) -> Any:
-        def attention(*args: Any, **kwargs: Any) -> Any:
+        def attend(*args: Any, **kwargs: Any) -> Any:
             found, weights = real(module, original)(*args, **kwargs)
             return found * 1.01, weights
 
-        return attention
+        return attend
 
-    monkeypatch.setattr(patch, "_original_attention", wrong)
+    monkeypatch.setattr(attention, "original_attention", wrong)
     with pytest.raises(SparsekitError, match="logits differ from the untouched model's"):
         bench_overhead(shape="tiny", **SMALL)
 

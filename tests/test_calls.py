@@ -72,7 +72,7 @@ def _ran(handle: Handle) -> list[str]:
 
 def _pairs(model: PreTrainedModel, layer: int = 3) -> Tensor:
     """bool (B, H, Q, K): the pairs of a layer's last plan."""
-    plan = sparsekit.patch._LAYERS[id(model.model.layers[layer].self_attn)].plan
+    plan = sparsekit.patch.state.LAYERS[id(model.model.layers[layer].self_attn)].plan
     assert isinstance(plan, sparsekit.plan.BlockPlan)
     return plan.to_mask()
 
@@ -229,11 +229,13 @@ def test_soft_cap_and_learned_sinks(family: str, name: str, monkeypatch: pytest.
     with sparsekit.apply(model, config) as handle:
         got = _logits(model, ids)
         assert {row.impl for row in handle.report().layers} == {"torch"}
-        monkeypatch.setattr(sparsekit.patch, "choose_call", lambda *_: Choice("reference", "asked for by the test"))
+        monkeypatch.setattr(
+            sparsekit.patch.attention, "choose_call", lambda *_: Choice("reference", "asked for by the test")
+        )
         _close(_logits(model, ids), got)
         assert {row.impl for row in handle.report().layers} == {"reference"}
         plain = lambda scale, softcap, sinks: Softmax(scale)  # noqa: E731
-        monkeypatch.setattr(sparsekit.patch, "Softmax", plain)
+        monkeypatch.setattr(sparsekit.patch.attention, "Softmax", plain)
         assert float((_logits(model, ids) - got).abs().max()) > 0.05
 
 

@@ -93,8 +93,10 @@ def test_runs_what_its_plans_say(name: str, model: PreTrainedModel) -> None:
         got = _logits(model, ids)
         rows = handle.report().layers
         with pytest.MonkeyPatch.context() as patch:
-            attend = sparsekit.patch.attend
-            patch.setattr(sparsekit.patch, "attend", lambda *a, impl, **kw: attend(*a, impl="reference", **kw))
+            attend = sparsekit.patch.attention.attend
+            patch.setattr(
+                sparsekit.patch.attention, "attend", lambda *a, impl, **kw: attend(*a, impl="reference", **kw)
+            )
             expected = _logits(model, ids)
     assert [row.ran for row in rows] == ["sparse"] * 4
     assert float((got - expected).abs().max()) < 1e-4
@@ -139,8 +141,8 @@ def test_second_turn(name: str, model: PreTrainedModel) -> None:
     """Its plans keep what any plan of those rows must: causal, itself, nothing twice; and the model stays finite."""
     ids, plans = _ids(), []
     with sparsekit.apply(model, CONFIGS[name]), pytest.MonkeyPatch.context() as patch:
-        made = sparsekit.patch.plan_heads
-        patch.setattr(sparsekit.patch, "plan_heads", lambda *a: plans.append(made(*a)) or plans[-1])
+        made = sparsekit.patch.attention.plan_heads
+        patch.setattr(sparsekit.patch.attention, "plan_heads", lambda *a: plans.append(made(*a)) or plans[-1])
         cache = DynamicCache(config=model.config)
         _logits(model, ids[:, :250], past_key_values=cache)
         second = _logits(model, ids[:, 250:], past_key_values=cache)
@@ -224,10 +226,10 @@ def test_a_large_plan_is_not_kept_for_the_report(model: PreTrainedModel, monkeyp
     with sparsekit.apply(model, config) as handle:
         _logits(model, _ids())
         rows = handle.report().to_dicts()
-        monkeypatch.setattr(sparsekit.patch, "KEPT_PLAN_BYTES", 0)
+        monkeypatch.setattr(sparsekit.patch.attention, "KEPT_PLAN_BYTES", 0)
         _logits(model, _ids())
         again = handle.report().to_dicts()
-        assert not any(isinstance(layer.plan, BlockPlan) for layer in sparsekit.patch._LAYERS.values())
+        assert not any(isinstance(layer.plan, BlockPlan) for layer in sparsekit.patch.state.LAYERS.values())
     for row, other in zip(rows, again, strict=True):
         for name in ("density", "tile_density", "plan_bytes", "ran", "impl"):
             assert row[name] == other[name]

@@ -177,14 +177,14 @@ def test_sliding_layers_run_as_a_shape(family: str, padded: bool, monkeypatch: p
     if not padded:
         ids, valid, padding = _ids(), torch.ones(1, TOKENS, dtype=torch.bool), {}
     own = _logits(model, ids, **padding)[valid]
-    original = sparsekit.patch._Call.original_mask
+    original = sparsekit.patch.state.Call.original_mask
     built: list[bool] = []
 
     def original_mask(call: Any, *args: Any) -> Tensor | None:
         built.append(call.window)
         return original(call, *args)
 
-    monkeypatch.setattr(sparsekit.patch._Call, "original_mask", original_mask)
+    monkeypatch.setattr(sparsekit.patch.state.Call, "original_mask", original_mask)
     with sparsekit.apply(model, {"layers": {_range_of(model, "sliding_attention"): OWN_WINDOW}}) as handle:
         got, rows = _logits(model, ids, **padding)[valid], handle.report().layers
     _close(got, own)

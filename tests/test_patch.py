@@ -325,7 +325,7 @@ def test_models_that_share_a_config_object() -> None:
 
 
 def _logits_without(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with sparsekit.patch._HANDLES[model].pause():
+    with sparsekit.patch.state.HANDLES[model].pause():
         return _logits(model, ids)
 
 
@@ -347,7 +347,7 @@ def test_a_forgotten_model_is_freed() -> None:
     del model
     gc.collect()
     assert ghost() is None
-    assert not sparsekit.patch._DOORS
+    assert not sparsekit.patch.state.DOORS
 
 
 def test_the_users_own_switch_is_reported(model: PreTrainedModel) -> None:

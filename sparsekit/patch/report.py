@@ -1,0 +1,82 @@
+"""What each layer did in the last prefill, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsekit.patch.state import Layer
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer did in the last prefill.
+
+    `ran`: sparse, dense, own (kept its own attention), or "not run". `density` and `tile_density` are shares of the
+    causal pairs and tiles, `plan_bytes` the plan's tensors, `ms` plan and kernel together, `plan_ms` the plan alone (a
+    static pattern's is made once, and found again); `impl_why` says why `impl`.
+    """
+
+    layer: int
+    ran: str
+    why: str
+    pattern: str
+    impl: str = "model"
+    density: float = 1.0
+    tile_density: float = 1.0
+    plan_bytes: int = 0
+    ms: float | None = None
+    plan_ms: float | None = None
+    impl_why: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One `LayerReport` a layer; printing it gives a table. `warning` says why sparsekit does not run, or is empty."""
+
+    layers: tuple[LayerReport, ...]
+    warning: str = ""
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        return [asdict(layer) for layer in self.layers]
+
+    def __str__(self) -> str:
+        lines = [self.warning] if self.warning else []
+        lines.append(
+            f"{'layer':>5}  {'ran':8}{'density':>8}{'tiles':>8}{'plan':>10}{'ms':>9}{'of plan':>9}  {'by':10}pattern"
+        )
+        for row in self.layers:
+            ms, plan_ms = ("" if value is None else f"{value:.2f}" for value in (row.ms, row.plan_ms))
+            what = row.pattern + (f" ({row.why})" if row.why else "")
+            lines.append(
+                f"{row.layer:>5}  {row.ran:8}{row.density:>8.3f}{row.tile_density:>8.3f}{row.plan_bytes:>8} B{ms:>9}"
+                f"{plan_ms:>9}  {row.impl:10}{what}"
+            )
+        reasons = dict.fromkeys((row.impl, row.impl_why) for row in self.layers if row.impl_why)
+        lines += [f"{impl}: {why}" for impl, why in reasons]
+        return "\n".join(lines)
+
+
+def report_layer(layer: Layer) -> LayerReport:
+    index, pattern = layer.patterns.layer, str(layer.patterns)
+    if layer.plan is None or layer.choice is None:
+        return LayerReport(index, layer.ran, layer.why, pattern)
+    begun, planned, done = layer.times
+    if isinstance(done, float):
+        plan_ms, ms = (planned - begun) * 1e3, (done - begun) * 1e3
+    else:
+        done.synchronize()
+        plan_ms, ms = begun.elapsed_time(planned), begun.elapsed_time(done)
+    return LayerReport(
+        index,
+        layer.ran,
+        layer.why,
+        pattern,
+        layer.choice.impl,
+        layer.plan.density(),
+        layer.plan.tile_density(),
+        layer.plan.nbytes,
+        ms,
+        plan_ms,
+        layer.choice.why,
+    )

@@ -1,0 +1,105 @@
+"""What is remembered: layers, models, and the call in progress of each config."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.config import LayerPatterns
+from sparsekit.geometry import Geometry
+from sparsekit.kernels import Choice
+from sparsekit.plan import BlockPlan, PlanTotals
+
+if TYPE_CHECKING:
+    from sparsekit.patch.handle import Handle
+
+
+@dataclass
+class Layer:
+    """One attention module of a patched model."""
+
+    handle: Handle
+    module: weakref.ref[nn.Module]
+    patterns: LayerPatterns
+    own: str | None  # why the layer keeps its own attention, or None
+    window: bool  # a sliding layer of the model, which a rule runs here
+    ran: str = "not run"
+    why: str = ""
+    plan: BlockPlan | PlanTotals | None = None
+    choice: Choice | None = None
+    times: tuple[Any, ...] = ()  # begun, planned, done: seconds, or events of a GPU
+
+
+@dataclass
+class Call:
+    """One forward of a model, as its mask function saw it."""
+
+    kwargs: dict[str, Any]  # of the mask function, without the config, which must not be kept alive
+    config: weakref.ref[Any]
+    original: str
+    geometry: Geometry | None  # None: not a plain causal prompt chunk, nor a plain window
+    why: str = ""
+    tokens: int = 0  # of the longest sample so far, those that a sliding cache has dropped included
+    masks: dict[tuple[torch.device, bool], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def window(self) -> bool:
+        """Whether it is the mask of sliding layers."""
+        return self.kwargs.get("local_size") is not None
+
+    def original_mask(self, device: torch.device, rows: int) -> Tensor | None:
+        """The mask that the model's own implementation would have got; built once, and only if a layer asks.
+
+        Its last `rows` rows: some models run their last layers for the last queries alone. No mask then means all keys,
+        which is right for one query and not for several.
+        """
+        whole = rows in (1, self.kwargs["q_length"])
+        if (device, whole) not in self.masks:
+            kwargs = {**self.kwargs, "config": self.config(), "device": device}
+            kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and whole
+            self.masks[device, whole] = mask_functions()[self.original](**kwargs)
+        mask = self.masks[device, whole]
+        return mask[:, :, -rows:] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+
+
+@dataclass
+class Door:
+    """A config object that is switched to sparsekit. Several models may share one."""
+
+    config: weakref.ref[Any]
+    original: str
+    composed: bool  # of a model with other parts, whose masks may hold blocks of pictures
+    handles: list[Handle] = field(default_factory=list)
+    calls: dict[int, Call] = field(default_factory=dict)  # by the width of their descriptors
+
+
+# By id: configs cannot be hashed, and a graph that torch.compile keeps for one module is not run for another where it
+# looked up an id, but is where it looked into a weak dictionary. An object that goes takes its entry along.
+LAYERS: dict[int, Layer] = {}
+DOORS: dict[int, Door] = {}
+HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+NAMES: dict[str, str] = {}  # original implementation -> our name for it
+
+
+def forgetter(key: int) -> Callable[[Any], None]:
+    """What a layer's weak reference calls when its module goes."""
+
+    def forget(_: object) -> None:
+        LAYERS.pop(key, None)
+
+    return forget
+
+
+def door_of(module: nn.Module) -> Door | None:
+    return DOORS.get(id(getattr(module, "config", None)))
+
+
+def mask_functions() -> Any:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS
