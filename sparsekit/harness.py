@@ -35,8 +35,8 @@ from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.evaluate import Z95, Config, PeakMemory, Seen, measured_on, spelled_out
 from sparsekit.patch import Handle, apply
-from sparsekit.sweep.grid import canonical, config_key
 from sparsekit.sweep.results import ResultFile
+from sparsekit.sweep.runs import canonical, config_key
 from sparsekit.sweep.workers import said
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from sparsekit import SparsekitError, load
 from sparsekit.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections
 from sparsekit.cli import app
 from sparsekit.report import markdown_report, report_data, write_report
-from sparsekit.sweep.grid import config_key
+from sparsekit.sweep.runs import config_key
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 NODE = shutil.which("node")

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, load, models
 from sparsekit.cli import app
-from sparsekit.sweep import Question, Run, best, execute, grid, load_question, read_results, results, run_sweep
+from sparsekit.sweep import Question, Run, best, execute, load_question, read_results, results, run_sweep
+from sparsekit.sweep import question as question_module
 from sparsekit.sweep.best import standings
-from sparsekit.sweep.grid import config_key
+from sparsekit.sweep.runs import config_key
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
@@ -153,7 +154,7 @@ def test_a_corpus_counts_by_its_text(tmp_path: Path) -> None:
     assert runs["passkey"].corpus is None
     assert runs["perplexity"].corpus == str(tmp_path)
     (tmp_path / "a.txt").write_text("one two four")
-    grid.read_corpus.cache_clear()
+    question_module.read_corpus.cache_clear()
     changed = {run.task: run for run in question.runs()}
     assert changed["passkey"].key == runs["passkey"].key
     assert changed["perplexity"].key != runs["perplexity"].key
@@ -189,6 +190,7 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"constraints": ["window > 3"]}, r"'window' is none of .* Did you mean 'window_tokens'\?"),
     ({"constraints": ["window_tokens >"]}, "is no expression"),
     ({"constraints": ["task > 3"]}, "not supported between"),
+    ({"constraints": ["tokens / 0 > 3"]}, r"'tokens / 0 > 3': division by zero\."),
     ({"constraints": ["open('x')"]}, "only comparisons and arithmetic"),
     ({"constraints": ["task.upper == 3"]}, "only comparisons and arithmetic"),
     ({"corpus": "/nowhere"}, "no such folder"),
@@ -673,5 +675,5 @@ def test_examples_on_the_page_load() -> None:
 
 
 def test_the_examples_in_the_docstrings_run() -> None:
-    assert doctest.testmod(grid).failed == 0
+    assert doctest.testmod(question_module).failed == 0
     assert execute.EXECUTORS == ("inline", "processes", "ray")

@@ -23,8 +23,9 @@ from sparsekit import SparsekitError, load, models
 from sparsekit.cli import app
 from sparsekit.report import write_report
 from sparsekit.sweep import Run, best, execute, front, load_question, read_results, run_sweep
+from sparsekit.sweep.axes import Range
 from sparsekit.sweep.best import Standing, parse_rule, standings
-from sparsekit.sweep.grid import Range, config_key
+from sparsekit.sweep.runs import config_key
 from sparsekit.sweep.workers import Crew, Processes
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from sparsekit.config import format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.sweep import read_results
 from sparsekit.sweep.best import overview
-from sparsekit.sweep.grid import config_key
+from sparsekit.sweep.runs import config_key
 
 __all__ = ["markdown_report", "report_data", "write_report"]
 

@@ -2,8 +2,9 @@
 
 from sparsekit.sweep.best import Best, best
 from sparsekit.sweep.execute import Runner, Summary, run_sweep
-from sparsekit.sweep.grid import Question, Run, load_question
+from sparsekit.sweep.question import Question, load_question
 from sparsekit.sweep.results import ResultFile, read_results
+from sparsekit.sweep.runs import Run
 from sparsekit.sweep.search import front
 
 __all__ = [

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.evaluate import Evaluator
-from sparsekit.sweep.grid import Question, Run, load_question
+from sparsekit.sweep.question import Question, load_question
 from sparsekit.sweep.results import ResultFile
+from sparsekit.sweep.runs import Run
 from sparsekit.sweep.search import check_optuna, search
 from sparsekit.sweep.workers import Crew, Processes, RayActors, Runner, RunnerMaker, do, said
 from sparsekit.tasks import task

@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from sparsekit.errors import SparsekitError
+from sparsekit.sweep.axes import Axis, Range
 from sparsekit.sweep.best import Rule, Standing, parse_rule, standings
-from sparsekit.sweep.grid import Axis, Question, Range, Run, Search, config_key, groups
+from sparsekit.sweep.question import Question, Search
+from sparsekit.sweep.runs import Run, config_key, groups
 
 __all__ = ["check_optuna", "front", "search"]
 

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sparsekit.errors import SparsekitError
-from sparsekit.sweep.grid import Run, groups
+from sparsekit.sweep.runs import Run, groups
 
 __all__ = ["Crew", "Processes", "RayActors", "Runner", "RunnerMaker", "Workers", "do", "said"]
 
