@@ -11,6 +11,8 @@ import yaml
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.cli import app, describe_patterns
 from sparsekit.config import ModelFacts
+from sparsekit.report import markdown_report
+from sparsekit.sweep import load_question, read_results
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -125,6 +127,23 @@ def test_columns_of_explain_are_fields_of_its_json() -> None:
     names = {field.name for field in fields(LayerExplanation)}
     for row in _rows((DOCS / "cli.md").read_text(), "## explain"):
         assert row[0].split("`")[1] in names
+
+
+SWEEPS = sorted((DOCS.parent / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_shipped_sweeps_have_their_results_and_their_page(file: Path) -> None:
+    """`sparsekit report docs/results/sweep-NAME.jsonl -o table.md` prints what stands between the marks."""
+    question = load_question(file)
+    records, remarks = read_results([DOCS / "results" / f"sweep-{file.stem}.jsonl"])
+    assert not remarks and all(record["status"] == "ok" for record in records)
+    asked, done = {run.key for run in question.runs()}, {record["key"] for record in records}
+    trials = 0 if question.search is None else question.search.trials * len(question.tasks)
+    assert asked <= done and len(done) == len(asked) + trials
+    page = (DOCS / "sweeps.md").read_text()
+    [shown] = re.findall(rf"<!-- sweep-{file.stem} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert shown == markdown_report(records)
 
 
 def test_a_page_can_fail() -> None:
