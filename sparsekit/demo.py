@@ -25,7 +25,7 @@ from rich.table import Table
 
 from sparsekit import __version__
 from sparsekit.config import SparseConfig, load
-from sparsekit.evaluate import Answer, answer, kl_divergence, mean_interval, share_interval
+from sparsekit.evaluate import Answer, answer, kl_divergence, layers_summary, mean_interval, share_interval
 from sparsekit.patch import apply
 from sparsekit.tasks import Sample, Task, task
 
@@ -174,11 +174,8 @@ class _Run:
         for outcome in self.outcomes:
             cfg = outcome.setting.config
             with apply(self.model, cfg) if cfg is not None else nullcontext() as handle:
-                answers.append(answer(self.model, self.tokenizer, kind, sample))
-                density = 1.0
-                if handle is not None:
-                    layers = handle.report().layers
-                    density = sum(layer.density for layer in layers) / len(layers)
+                answers.append(answer(self.model, self.tokenizer, kind, sample, handle=handle))
+            density = layers_summary([answers[-1].layers])["density"]
             self._record(outcome, kind, sample, tokens, answers, density)
         if self.example is None and kind.name == "needle4":
             self.example = sample, [got.text for got in answers]

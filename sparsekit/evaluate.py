@@ -16,8 +16,9 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -63,6 +64,7 @@ class Answer:
         ttft_s: seconds from the prompt's ids to the first token's logits, planning included.
         tokens: length of the prompt.
         logprobs: float64 (A, vocabulary), log-probabilities at the A tokens of the true answer, teacher-forced.
+        layers: what each layer did with the prompt; empty without a handle.
     """
 
     text: str
@@ -70,6 +72,7 @@ class Answer:
     ttft_s: float
     tokens: int
     logprobs: Tensor
+    layers: tuple[LayerReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,14 @@ class Reading:
         last_rows: of the prompt's last 128 rows.
         earlier_rows: of the 512 rows before those; None where there are none.
         tokens: length of the prompt.
+        layers: what each layer did with the prompt; empty without a handle.
     """
 
     nll: float
     last_rows: float
     earlier_rows: float | None
     tokens: int
+    layers: tuple[LayerReport, ...] = ()
 
 
 @torch.inference_mode()
@@ -96,11 +101,13 @@ def answer(
     task: Task,
     sample: Sample,
     *,
+    handle: Handle | None = None,
     stop_when_found: bool = False,
 ) -> Answer:
     """Prefill the prompt once; decode greedily from it; then, from the same prefill, read the true answer's tokens.
 
     Args:
+        handle: of a patched model: it is paused once the prompt is read, however long the answer is.
         stop_when_found: stop decoding when every answer was found, where further text cannot change the score; and
             take the true answer's tokens as a draft, which is kept as far as each is the likeliest.
     """
@@ -110,8 +117,10 @@ def answer(
     prefill: Any = model(ids, use_cache=True, logits_to_keep=1)
     _synchronize(model.device)
     seconds = time.perf_counter() - start
+    layers = () if handle is None else handle.report().layers
 
     first, cache = prefill.logits[:, -1], prefill.past_key_values
+    spare = None if _can_shorten(cache) else deepcopy(cache)
     truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
         model.device
     )
@@ -122,20 +131,22 @@ def answer(
     def found(tokens: list[int]) -> bool:
         return stop_when_found and task.metric == "recall" and task.score(text_of(tokens), sample) == 1
 
-    if stop_when_found:
-        logits = _read_truth(model, first, cache, truth)
-        same = (logits[0].argmax(-1) == truth[0]).cumprod(0)
-        kept = min(int(same.sum()), truth.shape[1] - 1, task.max_new_tokens - 1)
-        _shorten(cache, ids.shape[1] + kept)
-        draft = truth[0, :kept].tolist()
-        text = text_of(_greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
-    else:
-        text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
-        _shorten(cache, ids.shape[1])
-        logits = _read_truth(model, first, cache, truth)
+    with nullcontext() if handle is None else handle.pause():
+        if stop_when_found and spare is None:
+            logits = _read_truth(model, first, cache, truth)
+            same = (logits[0].argmax(-1) == truth[0]).cumprod(0)
+            kept = min(int(same.sum()), truth.shape[1] - 1, task.max_new_tokens - 1)
+            _shorten(cache, ids.shape[1] + kept)
+            draft = truth[0, :kept].tolist()
+            text = text_of(_greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
+        else:
+            text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
+            if spare is None:
+                _shorten(cache, ids.shape[1])
+            logits = _read_truth(model, first, cache if spare is None else spare, truth)
     # In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding.
     logprobs = logits[0].double().log_softmax(-1)
-    return Answer(text, task.score(text, sample), seconds, ids.shape[1], logprobs)
+    return Answer(text, task.score(text, sample), seconds, ids.shape[1], logprobs, layers)
 
 
 @torch.inference_mode()
@@ -146,14 +157,12 @@ def read_on(
     sample: Sample,
     *,
     handle: Handle | None = None,
-    prefilled: Callable[[], object] | None = None,
 ) -> Reading:
     """Prefill the prompt as the model does now; then read its continuation with the model's own attention.
 
     Args:
         task: says how many tokens of the continuation are read.
         handle: of a patched model: it is paused for the continuation.
-        prefilled: called between the two, while `handle.report()` tells of the prompt.
     """
     ids = prompt_ids(tokenizer, sample).to(model.device)
     n = ids.shape[1]
@@ -161,8 +170,7 @@ def read_on(
     prefill: Any = model(ids, use_cache=True, logits_to_keep=kept)
     truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"]
     truth = truth[:, : task.max_new_tokens].to(model.device)
-    if prefilled is not None:
-        prefilled()
+    layers = () if handle is None else handle.report().layers
     with nullcontext() if handle is None else handle.pause():
         rest: Any = model(truth[:, :-1], past_key_values=prefill.past_key_values, use_cache=True)
     logits = torch.cat([prefill.logits[:, -1:], rest.logits], 1)[0]
@@ -173,6 +181,7 @@ def read_on(
         last_rows=float(prompt[-(LAST_ROWS - 1) :].mean()),
         earlier_rows=float(earlier.mean()) if len(earlier) else None,
         tokens=n,
+        layers=layers,
     )
 
 
@@ -188,6 +197,13 @@ def _read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor
         rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
         logits = torch.cat([logits, rest.logits], 1)
     return logits
+
+
+def _can_shorten(cache: Any) -> bool:
+    """Whether a cache gives up its last tokens at any length: a window's and a recurrent layer's does not."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
 
 def _shorten(cache: Any, tokens: int) -> None:
@@ -341,10 +357,7 @@ class Evaluator:
         if handle is not None and not self._dense:
             with handle.pause():
                 self._dense = [self._answer(kind, sample) for sample in self._samples]
-        found, seen = [], Seen()
-        for sample in self._samples:
-            found.append(self._answer(kind, sample))
-            seen.look(handle)
+        found = [self._answer(kind, sample, handle) for sample in self._samples]
         if handle is None:
             self._dense = found
         scores, times = [a.score for a in found], [a.ttft_s for a in found]
@@ -361,23 +374,18 @@ class Evaluator:
             "ttft_s": median(times),
             "ttft_s_p20": _quantile(times, QUANTILES[0]),
             "ttft_s_p80": _quantile(times, QUANTILES[1]),
-            **seen.summary(),
+            **layers_summary([a.layers for a in found]),
             "scores": scores,
             "texts": [a.text for a in found],
             "ttft_s_each": times,
             "prompt_tokens": [a.tokens for a in found],
         }
 
-    def _answer(self, kind: Task, sample: Sample) -> Answer:
-        return answer(self.model, self.tokenizer, kind, sample, stop_when_found=True)
+    def _answer(self, kind: Task, sample: Sample, handle: Handle | None = None) -> Answer:
+        return answer(self.model, self.tokenizer, kind, sample, handle=handle, stop_when_found=True)
 
     def _readings(self, kind: Task, handle: Handle | None) -> dict[str, Any]:
-        found, seen = [], Seen()
-        for sample in self._samples:
-            reading = read_on(
-                self.model, self.tokenizer, kind, sample, handle=handle, prefilled=lambda: seen.look(handle)
-            )
-            found.append(reading)
+        found = [read_on(self.model, self.tokenizer, kind, sample, handle=handle) for sample in self._samples]
         nll, width = mean_interval([reading.nll for reading in found])
         earlier = [reading.earlier_rows for reading in found if reading.earlier_rows is not None]
         return {
@@ -388,7 +396,7 @@ class Evaluator:
             "perplexity": math.exp(nll),
             "nll_last_rows": mean(reading.last_rows for reading in found),
             "nll_earlier_rows": mean(earlier) if earlier else None,
-            **seen.summary(),
+            **layers_summary([reading.layers for reading in found]),
             "scores": [math.exp(-reading.nll) for reading in found],
             "prompt_tokens": [reading.tokens for reading in found],
         }
@@ -399,34 +407,27 @@ def _kind_of_prefill(config: SparseConfig | None, device: torch.device) -> str:
     return json.dumps(config.to_dict()) if config is not None and device.type == "cuda" else ""
 
 
-class Seen:
-    """What the layers did, over prompts."""
+def layers_summary(prompts: Sequence[Sequence[LayerReport]]) -> dict[str, Any]:
+    """What the layers did, over prompts: `density` and `tile_density`, `layer_density`, and `plan_ms` of a prompt.
 
-    def __init__(self) -> None:
-        self.density: list[list[float]] = []
-        self.tile_density: list[list[float]] = []
-        self.plan_ms: list[float] = []
+    Layers that kept their own attention have no density, and are not in the means.
+    """
+    if not any(prompts):
+        return {"density": 1.0, "tile_density": 1.0, "layer_density": None, "plan_ms": 0.0}
+    by_layer = [_mean_of(layer.density for layer in column) for column in zip(*prompts, strict=True)]
+    tiles = _mean_of(layer.tile_density for layers in prompts for layer in layers)
+    density = _mean_of(by_layer)
+    return {
+        "density": 1.0 if density is None else density,
+        "tile_density": 1.0 if tiles is None else tiles,
+        "layer_density": [None if share is None else round(share, 6) for share in by_layer],
+        "plan_ms": median(sum(layer.plan_ms or 0.0 for layer in layers) for layers in prompts),
+    }
 
-    def look(self, handle: Handle | None) -> tuple[LayerReport, ...]:
-        """Add what the layers did last; it is returned too."""
-        if handle is None:
-            return ()
-        layers = handle.report().layers
-        self.density.append([layer.density for layer in layers])
-        self.tile_density.append([layer.tile_density for layer in layers])
-        self.plan_ms.append(sum(layer.plan_ms or 0.0 for layer in layers))
-        return layers
 
-    def summary(self) -> dict[str, Any]:
-        if not self.density:
-            return {"density": 1.0, "tile_density": 1.0, "layer_density": None, "plan_ms": 0.0}
-        by_layer = [mean(column) for column in zip(*self.density, strict=True)]
-        return {
-            "density": mean(by_layer),
-            "tile_density": mean(map(mean, self.tile_density)),
-            "layer_density": [round(density, 6) for density in by_layer],
-            "plan_ms": median(self.plan_ms),
-        }
+def _mean_of(shares: Iterable[float | None]) -> float | None:
+    told = [share for share in shares if share is not None]
+    return mean(told) if told else None
 
 
 class PeakMemory:

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.evaluate import Z95, Config, PeakMemory, Seen, measured_on, spelled_out
-from sparsekit.patch import Handle, apply
+from sparsekit.evaluate import Z95, Config, PeakMemory, layers_summary, measured_on, spelled_out
+from sparsekit.patch import Handle, LayerReport, apply
 from sparsekit.sweep.results import ResultFile
 from sparsekit.sweep.runs import canonical, config_key
 from sparsekit.sweep.workers import said
@@ -204,12 +204,16 @@ def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
 def ran_dense(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A remark on each record of a sparse config of which no prompt ran sparse: its score is dense attention's."""
-    return [
-        f"{record['task']}, {record['label']}: no prompt ran sparse; the longest has {record['tokens']} tokens, "
-        f"dense_below_tokens is {record['config'].get('dense_below_tokens', 0)}."
-        for record in records
-        if record["config_key"] != "dense" and not record["sparse_prompts"]
-    ]
+    remarks = []
+    for record in records:
+        if record["config_key"] != "dense" and not record["sparse_prompts"]:
+            least = record["config"].get("dense_below_tokens", 0)
+            why = f"dense_below_tokens is {least}" if record["tokens"] < least else "of which every pair was kept"
+            remarks.append(
+                f"{record['task']}, {record['label']}: no prompt ran sparse; the longest has {record['tokens']} "
+                f"tokens, {why}."
+            )
+    return remarks
 
 
 class _Harness:
@@ -261,7 +265,7 @@ class _Harness:
             "limit": limit,
             "num_fewshot": results["n-shot"].get(task),
             **_scores(results, task),
-            **read.seen.summary(),
+            **layers_summary(read.layers),
             "sparse_prompts": read.sparse / max(len(read.tokens), 1),
             "prompt_tokens": read.tokens,
             "peak_memory_bytes": peak.bytes,
@@ -305,7 +309,7 @@ class _Prompts:
     def __init__(self, model: PreTrainedModel, handle: Handle | None) -> None:
         self.tokens: list[int] = []
         self.sparse = 0
-        self.seen = Seen()
+        self.layers: list[tuple[LayerReport, ...]] = []
         self._model, self._handle = model, handle
         self._begins = False
 
@@ -329,7 +333,8 @@ class _Prompts:
 
     def _after(self, *_: object) -> None:
         if self._begins and self._handle is not None:
-            self.sparse += any(layer.ran == "sparse" for layer in self.seen.look(self._handle))
+            self.layers.append(self._handle.report().layers)
+            self.sparse += any(layer.ran == "sparse" and not layer.why for layer in self.layers[-1])
 
 
 # ---- what lm-eval says

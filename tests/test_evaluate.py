@@ -15,7 +15,7 @@ from sparsekit import SparsekitError, load, models
 from sparsekit import evaluate as evaluate_module
 from sparsekit.cli import app
 from sparsekit.evaluate import answer, evaluate
-from sparsekit.tasks import task
+from sparsekit.tasks import prompt_ids, task
 
 TRIANGLE = {"version": 1, "layers": {"2-3": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}}
 DENSE = {"version": 1}
@@ -65,6 +65,50 @@ def test_a_draft_of_the_true_answer_changes_nothing(
         torch.testing.assert_close(drafted.logprobs, plain.logprobs, rtol=0, atol=1e-6)
     wrong = replace(sample, answers=(plain.text.split()[0][:2] + "999",))  # a draft that is left after some tokens
     assert answer(*smollm2, kind, wrong, stop_when_found=True).text == plain.text
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_caches_that_cannot_be_shortened(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], family: str, drafted: bool
+) -> None:
+    """Windows and recurrent layers: the answer's log-probabilities are those of one whole forward."""
+    limits = {} if family == "qwen3_next" else {"sliding_window": 64}
+    model = models.tiny(family, vocab_size=49152, max_position_embeddings=1024, **limits)
+    kind = replace(task("needle4"), max_new_tokens=4)
+    [sample] = kind.samples(smollm2[1], tokens=400, count=1, seed=0)
+    got = answer(model, smollm2[1], kind, sample, stop_when_found=drafted)
+    prompt = prompt_ids(smollm2[1], sample)
+    truth = smollm2[1](f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        whole = model(torch.cat([prompt, truth], 1)).logits[0, prompt.shape[1] - 1 : -1]
+    torch.testing.assert_close(got.logprobs, whole.double().log_softmax(-1), rtol=0, atol=1e-4)
+    assert got.text
+
+
+def test_layers_with_a_window_of_their_own_have_no_density(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = models.tiny(
+        "gemma3_text", vocab_size=49152, max_position_embeddings=1024, sliding_window=64, layer_types=kinds
+    )
+    config = {"default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}
+    [row] = evaluate(model, smollm2[1], {"t": config}, tasks=["passkey"], lengths=[400], samples=2)
+    told = [share for share in row["layer_density"] if share is not None]
+    assert [share is None for share in row["layer_density"]] == [True, False] * 2
+    assert row["density"] == pytest.approx(sum(told) / len(told), abs=1e-6) and row["density"] < 0.5
+
+
+def test_only_the_prompt_is_sparse_however_few_queries_are_enough(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    """An answer longer than min_queries is read by the model's own attention, and the record tells of the prompt."""
+    few, many = ({**TRIANGLE, "min_queries": queries} for queries in (2, 64))
+    configs = {"few": few, "many": many}
+    for name in ("kv_retrieval", "needle4"):
+        a, b = evaluate(*small, configs, tasks=[name], lengths=[400], samples=2)
+        assert (a["kl"], a["texts"], a["layer_density"]) == (b["kl"], b["texts"], b["layer_density"])
 
 
 def test_perplexity_of_what_follows(small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:

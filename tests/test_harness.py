@@ -338,6 +338,13 @@ def test_tasks_of_ones_own_on_a_real_model(smollm2: Smol, tasks: LmEvalTasks, do
     assert out.read_text().splitlines(keepends=True)[:3] == lines[:3] and len(out.read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(("least", "why"), [(4096, "dense_below_tokens is 4096"), (64, "of which every pair was kept")])
+def test_a_score_that_is_dense_attentions_is_remarked(least: int, why: str) -> None:
+    record = {"task": "door", "label": "t", "tokens": 200, "config_key": "1", "sparse_prompts": 0.0}
+    said = ran_dense([{**record, "config": {"dense_below_tokens": least}}, {**record, "sparse_prompts": 0.5}])
+    assert said == [f"door, t: no prompt ran sparse; the longest has 200 tokens, {why}."]
+
+
 def test_another_task_of_the_same_name_is_another_run(smollm2: Smol, tasks: LmEvalTasks) -> None:
     asker = harness._Harness(*smollm2, tasks, "smollm2-135m")
     with pytest.raises(SparsekitError, match="include 'here': goes with names"):

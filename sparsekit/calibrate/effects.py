@@ -16,8 +16,8 @@ from sparsekit.calibrate.shared import SharedLayers
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError
 from sparsekit.evaluate import Answer, answer, kl_divergence, mean_interval
-from sparsekit.patch import apply
-from sparsekit.patterns import Pattern
+from sparsekit.patch import Handle, apply
+from sparsekit.patterns import DynamicPattern, Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,13 @@ class Judge:
         self._shared = SharedLayers(model)
 
     def effect(self, patterns: Mapping[int, Pattern]) -> Effect:
-        """Of these layers with these patterns, all others dense."""
+        """Of these layers with these patterns, all others dense.
+
+        Raises:
+            SparsekitError: a layer that keeps its own attention, or a pattern that prompts of such a length run dense.
+        """
+        for pattern in dict.fromkeys(patterns.values()):
+            self._check_length(pattern)
         rows = [self._row(patterns, prompt) for prompt in self.prompts]
         longest = max(prompt.tokens for prompt in self.prompts)
         at_longest = [row for row, prompt in zip(rows, self.prompts, strict=True) if prompt.tokens == longest]
@@ -101,9 +107,19 @@ class Judge:
             tiles,
         )
 
+    def _check_length(self, pattern: Pattern) -> None:
+        shortest = min(prompt.tokens for prompt in self.prompts)
+        least = pattern.dense_below(self.model.device) if isinstance(pattern, DynamicPattern) else 0
+        if shortest <= least:
+            raise SparsekitError(
+                f"{pattern} runs dense below {least} tokens on {self.model.device.type}, so prompts of {shortest} say "
+                "nothing of it: take longer ones, or write `dense_below_tokens: 0` into the pattern."
+            )
+
     def _row(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
         mixture = {str(layer): patterns[layer].model_dump(mode="json") for layer in sorted(patterns)}
-        key = {"kind": "effect", "model": self._weights, "prompt": prompt.key, "layers": mixture}
+        place = {"kind": "effect", "model": self._weights, "device": self.model.device.type}
+        key = {**place, "prompt": prompt.key, "layers": mixture}
         row: dict[str, Any] | None = self.records.get(key)
         return row if row is not None else self.records.add(key, self._measure(patterns, prompt))
 
@@ -114,8 +130,8 @@ class Judge:
             return {"kl": 0.0, "score": score, "dense_score": score, "same": 1.0, "tile_density": {}}
         config = load({"layers": {str(layer): pattern.to_yaml() for layer, pattern in patterns.items()}})
         with apply(self.model, config) as handle, self._shared.from_layer(min(patterns), content_key(prompt.key)):
-            got = self._read(prompt)
-            rows = {row.layer: row for row in handle.report().layers}
+            got = self._read(prompt, handle)
+            rows = {row.layer: row for row in got.layers}
         idle = [layer for layer in patterns if rows[layer].ran == "own"]
         if idle:
             raise SparsekitError(f"layer {idle[0]} keeps its own attention ({rows[idle[0]].why}): it cannot be sparse.")
@@ -136,9 +152,10 @@ class Judge:
                 self._dense[key] = self._read(prompt)
         return self._dense[key]
 
-    def _read(self, prompt: Prompt) -> Answer:
+    def _read(self, prompt: Prompt, handle: Handle | None = None) -> Answer:
         """The answer's log-probabilities; nothing is decoded beyond the first token."""
-        return answer(self.model, self.tokenizer, replace(prompt.task, max_new_tokens=1), prompt.sample)
+        task = replace(prompt.task, max_new_tokens=1)
+        return answer(self.model, self.tokenizer, task, prompt.sample, handle=handle)
 
     def _exact(self, got: Answer, prompt: Prompt) -> float:
         truth = self.tokenizer(f" {prompt.sample.answers[0]}", add_special_tokens=False)["input_ids"]

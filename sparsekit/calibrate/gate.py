@@ -21,7 +21,7 @@ from sparsekit.config import SparseConfig, format_range, load, parse_range
 from sparsekit.errors import SparsekitError
 from sparsekit.evaluate import Answer, answer, kl_divergence
 from sparsekit.models import facts
-from sparsekit.patch import apply
+from sparsekit.patch import Handle, apply
 from sparsekit.tasks import Task
 
 if TYPE_CHECKING:
@@ -184,15 +184,16 @@ class _Gate:
 
     def row(self, config: SparseConfig, prompt: Prompt) -> dict[str, Any]:
         meaning = {name: value for name, value in config.to_dict().items() if name not in ("provenance", "model")}
-        key = {"kind": "gate", "model": self._weights, "prompt": prompt.key, "config": meaning}
+        key = {"kind": "gate", "model": self._weights, "device": self.model.device.type, "prompt": prompt.key}
+        key["config"] = meaning
         found: dict[str, Any] | None = self.records.get(key)
         return found if found is not None else self.records.add(key, self._measure(config, prompt))
 
     def _measure(self, config: SparseConfig, prompt: Prompt) -> dict[str, Any]:
         dense = self._answer(prompt)
         with apply(self.model, config) as handle:
-            sparse = self._answer(prompt)
-            ran = [row.why for row in handle.report().layers if row.ran != "own" and row.pattern != "dense"]
+            sparse = self._answer(prompt, handle)
+        ran = [row.why for row in sparse.layers if row.ran != "own" and row.pattern != "dense"]
         if ran and all(ran):
             raise SparsekitError(f"the gate's prompts do not run the config ({ran[0]}), so they check nothing.")
         return {
@@ -202,8 +203,8 @@ class _Gate:
             "kl": kl_divergence(dense, sparse),
         }
 
-    def _answer(self, prompt: Prompt) -> Answer:
-        return answer(self.model, self.tokenizer, prompt.task, prompt.sample)
+    def _answer(self, prompt: Prompt, handle: Handle | None = None) -> Answer:
+        return answer(self.model, self.tokenizer, prompt.task, prompt.sample, handle=handle)
 
     def blame(self, config: SparseConfig, lost: Sequence[Prompt], quiet: bool) -> tuple[list[int], bool]:
         """(layers whose return to dense brings the lost answers back, whether it brings all back)."""

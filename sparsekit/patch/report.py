@@ -12,9 +12,13 @@ from sparsekit.patch.state import Layer
 class LayerReport:
     """What one layer did in the last prefill.
 
-    `ran`: sparse, dense, own (kept its own attention), or "not run". `density` and `tile_density` are shares of the
-    causal pairs and tiles, `plan_bytes` the plan's tensors, `ms` plan and kernel together, `plan_ms` the plan alone (a
-    static pattern's is made once, and found again); `impl_why` says why `impl`.
+    Attributes:
+        ran: sparse, dense, own (kept its own attention), or "not run".
+        why: of all but sparse; and of a sparse layer whose pattern kept every pair, so that it did what dense does.
+        density, tile_density: shares of the causal pairs and tiles; None where a layer kept its own attention.
+        plan_bytes: of the plan's tensors.
+        ms, plan_ms: plan and kernel together; the plan alone (a static pattern's is made once, and found again).
+        impl_why: why `impl`.
     """
 
     layer: int
@@ -22,8 +26,8 @@ class LayerReport:
     why: str
     pattern: str
     impl: str = "model"
-    density: float = 1.0
-    tile_density: float = 1.0
+    density: float | None = 1.0
+    tile_density: float | None = 1.0
     plan_bytes: int = 0
     ms: float | None = None
     plan_ms: float | None = None
@@ -47,9 +51,10 @@ class Report:
         )
         for row in self.layers:
             ms, plan_ms = ("" if value is None else f"{value:.2f}" for value in (row.ms, row.plan_ms))
+            pairs, tiles = ("" if value is None else f"{value:.3f}" for value in (row.density, row.tile_density))
             what = row.pattern + (f" ({row.why})" if row.why else "")
             lines.append(
-                f"{row.layer:>5}  {row.ran:8}{row.density:>8.3f}{row.tile_density:>8.3f}{row.plan_bytes:>8} B{ms:>9}"
+                f"{row.layer:>5}  {row.ran:8}{pairs:>8}{tiles:>8}{row.plan_bytes:>8} B{ms:>9}"
                 f"{plan_ms:>9}  {row.impl:10}{what}"
             )
         reasons = dict.fromkeys((row.impl, row.impl_why) for row in self.layers if row.impl_why)
@@ -60,20 +65,23 @@ class Report:
 def report_layer(layer: Layer) -> LayerReport:
     index, pattern = layer.patterns.layer, str(layer.patterns)
     if layer.plan is None or layer.choice is None:
-        return LayerReport(index, layer.ran, layer.why, pattern)
+        share = None if layer.ran == "own" else 1.0
+        return LayerReport(index, layer.ran, layer.why, pattern, density=share, tile_density=share)
     begun, planned, done = layer.times
     if isinstance(done, float):
         plan_ms, ms = (planned - begun) * 1e3, (done - begun) * 1e3
     else:
         done.synchronize()
         plan_ms, ms = begun.elapsed_time(planned), begun.elapsed_time(done)
+    density = layer.plan.density()
+    kept_all = layer.ran == "sparse" and density == 1
     return LayerReport(
         index,
         layer.ran,
-        layer.why,
+        "the pattern kept every pair" if kept_all else layer.why,
         pattern,
         layer.choice.impl,
-        layer.plan.density(),
+        density,
         layer.plan.tile_density(),
         layer.plan.nbytes,
         ms,
