@@ -70,11 +70,13 @@ def test_probe_then_rule(tiny, right) -> None:
 
 
 def test_what_fails_the_gate_is_not_written(tiny) -> None:
-    said = out("calibrate", "rule", "m", "--rule", "list", "--layers", "1-3", "-o", "c.yaml", *GATE, code=1)
+    pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
+    rule = ["--rule", "list", "--layers", "1-3", "--pattern", pattern, "-o", "c.yaml"]
+    said = out("calibrate", "rule", "m", *rule, *GATE, code=1)
     assert said.count("\n") == 1 or "dense attention itself is wrong" in said
     assert "'c.yaml' is not written: dense attention itself is wrong at 512 tokens" in said
     assert not Path("c.yaml").exists()
-    Path("d.yaml").write_text("layers: {'3': triangle}\n")
+    Path("d.yaml").write_text(f"layers: {{'3': {pattern}}}\n")
     gate = ["--gate-tokens", "512", "--gate-samples", "1"]
     assert "dense attention itself" in out("calibrate", "gate", "m", "d.yaml", *gate, code=1)
 
@@ -115,6 +117,7 @@ def test_inspect(tiny) -> None:
         (["probe", "m", "--seeds", "a"], "--seeds 'a': whole numbers parted by commas"),
         (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "256"], "must end in .png"),
         (["rule", "m", "--rule", "suffix", "-o", "c.yaml"], "needs a probe"),
+        (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "list", "-o", "c.yaml"], "one pattern, which all"),
         (["tune", "m", "--patterns", "{name: triangle", "-o", "c.yaml"], "--patterns '{name: triangle'"),
         (["tune", "m", "--patterns", "triangle", "--tokens", "9000", "-o", "c.yaml"], "the model has 4096 positions"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +255,24 @@ def test_a_changed_weight_is_another_model(tiny, tmp_path) -> None:
         other.model.layers[1].self_attn.v_proj.weight[0, 0] += 1
     assert probe(other, tokenizer, **options) != first
     assert len(Records(tmp_path / "r.jsonl")) == 2
+
+
+def test_records_survive_what_cut_them(tmp_path) -> None:
+    file = tmp_path / "r.jsonl"
+    kept = Records(file)
+    kept.add({"n": 1}, "a")
+    kept.add({"n": 2}, "\u00e9")
+    whole = file.read_text()
+    for cut in ('{"id": "b", "ke', "\u00e9"):
+        file.write_text(whole + cut)
+        assert len(Records(file)) == 2 and file.read_text() == whole
+    file.write_text(whole.rstrip("\n"))  # all but the line's end
+    Records(file).add({"n": 3}, "c")
+    assert file.read_text().startswith(whole) and len(Records(file)) == 3
+    full = Records()
+    full.path = Path("/dev/full")
+    with pytest.raises(SparsekitError, match=r"records '/dev/full': No space left on device; make room"):
+        full.add({"n": 1}, "a")
 
 
 def test_what_is_refused(tiny, tmp_path) -> None:

@@ -12,6 +12,7 @@ from sparsekit import SparsekitError, load, models
 from sparsekit.calibrate.curve import start_layer_curve
 from sparsekit.calibrate.effects import Judge
 from sparsekit.calibrate.gate import gate, give_back, write_gated
+from sparsekit.calibrate.heads import search_heads
 from sparsekit.calibrate.probe import Sections, probe
 from sparsekit.calibrate.prompts import make_prompts
 from sparsekit.calibrate.records import Records
@@ -284,6 +285,10 @@ def test_give_back_takes_heads_ranges_and_defaults() -> None:
         ({"layers": [9]}, "layer 9: the model has 0-2"),
         ({"tokens": [5000]}, "the model has 4096 positions"),
         ({"patterns": ["triangel"]}, "unknown pattern 'triangel'.*triangle"),
+        (
+            {"patterns": [{"name": "block_topk", "top_k": 2, "dense_below_tokens": 512}]},
+            "block_topk.* runs dense below 512 tokens on cpu, so prompts of 400 say nothing of it",
+        ),
     ],
 )
 def test_what_tune_refuses(adversary, options: dict, message: str) -> None:
@@ -297,11 +302,22 @@ def test_a_layer_that_cannot_be_sparse_is_named() -> None:
         tune(model, Words(), [TRIANGLE], layers=[3], tokens=[400], **OPTIONS)
 
 
+def test_a_model_of_windows_alone_is_refused() -> None:
+    model = models.tiny("mistral", vocab_size=len(WORDS), sliding_window=8)
+    with pytest.raises(SparsekitError, match=r"every layer keeps its own attention \(layer 0 is a sliding_attention"):
+        tune(model, Words(), [TRIANGLE], tokens=[400], **OPTIONS)
+    with pytest.raises(SparsekitError, match=r"every layer keeps its own attention"):
+        search_heads(model, Words(), [TRIANGLE], flops=0.9, tokens=400)
+
+
 def test_what_the_gate_refuses(adversary) -> None:
     model, tokenizer = adversary
     with pytest.raises(SparsekitError, match="run dense under this config"):
         gate(model, tokenizer, {"dense_below_tokens": 1024}, tokens=[512, 2048], **OPTIONS)
     with pytest.raises(SparsekitError, match="bound = 1"):
         gate(model, tokenizer, {}, tokens=[512], bound=1, **OPTIONS)
+    wide = {"layers": {"2": {"name": "triangle", "window_tokens": 4096}}}
+    with pytest.raises(SparsekitError, match=r"do not run the config \(the pattern kept every pair\)"):
+        gate(model, tokenizer, wide, tokens=[300], samples=1, **OPTIONS)
     with pytest.raises(SparsekitError, match="the model has 4096 positions"):
         gate(model, tokenizer, {}, tokens=[8192], **OPTIONS)

@@ -30,7 +30,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.explain import explain
 from sparsekit.kernels import Softmax, attend, geometry_for
 from sparsekit.models import ArchFacts, facts, wrap_attention
-from sparsekit.patterns import Dense, Pattern, XAttention, parse_pattern
+from sparsekit.patterns import Dense, DynamicPattern, Pattern, XAttention, parse_pattern
 from sparsekit.tasks import Task, prompt_ids
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def search_heads(
     """A pattern for each head of each full-attention layer, by the error of its output, under a target of FLOPs.
 
     Args:
-        candidates: patterns with their budgets; dense is always one more.
+        candidates: patterns with their budgets; dense is always one more. A dynamic one is measured at every length,
+            below the one too from which it runs on such a device.
         flops: target, attention FLOPs (visited tiles) as a share of dense; default MInference's, an A-shape of 1024
             sinks and a window of 4096.
         per_head: hold the target in each head rather than in the mean over all.
@@ -178,12 +179,14 @@ def search_heads(
     if not patterns or alone:
         named = f"{alone[0]} needs a layer of its own, and cannot be chosen by head" if alone else "no candidates"
         raise SparsekitError(f"candidates: {named}.")
-    arch = facts(model)
+    arch, own = facts(model), own_layers(model)
+    if len(own) == arch.num_layers:
+        raise SparsekitError(f"every layer keeps its own attention (layer 0 is a {own[0]}): no head can be chosen.")
     target = _minference_target(arch, tokens) if flops is None else flops
     if not 0 < target <= 1:
         raise SparsekitError(f"flops = {target}: a share of dense attention's, above 0 and up to 1.")
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
-    kept, weights, own = Records(records), fingerprint(model), own_layers(model)
+    kept, weights = Records(records), fingerprint(model)
     with progress("heads", len(prompts) * (arch.num_layers - len(own)), quiet=quiet) as step:
         measure = lambda prompt: _measure(model, tokenizer, prompt, patterns, kept, weights, own, step)  # noqa: E731
         found = [measure(prompt) for prompt in prompts]
@@ -277,7 +280,8 @@ def _score(
         own_q, own_k, own_v = q[:, head : head + 1], k[:, at], v[:, at]
         sinks = None if softmax.sink_logits is None else softmax.sink_logits[head : head + 1]
         of_head = Softmax(softmax.scale, softmax.softcap, sinks)
-        plan = pattern.plan(own_q, own_k, geometry_for(own_q, own_k), of_head)
+        select = pattern.select if isinstance(pattern, DynamicPattern) else pattern.plan
+        plan = select(own_q, own_k, geometry_for(own_q, own_k), of_head)
         out: Any = attend(own_q, own_k, own_v, plan, scale=softmax.scale, softcap=softmax.softcap, sink_logits=sinks)
         exact = dense[:, head : head + 1].float()
         errors.append(float((out.float() - exact).abs().sum() / exact.abs().sum().clamp(min=1e-30)))

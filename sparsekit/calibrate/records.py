@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -47,12 +48,14 @@ class Records:
         return self._rows.get(content_key(key))
 
     def add(self, key: Mapping[str, Any], value: Any) -> Any:
-        """Keep a value, on disk before this returns, and return it as it will be read back."""
+        """Keep a value, on disk before this returns, and return it as it will be read back.
+
+        Raises:
+            SparsekitError: it could not be written.
+        """
         row = json.dumps({"id": content_key(key), "key": key, "value": value})
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(row + "\n")
-                file.flush()
+            _append(self.path, f"{row}\n".encode())
         self._rows[content_key(key)] = json.loads(row)["value"]
         return self._rows[content_key(key)]
 
@@ -71,8 +74,29 @@ class Records:
                     f"records {str(path)!r}, line {number}: not a record of sparsekit; give another file."
                 )
         if lines and not lines[-1].endswith("\n"):
-            whole = lines if _parsed(lines[-1]) is not None else lines[:-1]
-            path.write_text("".join(line.rstrip("\n") + "\n" for line in whole))
+            if _parsed(lines[-1]) is not None:
+                _append(path, b"\n")
+            else:
+                os.truncate(path, path.stat().st_size - len(lines[-1].encode()))
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Returns when the disk has it; a file that could not take all of it is as before."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise SparsekitError(
+            f"records {str(path)!r}: {error.strerror or error}; make room, then give the same command again: what was "
+            "measured is kept."
+        ) from None
 
 
 def _parsed(line: str) -> tuple[str, Any] | None:

@@ -233,6 +233,8 @@ def tune(
 
 def _open_layers(model: PreTrainedModel, arch: ArchFacts, layers: Sequence[int] | None) -> list[int]:
     own = own_layers(model)
+    if len(own) == arch.num_layers:
+        raise SparsekitError(f"every layer keeps its own attention (layer 0 is a {own[0]}): none can be sparse.")
     if layers is None:
         return [i for i in range(arch.num_layers) if i not in own]
     for layer in layers:

@@ -118,8 +118,10 @@ def _calibrate_rule(
     from sparsekit.patterns import parse_pattern
 
     found = None if probe_file is None else read_probe(probe_file)
-    [chosen] = patterns_of(pattern) or [{"name": ""}]
-    runs = parse_pattern(chosen)
+    given = patterns_of(pattern)
+    if len(given) != 1:
+        raise SparsekitError(f"--pattern {pattern!r}: one pattern, which all chosen layers run, not {len(given)}.")
+    runs = parse_pattern(given[0])
     loaded = load_weights(model, device, dtype, exact=True)
     arch = facts(loaded[0])
 
