@@ -15,6 +15,7 @@ from sparsekit import SparsekitError, load, models
 from sparsekit import evaluate as evaluate_module
 from sparsekit.cli import app
 from sparsekit.evaluate import answer, evaluate
+from sparsekit.sweep.results import ResultFile
 from sparsekit.tasks import prompt_ids, task
 
 TRIANGLE = {"version": 1, "layers": {"2-3": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}}
@@ -157,5 +158,22 @@ def test_the_command(
         (300, True), (300, False), (400, True), (400, False)
     ]  # fmt: skip
     assert rows[0]["model"] == "smollm2-135m" and rows[1]["config"]["layers"]
+
+    before = (tmp_path / "out.jsonl").read_text()
+    wrong = CliRunner().invoke(app, ["eval", *given, *options, "--tasks", "passkeyy"])
+    assert wrong.exit_code == 1 and "Did you mean 'passkey'" in wrong.stderr
+    late = CliRunner().invoke(app, ["eval", *given, *options, "--tokens", "300,4096"])
+    assert late.exit_code == 1 and "has 1024 positions" in late.stderr
+    assert (tmp_path / "out.jsonl").read_text() == before
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
+    with ResultFile(tmp_path / "out.jsonl", shared=True).writing():
+        held = CliRunner().invoke(app, ["eval", *given, *options])
+    assert held.exit_code == 1 and "being written by another process" in held.stderr
+    (tmp_path / "sweep.jsonl").write_text(json.dumps({"key": "a", **rows[0]}) + "\n")
+    for file, says in (("sweep.jsonl", "are of `sparsekit sweep`"), ("triangle.yaml", "no record"), (".", "a file")):
+        refused = CliRunner().invoke(app, ["eval", *given, *options, "-o", str(tmp_path / file)])
+        assert refused.exit_code == 1 and says in refused.stderr, refused.stderr
+    assert json.loads((tmp_path / "triangle.yaml").read_text()) == TRIANGLE
+
     table = CliRunner().invoke(app, ["eval", *given, *options])
     assert table.exit_code == 0 and "passkey" in table.stdout

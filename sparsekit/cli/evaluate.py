@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +52,7 @@ def eval_(
     from sparsekit.config import load
     from sparsekit.evaluate import evaluate
     from sparsekit.harness import records_kept
+    from sparsekit.sweep.results import replacing
 
     chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
     if len(chosen) < len(configs):
@@ -61,27 +62,26 @@ def eval_(
         options = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "output": output}
         _eval_by_lm_eval(chosen, model, words_of(tasks), include, device, dtype, as_json, options)
         return
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(records_kept(output))
     rows = []
-    with busy("answering"):
-        records = evaluate(
-            *load_weights(model, device, dtype),
-            chosen,
-            tasks=words_of(tasks),
-            lengths=numbers_of(lengths, "--tokens"),
-            samples=samples,
-            seed=seed,
-            corpus=corpus,
-            name=model,
-            command=command_line(),
-        )
-        for record in records:
-            rows.append(record)
-            if output is not None:
-                with output.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+    with ExitStack() as stack:
+        add = None if output is None else stack.enter_context(replacing(output, records_kept(output)))
+        loaded = load_weights(model, device, dtype)
+        with busy("answering"):
+            records = evaluate(
+                *loaded,
+                chosen,
+                tasks=words_of(tasks),
+                lengths=numbers_of(lengths, "--tokens"),
+                samples=samples,
+                seed=seed,
+                corpus=corpus,
+                name=model,
+                command=command_line(),
+            )
+            for record in records:
+                rows.append(record)
+                if add is not None:
+                    add(record)
     if as_json:
         print_json(rows)
         return

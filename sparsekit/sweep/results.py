@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from sparsekit.errors import SparsekitError
 
-__all__ = ["ResultFile", "read_results"]
+__all__ = ["ResultFile", "read_results", "replacing"]
 
 # What every record has, what one that did not fail has too, and how a line of a sweep begins.
 NEEDED = ("label", "model", "task", "tokens", "seed")
@@ -46,24 +46,14 @@ class ResultFile:
             SparsekitError: another process holds it, it cannot be opened, or it has a line that is no record. Nothing
                 is removed from a file of another kind.
         """
-        lock = FileLock(f"{self.path}.lock", timeout=0)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise SparsekitError(
-                f"results {str(self.path)!r} are being written by another process; wait for it, or give another file."
-            ) from None
-        except OSError as error:
-            raise SparsekitError(f"results {str(self.path)!r} cannot be written: {error.strerror or error}.") from None
-        try:
-            self._fd = self._open()
-            yield self._mended()
-        finally:
-            if self._fd is not None:
-                os.close(self._fd)
-                self._fd = None
-            lock.release()
+        with _held(self.path):
+            try:
+                self._fd = self._open()
+                yield self._mended()
+            finally:
+                if self._fd is not None:
+                    os.close(self._fd)
+                    self._fd = None
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record, and return when the disk has it.
@@ -88,14 +78,12 @@ class ResultFile:
 
     def _open(self) -> int:
         new = not self.path.exists()
-        try:
+        with _writable(self.path):
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             if new and hasattr(os, "O_DIRECTORY"):  # the name of a new file is on the disk when its folder is
                 folder = os.open(self.path.parent, os.O_DIRECTORY)
                 os.fsync(folder)
                 os.close(folder)
-        except OSError as error:
-            raise SparsekitError(f"results {str(self.path)!r} cannot be written: {error.strerror or error}.") from None
         return fd
 
     def _mended(self) -> dict[str, dict[str, Any]]:
@@ -119,6 +107,73 @@ class ResultFile:
             os.fsync(self._fd)
         except OSError:
             return
+
+
+@contextmanager
+def replacing(path: str | Path, kept: str = "") -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Write a result file anew; yields what adds a record. Until all of them are there, the file is as before.
+
+    They are gathered in `FILE.part`, which stays where the block does not end.
+
+    Args:
+        kept: lines of the file that stay, at its top.
+
+    Raises:
+        SparsekitError: another process holds the file, it has runs of a sweep, or it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    with _held(path):
+        if path.exists():
+            _check_replaceable(path)
+        with _writable(path):
+            part.write_text(kept, encoding="utf-8")
+
+        def add(record: Mapping[str, Any]) -> None:
+            with _writable(path), part.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+        yield add
+        with _writable(path):
+            part.replace(path)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """No other process writes the file within this block."""
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        with _writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except Timeout:
+        raise SparsekitError(
+            f"results {str(path)!r} are being written by another process; wait for it, or give another file."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        raise SparsekitError(f"results {str(path)!r} cannot be written: {error.strerror or error}.") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.is_file():
+        raise SparsekitError(f"results {str(path)!r} are to be a file.")
+    records, rest = _parse(path)
+    if rest and not records:
+        raise _no_record(path, 1, "no whole line")
+    if any("key" in record and "harness" not in record for record in records):
+        raise SparsekitError(f"results {str(path)!r} are of `sparsekit sweep`; give `eval` a file of its own.")
 
 
 def read_results(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
