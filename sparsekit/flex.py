@@ -82,7 +82,8 @@ def from_flex(mask: BlockMask, *, rule: TokenRule | None = None, geometry: Geome
         mask: partial tiles must be cut by causality alone, or by causality and `rule`.
 
     Raises:
-        SparsekitError: a tile that is cut in another way, or that looks into the future.
+        SparsekitError: a tile that is cut in another way, or that looks into the future; a geometry with padding on the
+            left, or off the mask's tiles.
     """
     samples, heads = mask.kv_num_blocks.shape[:2]
     q_len, kv_len = mask.seq_lengths
@@ -90,6 +91,11 @@ def from_flex(mask: BlockMask, *, rule: TokenRule | None = None, geometry: Geome
     if samples != 1:
         raise SparsekitError(f"from_flex: BlockMask of {samples} samples; convert one sample at a time.")
     geometry = geometry or Geometry.of(q_len, kv_len, block_q=block_q, block_kv=block_kv)
+    if any(geometry.kv_start):
+        raise SparsekitError(
+            f"from_flex: kv_start={geometry.kv_start}: a BlockMask counts tiles from key 0, so padding on the left "
+            f"does not fit."
+        )
     if geometry.q_offset % block_q or (geometry.block_q, geometry.block_kv) != (block_q, block_kv):
         raise SparsekitError(
             f"from_flex: q_offset={geometry.q_offset} and tile must fit BLOCK_SIZE {(block_q, block_kv)}."

@@ -31,6 +31,7 @@ __all__ = [
     "row_bounds",
     "segment_bounds",
     "stack_heads",
+    "upload",
 ]
 
 CAUSAL = 1  # entry flag: apply the causal mask, and the valid key length
@@ -102,7 +103,7 @@ class Ranked:
         return {"q_index": self.q_index, "keys": self.keys, "key_ptr": self.key_ptr, "visited": self.visited}
 
     def to(self, device: torch.device | str) -> Ranked:
-        q_index, keys, key_ptr, visited = (t.to(device) for t in self.tensors.values())
+        q_index, keys, key_ptr, visited = (upload(t, device) for t in self.tensors.values())
         return replace(self, q_index=q_index, keys=keys, key_ptr=key_ptr, visited=visited)
 
 
@@ -181,7 +182,7 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         rows = replace(self, ranked=None)
-        moved: dict[str, Any] = {name: t.to(device) for name, t in rows.tensors.items()}
+        moved: dict[str, Any] = {name: upload(t, device) for name, t in rows.tensors.items()}
         ranked = None if self.ranked is None else self.ranked.to(device)
         return BlockPlan(self.geometry, self.samples, self.heads, long_rows=self.long_rows, ranked=ranked, **moved)
 
@@ -643,7 +644,7 @@ def _row_sources(
         wanted.append(max(map(own.count, set(own)), default=0))
     blocks = torch.tensor(block)
     row = (blocks[:, None] * rows + torch.arange(rows)).flatten()
-    return _upload(blocks, device), _upload(row, device), tuple(wanted)
+    return upload(blocks, device), upload(row, device), tuple(wanted)
 
 
 def _stacked_entries(
@@ -734,7 +735,7 @@ def row_bounds(geometry: Geometry, samples: int, device: torch.device) -> tuple[
     low = torch.maximum(start, first)
     high = torch.minimum(start + geometry.block_q, end).maximum(low)
     tiles = torch.stack([plan._causal_tiles(s) for s in range(samples)])
-    return tuple(_upload(x, device) for x in (low, high, tiles, keys))  # type: ignore[return-value]
+    return tuple(upload(x, device) for x in (low, high, tiles, keys))  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=64)
@@ -748,12 +749,12 @@ def segment_bounds(
     first = (begins + torch.arange(max(int((ends - begins).max()), 1))) * segment_tokens
     low = torch.maximum(first, torch.tensor([[span.q_first] for span in spans]))
     high = torch.minimum(first + segment_tokens, torch.tensor([[span.q_end] for span in spans])).maximum(low)
-    return _upload(first, device), _upload(low, device), _upload(high, device)
+    return upload(first, device), upload(low, device), upload(high, device)
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """`values` there, without waiting: from pinned memory, since a pageable copy synchronises."""
-    if device.type != "cuda":
+def upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """`values` on `device`. From the CPU to a card from pinned memory, since a pageable copy makes the host wait."""
+    if values.device.type != "cpu" or torch.device(device).type != "cuda":
         return values.to(device)
     return values.contiguous().pin_memory().to(device, non_blocking=True)
 

@@ -78,3 +78,7 @@ def test_what_does_not_fit() -> None:
     padded = Geometry.of(300, batch=2, kv_start=(0, 10), block_q=64)
     with pytest.raises(SparsekitError, match="kv_start"):
         to_flex(static_plan(Triangle(), padded, CPU))
+    causal = create_block_mask(lambda b, h, q, k: k <= q, 1, 1, 300, 300, device="cpu", BLOCK_SIZE=64)
+    for start in (64, 10):
+        with pytest.raises(SparsekitError, match=rf"from_flex: kv_start=\({start},\): .*padding on the left"):
+            from_flex(causal, geometry=Geometry.of(300, kv_start=(start,), block_q=64, block_kv=64))

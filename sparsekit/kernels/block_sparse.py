@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparsekit.errors import SparsekitError
 from sparsekit.geometry import Geometry
 from sparsekit.kernels.softmax import Softmax
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import BlockPlan, upload
 
 __all__ = ["HEAD_SIZES", "Tile", "attend_triton", "interpreted", "tile_for"]
 
@@ -512,8 +512,7 @@ def _spans(geometry: Geometry, device: torch.device) -> Tensor:
         [start, span.q_first, span.q_end, span.keys]
         for start, span in zip(geometry.kv_start, geometry.spans, strict=True)
     ]
-    spans = torch.tensor(rows, dtype=torch.int32)
-    return spans.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else spans
+    return upload(torch.tensor(rows, dtype=torch.int32), device)
 
 
 class _Layout(NamedTuple):

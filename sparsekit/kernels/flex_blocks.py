@@ -16,6 +16,7 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels.block_scores import pooled_means, pooled_scores, row_groups
 from sparsekit.kernels.select import BlockGrid, block_grid, pack_bits, runs_triton, topk_bits, unpack_bits
 from sparsekit.kernels.softmax import Softmax
+from sparsekit.plan import upload
 
 __all__ = ["BLOCK", "Budgets", "fewest_tokens", "flex_bits", "js_distance", "mass_codes", "mass_threshold"]
 
@@ -149,7 +150,7 @@ def _sample_blocks(geometry: Geometry, heads: int, device: torch.device) -> Tens
     """int32 (2, B, heads): key blocks of each sample."""
     each = torch.tensor([-(-span.q_end // BLOCK) for span in geometry.spans], dtype=torch.int32)
     each = each[:, None].expand(2, -1, heads).contiguous()
-    return each.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else each
+    return upload(each, device)
 
 
 def _choose(

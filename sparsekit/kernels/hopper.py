@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparsekit.geometry import Geometry
 from sparsekit.kernels.softmax import Softmax
-from sparsekit.plan import FLAG_BITS, RULE, BlockPlan
+from sparsekit.plan import FLAG_BITS, RULE, BlockPlan, upload
 
 __all__ = ["attend_hopper", "compile_form", "covers"]
 
@@ -71,7 +71,7 @@ def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, r
 
 def _form_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
     """The part of `covers` that looks at the call, not at the machine."""
-    key = ("hopper covers", q.dtype, q.shape, q.stride(), k.stride(), v.stride(), softmax.scale > 0)
+    key = ("hopper covers", q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale > 0)
     reason = plan.memo.get(key)
     if reason is None:
         reason = plan.memo[key] = _shape_missing(q, k, v, plan, softmax)
@@ -158,8 +158,8 @@ def attend_hopper(
     sinks = softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
-        "hopper launches", q.dtype, q.shape, q.stride(), k.stride(), v.stride(), softmax.scale, softmax.softcap,
-        None if sinks is None else sinks.dtype, return_lse, stream,
+        "hopper launches", q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale,
+        softmax.softcap, None if sinks is None else sinks.dtype, return_lse, stream,
     )  # fmt: skip
     launches = plan.memo.get(key)
     if launches is None:
@@ -238,12 +238,6 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
     return int(plan.memo[key])
 
 
-def _upload(values: list[Any], device: torch.device) -> Tensor:
-    """int32 on `device`, without waiting for it: from pinned memory, since a pageable copy synchronises."""
-    host = torch.tensor(values, dtype=torch.int32)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class _Grid:
     """What the work list owes to lengths and head counts alone, as tensors of one entry an item, (n, H, R) flattened.
@@ -268,7 +262,8 @@ def _grid(
     """The grid of `samples`; `shared`: one plan sample serves them all. Kept for plans that are made anew each call."""
     code, rows = _device_code(), g.rows
     spans = [(g.kv_start[b], g.spans[b].q_first, g.spans[b].q_end, b, 0 if shared else b) for b in samples]
-    kv_start, q_first, q_end, sample, plan_sample = _upload(spans, device)[:, :, None, None].unbind(1)  # (n, 1, 1) each
+    there = upload(torch.tensor(spans, dtype=torch.int32), device)
+    kv_start, q_first, q_end, sample, plan_sample = there[:, :, None, None].unbind(1)  # (n, 1, 1) each
     row = torch.arange(rows, device=device, dtype=torch.int32)
     head = torch.arange(heads, device=device, dtype=torch.int32)[:, None]
     start = (q_first // BLOCK_Q + row) * BLOCK_Q
@@ -638,7 +633,8 @@ def _box(
 @lru_cache(maxsize=64)
 def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
     """int32 (B, 2): kv_start, and the last valid position."""
-    return _upload([(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)], device)
+    bounds = [(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
+    return upload(torch.tensor(bounds, dtype=torch.int32), device)
 
 
 def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from sparsekit.kernels.block_sparse import (
 )
 from sparsekit.kernels.select_kernel import on_device
 from sparsekit.kernels.softmax import Softmax
+from sparsekit.plan import upload
 
 __all__ = ["last_query_sums_triton"]
 
@@ -244,8 +245,7 @@ def _spans_behind(geometry: Geometry, behind: int, device: torch.device) -> Tens
         [start, span.q_first, max(span.q_end - behind, span.q_first), span.keys]
         for start, span in zip(geometry.kv_start, geometry.spans, strict=True)
     ]
-    spans = torch.tensor(rows, dtype=torch.int32)
-    return spans.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else spans
+    return upload(torch.tensor(rows, dtype=torch.int32), device)
 
 
 def _sums_of(

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekit.errors import SparsekitError
 from sparsekit.geometry import TILES, Geometry
 from sparsekit.kernels import choose_device
-from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan
+from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan, upload
 
 __all__ = [
     "CAPACITY",
@@ -272,7 +272,7 @@ def block_grid(geometry: Geometry, block_tokens: int, samples: int, device: torc
     columns = max(-(-max(span.q_end for span in spans) // block_tokens), 1)
     starts = geometry.kv_start
     numbers = torch.tensor([[s.q_first, s.q_end, s.keys, start] for s, start in zip(spans, starts, strict=False)])
-    small = [_upload(t.to(torch.int32), device) for t in (numbers, causal, lengths)]
+    small = [upload(t.to(torch.int32), device) for t in (numbers, causal, lengths)]
     return BlockGrid(cut, small[0], small[1], small[2], rows, columns, int(causal.sum()))
 
 
@@ -281,10 +281,6 @@ def head_lengths(geometry: Geometry, block_tokens: int, samples: int, heads: int
     """int32 (S, heads, Rb): `block_grid(...).lengths`, a copy for each head."""
     lengths = block_grid(geometry, block_tokens, samples, device).lengths
     return lengths.expand(-1, heads, -1).contiguous()
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def plan_from_block_bits(

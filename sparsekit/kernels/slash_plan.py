@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekit.errors import SparsekitError
 from sparsekit.geometry import Geometry
 from sparsekit.kernels.select import pack_bits, rows_that_fit, runs_triton, unpack_bits
-from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan
+from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan, upload
 
 __all__ = ["CAPACITY", "SlashGrid", "plan_from_vertical_slash", "slash_grid"]
 
@@ -43,9 +43,7 @@ def slash_grid(geometry: Geometry, block_kv: int, slashes: int, device: torch.de
     )
     # A row's tiles grow with its distance from the first key.
     order = torch.argsort(causal.flatten(), descending=True, stable=True)
-    small = [t.to(torch.int32) for t in (numbers, causal, order)]
-    if device.type == "cuda":
-        small = [t.pin_memory().to(device, non_blocking=True) for t in small]
+    small = [upload(t.to(torch.int32), device) for t in (numbers, causal, order)]
     return SlashGrid(cut, small[0], small[1], small[2], int(causal.clamp(max=most).sum()))
 
 

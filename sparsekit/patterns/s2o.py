@@ -16,7 +16,7 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels.select import runs_triton, topk_indices_mask
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.patterns.base import DynamicPattern
-from sparsekit.plan import BlockPlan, Ranked, dense_plan, segment_bounds
+from sparsekit.plan import BlockPlan, Ranked, dense_plan, segment_bounds, upload
 
 __all__ = ["KEY_TILE", "RANKED_BYTES", "S2O"]
 
@@ -132,8 +132,7 @@ def _key_ptr(
     first, low, high = segment_bounds(geometry, samples, segment_tokens, torch.device("cpu"))
     counts = (first - KEY_TILE).clamp(min=0, max=max_tokens) * (low < high)
     ptr = pad(counts.cumsum(1), (1, 0))
-    there = ptr.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ptr.to(device)
-    return ptr.tolist(), there
+    return ptr.tolist(), upload(ptr, device)
 
 
 def _rank_keys(means: Tensor, k: Tensor, rows: list[list[int]], ptr: list[int], size: int, keys: Tensor) -> None:

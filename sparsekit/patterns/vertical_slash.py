@@ -15,7 +15,7 @@ from sparsekit.kernels.select import topk_indices_mask
 from sparsekit.kernels.slash_plan import plan_from_vertical_slash
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.patterns.base import DynamicPattern
-from sparsekit.plan import BlockPlan, dense_plan
+from sparsekit.plan import BlockPlan, dense_plan, upload
 
 __all__ = ["VerticalSlash"]
 
@@ -69,4 +69,4 @@ class VerticalSlash(DynamicPattern):
 def _wanted(columns: int, slashes: int, heads: int, device: torch.device) -> Tensor:
     """int32 (2 * heads,): how many of each row of scores. Kept: an upload a call would cost more than the selection."""
     each = torch.tensor([columns, slashes], dtype=torch.int32).repeat_interleave(heads)
-    return each.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else each
+    return upload(each, device)

@@ -125,6 +125,15 @@ def test_softmax_variants(options: dict[str, object], dtype: torch.dtype) -> Non
         check(plan, tensors(plan.geometry, dtype), "triton", twice=True, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("cut_rows")
+@pytest.mark.parametrize("sinks", [SINKS.repeat_interleave(2)[::2], SINKS[:1].expand(4)], ids=["every second", "one"])
+def test_sink_logits_with_a_stride(sinks: torch.Tensor) -> None:
+    assert sinks.shape == (4,)
+    assert not sinks.is_contiguous()
+    for plan in (rule_plan(TRIANGLE, CHUNK), rule_plan("dense", GEOMETRIES["300"])):
+        check(plan, tensors(plan.geometry, torch.float32), "triton", twice=True, sink_logits=sinks)
+
+
 @pytest.mark.parametrize("dim", block_sparse.HEAD_SIZES)
 def test_head_sizes(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = Geometry.of(65, 100, block_q=64, block_kv=64)

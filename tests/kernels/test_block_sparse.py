@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from children import interpret
 
 from sparsekit import SparsekitError
@@ -45,6 +46,18 @@ def test_unknown_implementation() -> None:
     with pytest.raises(SparsekitError, match=r"impl='trition': one of .*Did you mean 'triton'\?"):
         choose("cpu", "trition")
     assert set(IMPLEMENTATIONS) == {"triton", "hopper", "torch", "reference"}
+
+
+def test_sink_logits_reach_the_kernels_without_a_stride() -> None:
+    """Every kernel reads the logit of head h at address h."""
+    logits = torch.randn(8)
+    for given in (logits[::2], logits[:1].expand(4), logits.view(2, 4)[1]):
+        sinks = Softmax(0.25, None, given).sink_logits
+        assert sinks is not None
+        assert sinks.stride() == (1,)
+        assert torch.equal(sinks, given)
+    assert Softmax(0.25, None, logits).sink_logits is logits
+    assert Softmax(0.25).sink_logits is None
 
 
 def test_a_plan_on_another_device_is_refused() -> None:

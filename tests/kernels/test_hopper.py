@@ -300,6 +300,31 @@ def test_covers_names_the_reason() -> None:
     assert "strides" in form(q[:, :1].expand(-1, 4, -1, -1))
 
 
+def test_a_launch_is_kept_for_the_calls_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work list, strides and tensors are of one device, one number of key heads, one softmax."""
+    made: list[tuple[Any, ...]] = []
+
+    def prepare(q: Tensor, k: Tensor, *_: Any) -> host._Launches:
+        made.append((k.shape[1], q.device.type))
+        return host._Launches((), padded=False, columns=False)
+
+    class Driver:
+        def get_current_stream(self, index: int | None) -> int:
+            return 0
+
+    monkeypatch.setattr(host, "_prepare", prepare)
+    monkeypatch.setattr(host, "_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU tensor's device
+    q, kv = torch.zeros(1, 4, 256, 64), torch.zeros(1, 4, 256, 64)
+    plan = dense_plan(_tiled(256))  # without tensors, so of no device
+    for key_heads in (4, 2, 2, 1):  # views of one cache: their strides are the same
+        host.attend_hopper(q, kv[:, :key_heads], kv[:, :key_heads], plan, Softmax(0.1), False)
+    q, kv = q.to("meta"), kv.to("meta")
+    host.attend_hopper(q, kv, kv, plan, Softmax(0.1), False)
+    host.attend_hopper(q, kv, kv, plan, Softmax(0.1), False)
+    assert made == [(4, "cpu"), (2, "cpu"), (1, "cpu"), (4, "meta")]
+
+
 # ---- the device code compiles for sm_90, without a card
 
 OFFLINE = """
