@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError
 from sparsekit.bench import bench_prefill
 from sparsekit.cli import app
+from sparsekit.config import load
 from sparsekit.models import tiny
+from sparsekit.patch import apply
 
 TRIANGLE = """
 version: 1
@@ -40,10 +43,26 @@ def test_rows_and_file(config: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     stock, ours = rows[2:]
     assert stock["sparse_layers"] == 0 and ours["sparse_layers"] == 2
-    assert stock["density"] == 1 and 0.5 < ours["density"] < 0.9
+    assert stock["tile_density"] == 1 and 0.5 < ours["tile_density"] < 0.9
+    assert not any(key == "density" for row in rows for key in row)  # which is a share of pairs elsewhere
     assert ours["faster"] == pytest.approx(stock["ms"] / ours["ms"], rel=1e-3)
-    assert len(lines) == 4 and config in lines[1]
+    assert len(lines) == 4 and config in lines[1] and "tile density" in lines[1]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_layers_with_a_window_of_their_own_have_no_density() -> None:
+    config = load({"dense_below_tokens": 0, "default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}})
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tiny("gemma3_text", layer_types=kinds, sliding_window=64)
+    with apply(model, config) as handle, torch.inference_mode():
+        model(torch.full((1, 400), 5), use_cache=True)
+        told = [layer.tile_density for layer in handle.report().layers if layer.tile_density is not None]
+    [_, row] = bench_prefill([config], model=model, lengths=[400], rounds=1, device="cpu")
+    assert len(told) == row["sparse_layers"] == 2
+    assert row["tile_density"] == pytest.approx(sum(told) / 2, abs=1e-4) and row["tile_density"] < 1
+    windows = tiny("mistral", sliding_window=32)
+    [_, row] = bench_prefill([config], model=windows, lengths=[400], rounds=1, device="cpu")
+    assert (row["tile_density"], row["sparse_layers"]) == (1, 0)
 
 
 def test_command(config: str) -> None:

@@ -54,9 +54,9 @@ def bench_prefill(
         show: called with each row's line.
 
     Returns:
-        `config`, `tokens`, `ms` (median, p20, p80), `faster` (the untouched model's median over this one's), `density`
-        (visited tiles over dense attention's, mean over the layers), `sparse_layers`; on a CUDA
-        device `peak_bytes`, all that the process held at its highest, weights included.
+        `config`, `tokens`, `ms` (median, p20, p80), `faster` (the untouched model's median over this one's),
+        `tile_density` (visited tiles over dense attention's, mean over the layers that do not keep their own),
+        `sparse_layers`; on a CUDA device `peak_bytes`, all that the process held at its highest, weights included.
 
     Raises:
         SparsekitError: an unknown shape, or a config that does not fit the model.
@@ -75,15 +75,16 @@ def bench_prefill(
         for n in range(rounds + 1):
             ms, memory = _timed(found, prompt, where)
             times[STOCK] += [ms] * (n > 0)
-            seen[STOCK] = {**memory, "density": 1.0, "sparse_layers": 0}
+            seen[STOCK] = {**memory, "tile_density": 1.0, "sparse_layers": 0}
             for label, config in loaded:
                 with apply(found, config) as handle:
                     ms, memory = _timed(found, prompt, where)
                     layers = handle.report().layers
                 times[label] += [ms] * (n > 0)
-                density = round(mean(layer.tile_density for layer in layers), 4)
+                tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
+                density = round(mean(tiles), 4) if tiles else 1.0
                 sparse = sum(layer.ran == "sparse" for layer in layers)
-                seen[label] = {**memory, "density": density, "sparse_layers": sparse}
+                seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse}
         stock = spread(times[STOCK])["ms"]
         for label, all_ms in times.items():
             row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
@@ -108,8 +109,8 @@ def _timed(model: PreTrainedModel, prompt: Tensor, device: torch.device) -> tupl
 def _line(row: dict[str, Any]) -> str:
     memory = f", peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
     return (
-        f"{row['tokens']:>9,} tokens  {row['ms']:10.1f} ms  {row['faster']:.3f} x  density {row['density']:.3f}"
-        f"{memory}  {row['config']}"
+        f"{row['tokens']:>9,} tokens  {row['ms']:10.1f} ms  {row['faster']:.3f} x  "
+        f"tile density {row['tile_density']:.3f}{memory}  {row['config']}"
     )
 
 
