@@ -5,7 +5,7 @@ Explicit head > layer rule > default. Nothing is guessed: what does not fit is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,9 +70,17 @@ class LayerPatterns:
         """The same layer with `count` of its query heads alone, from head `first` on."""
         chosen = self.pattern_of_head[first : first + count]
         used = sorted(set(chosen))
-        return LayerPatterns(
-            self.layer, tuple(self.patterns[i] for i in used), tuple(used.index(i) for i in chosen), first
-        )
+        kept = []
+        for i in used:
+            heads = [head for head, pattern in enumerate(self.pattern_of_head) if pattern == i]
+            here = [at for at, head in enumerate(heads) if first <= head < first + count]
+            kept.append(self.patterns[i].of_heads(here))
+        return LayerPatterns(self.layer, tuple(kept), tuple(used.index(i) for i in chosen), first)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all heads run the same, none with a value of its own."""
+        return len(self.patterns) == 1 and self.patterns[0].of_heads([0]) is self.patterns[0]
 
     def __str__(self) -> str:
         if len(self.patterns) == 1:
@@ -214,10 +222,18 @@ class SparseConfig(BaseModel):
         return out
 
     def dump(self, path: str | Path | None = None) -> str:
-        """The YAML text, also written to `path` where one is given."""
+        """The YAML text, also written to `path` where one is given.
+
+        Raises:
+            SparsekitError: it cannot be written.
+        """
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, default_flow_style=None)
         if path is not None:
-            Path(path).write_text(text)
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_text(text)
+            except OSError as error:
+                raise SparsekitError(f"config {str(path)!r} cannot be written: {error.strerror or error}.") from None
         return text
 
     # ---- meaning
@@ -300,18 +316,27 @@ def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
     return _validate(parse_yaml(text, str(path)), str(path))
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe loader, except that a key written twice is an error instead of the last one winning."""
 
 
 def _mapping_without_twins(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == MERGE:  # `<<: *anchor`: what is written here wins over what comes from there
+            continue
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        if not isinstance(key, Hashable):
+            raise SparsekitError(f'line {line}: {key!r} cannot be a key; write a text, such as "0-4"')
         if key in seen:
-            raise SparsekitError(f"line {key_node.start_mark.line + 1}: {key!r} is written twice")
-        seen[key] = loader.construct_object(value_node, deep=True)
-    return seen
+            raise SparsekitError(f"line {line}: {key!r} is written twice")
+        seen.add(key)
+    loader.flatten_mapping(node)
+    made = loader.construct_object
+    return {made(key_node, deep=True): made(value_node, deep=True) for key_node, value_node in node.value}
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_twins)
@@ -323,7 +348,7 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, _StrictLoader)
     except SparsekitError as error:
         raise SparsekitError(f"{where}: {error}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date
         raise SparsekitError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -103,3 +103,23 @@ def test_facts_are_needed() -> None:
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(TEXT).default = Triangle()  # type: ignore[misc]
+
+
+def test_yaml_merges_anchors_and_refuses_what_cannot_be_a_key() -> None:
+    merged = load(
+        """
+layers:
+  "0-1": &wide {name: triangle, sink_tokens: 4, window_tokens: 64}
+  "2-3": {<<: *wide, window_tokens: 128}
+"""
+    )
+    assert str(merged.layers["2-3"]) == str(
+        load({"default": {"name": "triangle", "sink_tokens": 4, "window_tokens": 128}}).default
+    )
+    for text, says in (
+        ("default: dense\nlayers: {[0, 4]: triangle}\n", r"line 2: \[0, 4\] cannot be a key; write a text"),
+        ("default: dense\nversion: 2024-13-45\n", "not YAML: month must be in 1..12"),
+        ("default: dense\ndefault: dense\n", "line 2: 'default' is written twice"),
+    ):
+        with pytest.raises(SparsekitError, match=says):
+            load(text)

@@ -124,6 +124,7 @@ HEADS = {
         "0": {"0": TRIANGLE, "1": "dense", "2": {"name": "a_shape", "window_tokens": 9}, "3": TRIANGLE},
         "1": {"3": {"name": "block_topk", "top_k": 1, "block_tokens": 64}},
         "2": {"0-3": TRIANGLE},
+        "3": {"0-3": {"name": "xattention", "threshold": [0.9, 0.2, 0.5, 0.1]}},
     }
 }
 SHARDED = textwrap.dedent(
@@ -198,8 +199,9 @@ def test_tensor_parallel_heads_keep_their_patterns(tmp_path: Path) -> None:
     assert "heads 3: triangle(" in ranks[1]["patterns"][0]
     assert ranks[0]["patterns"][1] == "dense"
     assert "heads 3: block_topk(" in ranks[1]["patterns"][1]
-    assert ranks[0]["ran"] == ["sparse", "dense", "sparse", "dense"]
-    assert ranks[1]["ran"] == ["sparse", "sparse", "sparse", "dense"]
+    assert "threshold=0.9 | 0.2," in ranks[0]["patterns"][3] and "threshold=0.5 | 0.1," in ranks[1]["patterns"][3]
+    assert ranks[0]["ran"] == ["sparse", "dense", "sparse", "sparse"]
+    assert ranks[1]["ran"] == ["sparse", "sparse", "sparse", "sparse"]
 
 
 def _halve(model: PreTrainedModel, rank: int) -> None:

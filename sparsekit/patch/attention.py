@@ -141,8 +141,8 @@ def _patterns_here(patterns: LayerPatterns, module: nn.Module, heads: int) -> La
     total = len(patterns.pattern_of_head)
     shards = total // heads
     if shards * heads == total:
-        parts = range(shards) if len(patterns.patterns) == 1 else _parts_of_weights(module, shards)
-        if len(patterns.patterns) == 1 or len(parts) == 1:
+        parts = range(shards) if patterns.alike else _parts_of_weights(module, shards)
+        if patterns.alike or len(parts) == 1:
             return patterns.of_heads(min(parts) * heads, heads)
     raise SparsekitError(
         f"layer {patterns.layer} has {total} query heads that run {patterns}, and {heads} of them came here, but its "

@@ -104,7 +104,9 @@ class Handle:
             HANDLES.pop(model, None)
         if model is None or text_config is None:
             return
-        door = DOORS[id(text_config)]
+        door = DOORS.get(id(text_config))
+        if door is None or self not in door.handles:  # another model switched the shared config anew
+            return
         door.handles.remove(self)
         if not door.handles:
             del DOORS[id(text_config)]

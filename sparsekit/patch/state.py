@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,7 +76,15 @@ class Door:
     original: str
     composed: bool  # of a model with other parts, whose masks may hold blocks of pictures
     handles: list[Handle] = field(default_factory=list)
-    calls: dict[int, Call] = field(default_factory=dict)  # by the width of their descriptors
+    _of_thread: threading.local = field(default_factory=threading.local)
+
+    @property
+    def calls(self) -> dict[int, Call]:
+        """Of this thread's forward, by the width of their descriptors."""
+        if not hasattr(self._of_thread, "calls"):
+            self._of_thread.calls = {}
+        found: dict[int, Call] = self._of_thread.calls
+        return found
 
 
 # By id: configs cannot be hashed, and a graph that torch.compile keeps for one module is not run for another where it

@@ -7,7 +7,7 @@ registers it. A static pattern says which pairs it keeps; a dynamic one looks at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
@@ -28,7 +28,8 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 ENTRY_POINTS = "sparsekit.patterns"
 
 # Measured (docs/results/dynamic-h100.jsonl): the shortest of 2,048, 4,096, 8,192, ... tokens at which selecting and
-# attention together beat the best dense kernel.
+# attention together beat the best dense kernel. xattention was measured with a form whose estimate was wrong (see the
+# README beside that file).
 CROSSOVER_TOKENS: dict[str, dict[str, int]] = {
     "cuda": {"vertical_slash": 32768, "flexprefill": 16384, "xattention": 16384, "block_topk": 16384, "s2o": 32768}
 }
@@ -60,6 +61,10 @@ class Pattern(BaseModel, ABC):
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         """The plan for q (B, H, Q, D) over k (B, G, K, D), on their device."""
+
+    def of_heads(self, heads: Sequence[int]) -> Pattern:
+        """The same for some of its query heads: another one only where a field says something for each head."""
+        return self
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Pattern:
@@ -150,8 +155,12 @@ class DynamicPattern(Pattern):
     )
 
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
-        """The plan of `select`; of everything where a prompt is so short that estimating costs more than it saves."""
-        if max(span.keys for span in geometry.spans) < self.dense_below(q.device):
+        """The plan of `select`; of everything where a prompt is so short that estimating costs more than it saves.
+
+        A chunk counts as its whole prompt where the geometry says how long that is, else as the keys so far. A batch
+        runs dense, or is estimated, as one: its longest sample decides.
+        """
+        if max(max(span.keys, span.prompt_tokens) for span in geometry.spans) < self.dense_below(q.device):
             return dense_plan(geometry)
         return self.select(q, k, geometry, softmax)
 

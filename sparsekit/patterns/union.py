@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
@@ -85,6 +85,11 @@ class DynamicUnion(DynamicPattern):
     def _parse(cls, value: Any) -> Any:
         return _parse_members(value)
 
+    def of_heads(self, heads: Sequence[int]) -> DynamicUnion:
+        members = tuple(member.of_heads(heads) for member in self.of)
+        same = all(one is other for one, other in zip(members, self.of, strict=True))
+        return self if same else self.model_copy(update={"of": members})
+
     def leaves(self) -> Iterator[Pattern]:
         """The members, unions among them opened."""
         for member in self.of:
@@ -96,7 +101,7 @@ class DynamicUnion(DynamicPattern):
     def dense_below(self, device: torch.device) -> int:
         if self.dense_below_tokens is not None:
             return self.dense_below_tokens
-        return max(leaf.dense_below(device) for leaf in self.leaves() if isinstance(leaf, DynamicPattern))
+        return max((x.dense_below(device) for x in self.leaves() if isinstance(x, DynamicPattern)), default=0)
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         static = [leaf for leaf in self.leaves() if isinstance(leaf, StaticPattern)]

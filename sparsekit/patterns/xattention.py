@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from sparsekit.kernels.block_scores import antidiagonal_mass, row_groups
 from sparsekit.kernels.select import block_grid, head_lengths, join_rows, plan_from_block_bits, top_p_bits
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.patterns.base import DynamicPattern
-from sparsekit.plan import BlockPlan, dense_plan
+from sparsekit.plan import BlockPlan, dense_plan, upload
 
 __all__ = ["XAttention"]
 
@@ -51,6 +52,11 @@ class XAttention(DynamicPattern):
             raise ValueError(f"{wrong[0]} is not above 0 and up to 1")
         return tuple(map(float, shares)) if isinstance(value, list | tuple) else float(value)
 
+    def of_heads(self, heads: Sequence[int]) -> XAttention:
+        if not isinstance(self.threshold, tuple):
+            return self
+        return self.model_copy(update={"threshold": tuple(self.threshold[head] for head in heads)})
+
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         samples, heads = q.shape[:2]
         shares = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
@@ -78,5 +84,4 @@ class XAttention(DynamicPattern):
 @lru_cache(maxsize=256)
 def _shares_on(shares: tuple[float, ...], device: torch.device) -> Tensor:
     """float64 (heads, 1) there; uploaded once, without a wait."""
-    values = torch.tensor(shares, dtype=torch.float64)[:, None]
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return upload(torch.tensor(shares, dtype=torch.float64)[:, None], device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from sparsekit.patterns import (
     static_plan,
 )
 from sparsekit.patterns import base as registry
-from sparsekit.plan import plan_from_rule
+from sparsekit.plan import BlockPlan, plan_from_rule
 from sparsekit.testing import GEOMETRIES, check_pattern, inputs_for
 
 CPU = torch.device("cpu")
@@ -212,6 +212,28 @@ def test_any_padding_chunk_and_tile(
         assert int(mask[b].sum()) == int(inner.sum())
 
 
+# ---- short prompts run dense
+
+
+def test_a_chunk_of_a_long_prompt_is_not_short() -> None:
+    """What counts is the prompt where its length is known, the keys so far where it is not; the longest of a batch."""
+    pattern = BlockTopK(top_k=1, block_tokens=64, dense_below_tokens=400)
+
+    def dense(*lengths: int, **options: Any) -> bool:
+        geometry = Geometry.of(*lengths, block_q=64, block_kv=64, **options)
+        return pattern.plan(*inputs_for(geometry)[:2], geometry, Softmax(0.25)).all_dense
+
+    assert not dense(200, prompt_len=400)
+    assert not dense(100, 300, prompt_len=1000)
+    assert dense(200, prompt_len=399)
+    assert dense(200)
+    assert dense(100, 399)
+    assert not dense(100, 400)
+    assert not dense(400, batch=2, kv_start=(0, 300))
+    assert dense(400, batch=2, kv_start=(1, 300))
+    assert not dense(200, batch=2, prompt_len=(200, 500))
+
+
 # ---- plans cost nothing
 
 
@@ -241,6 +263,65 @@ def test_window_as_wide_as_the_prompt_is_dense_and_free() -> None:
     plan = static_plan(AShape(window_tokens=1 << 20), Geometry.of(1 << 20), CPU)
     assert plan.all_dense
     assert plan.nbytes == 0
+
+
+# ---- the move to a card does not make the host wait
+
+
+def _moving(geometry: Geometry) -> list[BlockPlan]:
+    """Plans on the CPU that hold every tensor a plan may: by rule, by tiles, ranked."""
+    q, k, _ = inputs_for(geometry)
+    patterns = (Triangle(sink_tokens=8, window_tokens=40), BlockTopK(top_k=2), S2O(segment_tokens=64, tau=0.4))
+    return [pattern.plan(q, k, geometry, Softmax(0.25)) for pattern in patterns]
+
+
+def test_plans_leave_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from pageable memory synchronises, and `non_blocking` does not change that."""
+    pinned: list[torch.Tensor] = []
+    waited: list[bool] = []
+
+    def pin(self: torch.Tensor) -> torch.Tensor:
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    def to(self: torch.Tensor, device: Any, *, non_blocking: bool = False) -> torch.Tensor:
+        assert torch.device(device).type == "cuda"
+        waited.append(not (non_blocking and any(self is x for x in pinned)))
+        return self
+
+    plans = _moving(Geometry.of(300, block_q=64, block_kv=64))
+    assert plans[2].ranked is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "pin_memory", pin)
+        patched.setattr(torch.Tensor, "to", to)
+        moved = [plan.to("cuda") for plan in plans]
+    assert waited == [False] * sum(len(plan.tensors) for plan in plans)
+    for one, two in zip(plans, moved, strict=True):
+        assert one.tensors.keys() == two.tensors.keys()
+        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+@pytest.mark.gpu
+def test_a_new_geometry_does_not_make_the_host_wait(scratch_registry: None) -> None:
+    class Halves(StaticPattern):
+        """Every second block of 64 keys, and the query's own; no rule."""
+
+        name: Literal["halves"] = "halves"
+
+        def keep(self, q_pos: torch.Tensor, k_pos: torch.Tensor, span: Span) -> torch.Tensor:
+            return (k_pos <= q_pos) & ((k_pos // 64 % 2 == 0) | (k_pos // 64 == q_pos // 64))
+
+    card, geometry = torch.device("cuda", torch.cuda.current_device()), Geometry.of(731, block_q=64, block_kv=64)
+    plans = [*_moving(geometry), *(static_plan(p, geometry, CPU) for p in (Halves(), Triangle(window_tokens=77)))]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = [plan.to(card) for plan in plans]
+        made = [static_plan(pattern, geometry, card) for pattern in (Halves(), Triangle(window_tokens=77))]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, two in zip([*plans, *plans[-2:]], [*moved, *made], strict=True):
+        assert all(torch.equal(one.tensors[name], two.tensors[name].cpu()) for name in one.tensors)
 
 
 # ---- the registry

@@ -59,8 +59,17 @@ class EveryThird(StaticPattern):
         return (k_pos <= q_pos) & ((k_pos // 64 % 3 == 0) | (k_pos // 64 == q_pos // 64))
 
 
+class Uniform(Pattern):
+    """Neither static nor dynamic: a plan of its own."""
+
+    name: str = "uniform"
+
+    def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+        return AShape(sink_tokens=0, window_tokens=9).plan(q, k, geometry, softmax)
+
+
 # Other files look at the whole registry: these are in it only while this file's tests run.
-OWN = {name: base._REGISTRY.pop(name) for name in ("scattered", "alone", "every_third")}
+OWN = {name: base._REGISTRY.pop(name) for name in ("scattered", "alone", "every_third", "uniform")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,6 +104,22 @@ def test_a_union_keeps_what_its_members_keep(geometry: Geometry) -> None:
         for leaf in pattern.leaves():
             own = leaf.plan(q, k, geometry, SOFTMAX).to_mask()
             assert bool((mask | ~own).all()), f"{leaf} is not in {pattern}"
+
+
+@pytest.mark.parametrize("other", [AShape(sink_tokens=70, window_tokens=1), Uniform()], ids=str)
+def test_no_member_need_be_dynamic(other: Pattern) -> None:
+    geometry = Geometry.of(300, block_q=64, block_kv=64)
+    q, k, _ = inputs_for(geometry)
+    for members in ((TRIANGLE,), (TRIANGLE, other)):
+        pattern = DynamicUnion(name="union", of=members)
+        wanted = [leaf.plan(q, k, geometry, SOFTMAX).to_mask() for leaf in members]
+        mask = pattern.plan(q, k, geometry, SOFTMAX).to_mask()
+        assert all(bool((mask | ~own).all()) for own in wanted)
+        assert not bool(mask.all())
+        assert pattern.dense_below(torch.device("cuda")) == 0
+    assert (
+        DynamicUnion(name="union", of=(TRIANGLE, other), dense_below_tokens=301).plan(q, k, geometry, SOFTMAX).all_dense
+    )
 
 
 def test_static_members_without_a_rule_join_by_their_tiles() -> None:
