@@ -7,7 +7,9 @@ docs/models.md says for each call what holds, and names its test.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -381,6 +383,28 @@ def test_sliding_layers_in_chunks(family: str, kind: str, size: int) -> None:
         assert _ran(handle) == ["sparse" if family == "mistral" or i % 2 == 0 else "dense" for i in range(4)]
         with handle.prompt(tokens=TOKENS):
             _close(run(), own)
+
+
+def test_forwards_of_several_threads_keep_their_calls_apart(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both masks are made before any layer is planned: each thread's layers read its own padding."""
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[1, :60] = 0
+    jobs = [(_ids(seed=seed), mask[seed : seed + 1]) for seed in range(2)]
+    both, plan = threading.Barrier(2, timeout=60), sparsekit.patch.attention.plan_heads
+    with sparsekit.apply(model, {"default": TRIANGLE}):
+        alone = [_logits(model, ids, attention_mask=padding) for ids, padding in jobs]
+
+        def at_once(*args: Any) -> Any:
+            both.wait()
+            return plan(*args)
+
+        monkeypatch.setattr(sparsekit.patch.attention, "plan_heads", at_once)
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda job: _logits(model, job[0], attention_mask=job[1]), jobs))
+    for got, expected, (_, padding) in zip(together, alone, jobs, strict=True):
+        assert torch.equal(got[padding.bool()], expected[padding.bool()])
 
 
 # ---- ways to generate

@@ -324,6 +324,17 @@ def test_models_that_share_a_config_object() -> None:
     assert one.config._attn_implementation == "sdpa"
 
 
+def test_a_shared_config_that_was_switched_back_in_between() -> None:
+    one = tiny("llama")
+    other = type(one)(one.config).eval()
+    first = sparsekit.apply(one, SPARSE)
+    one.set_attn_implementation("eager")
+    second = sparsekit.apply(other, SPARSE)
+    second.remove()
+    first.remove()
+    assert one.config._attn_implementation == "eager" and not sparsekit.patch.state.DOORS
+
+
 def _logits_without(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with sparsekit.patch.state.HANDLES[model].pause():
         return _logits(model, ids)
