@@ -81,6 +81,39 @@ def test_needles_stand_once_each_in_rulers_words(tokenizer, name):
             assert sample.answer_prefix.endswith(("are", "is")[len(sample.answers) == 1])
 
 
+@pytest.mark.parametrize("haystack", ["noise", "needle"])
+@pytest.mark.parametrize(("keys", "values", "queries"), [(4, 1, 1), (1, 4, 1), (3, 2, 2)])
+def test_several_needles_without_essays(haystack, keys, values, queries):
+    kind = niah.Niah("several", 10, haystack, keys=keys, values=values, queries=queries)
+    depths = []
+    for seed in range(20):
+        sample = kind.build(Random(seed), 200)
+        found = re.findall(r"One of the special magic numbers for (\S+) is: (\d+)\.", sample.prompt)
+        assert len(found) == keys * values + 200 * (haystack == "needle")
+        asked = [value for key, value in found if key in sample.meta["keys"]]
+        assert sorted(asked) == sorted(sample.answers) and len(asked) == queries * values
+        if len(asked) == 1:
+            assert sample.prompt.index(asked[0]) / len(sample.prompt) == pytest.approx(sample.depth, abs=0.05)
+        depths += [sample.prompt.index(value) / len(sample.prompt) for value in asked]
+    assert min(depths) < 0.3 and max(depths) > 0.7
+
+
+def test_the_draw_of_needles_is_the_same_in_every_version():
+    """Pinned: a change of these makes results of different versions incomparable. The last: the state that is left."""
+    pinned = {
+        "niah_single_1": (("4988659",), 0.2506727357821582, 3685880806),
+        "niah_multikey_1": (("2254868",), 0.41025641025641024, 1856170604),
+        "niah_multikey_2": (("2206816",), 0.5152006040392841, 2030371445),
+        "niah_multikey_3": (("315189bd-af18-42df-a344-1896b5d0113d",), 0.484628523815965, 3378516569),
+        "niah_multivalue": (("4304914", "2824650", "3395178", "4799960"), None, 2070266102),
+        "niah_multiquery": (("7403156", "7152514", "9340528", "4567439"), None, 693399200),
+    }
+    for name, expected in pinned.items():
+        rng = Random(f"{name} 0 0")
+        sample = task(name, "pydoc").build(rng, 20)
+        assert (sample.answers, sample.depth, rng.getrandbits(32)) == expected
+
+
 def test_needles_depths_are_where_they_stand():
     depths = []
     for seed in range(8):
@@ -178,7 +211,7 @@ def test_bad_input_is_a_one_line_error(tokenizer, tmp_path: Path):
         return task(name, folder).samples(tokenizer, tokens=tokens, count=1, seed=0)
 
     for name in (*ESSAYS, "perplexity"):
-        with pytest.raises(SparsekitError, match=f"{name} needs a text: --corpus FOLDER"):
+        with pytest.raises(SparsekitError, match=f"{name} needs a text: a `corpus`, which is a folder"):
             samples(name)
     with pytest.raises(SparsekitError, match="no such folder"):
         samples("perplexity", str(tmp_path / "nowhere"))

@@ -1,7 +1,7 @@
 """Tasks: prompts of a given length with known answers. Importing this package registers all of them."""
 
 from sparsekit.tasks.base import Sample, Task, prompt_ids, prompt_text, recall, register, task, task_names
-from sparsekit.tasks.corpus import read_corpus
+from sparsekit.tasks.corpus import PYDOC, read_corpus
 from sparsekit.tasks.counted_words import CommonWords, FrequentWords
 from sparsekit.tasks.key_value import KeyValue
 from sparsekit.tasks.needle import NEEDLE4, PASSKEY, Needle, Passkey
@@ -12,6 +12,7 @@ from sparsekit.tasks.variables import VariableTracking
 __all__ = [
     "NEEDLE4",
     "PASSKEY",
+    "PYDOC",
     "CommonWords",
     "FrequentWords",
     "KeyValue",

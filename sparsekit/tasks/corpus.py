@@ -60,7 +60,7 @@ def need_corpus(task: str, corpus: str | None) -> Corpus:
     """The corpus of a task that cannot do without one."""
     if corpus is None:
         raise SparsekitError(
-            f"{task} needs a text: --corpus FOLDER with {', '.join(SUFFIXES)} files, or --corpus {PYDOC} for the "
+            f"{task} needs a text: a `corpus`, which is a folder with {', '.join(SUFFIXES)} files, or {PYDOC} for the "
             "manual that comes with Python."
         )
     return read_corpus(corpus)

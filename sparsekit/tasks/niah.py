@@ -80,7 +80,8 @@ class Niah(Task):
         needles = [NEEDLE.format(kind=self.value, key=key, value=v) for key in keys for v in of_key[key]]
         rng.shuffle(needles)
         asked = rng.sample(keys, self.queries)
-        places = sorted(rng.sample(DEPTHS, len(needles)) if self.haystack == "essay" else [rng.random()])
+        depths = rng.sample(DEPTHS, len(needles)) if self.haystack == "essay" else [rng.random() for _ in needles]
+        places = sorted(depths)
         text = self._hide(needles, places, units, Random(rng.getrandbits(64)), avoid={*keys, *values})
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
         answers = tuple(v for key in asked for v in of_key[key])
