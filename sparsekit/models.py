@@ -106,15 +106,30 @@ def load(
         model: a hub id (`owner/name`), a local folder, a `.gguf` file, or an embedded name (`smollm2-135m`).
         dtype: of the weights, `torch.bfloat16` or `"bfloat16"`; None keeps the checkpoint's (bfloat16 for GGUF).
         device: where the model goes; None leaves it on the CPU.
+
+    Raises:
+        SparsekitError: a model, dtype or device that there is not, in one line.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted, name = _dtype(dtype), os.fspath(model)
+    if device is not None:
+        _check_device(device)
     source = _weights_source(name)
     with _one_line_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if wanted is None else wanted)
     return loaded.to(device).eval() if device is not None else loaded.eval(), tokenizer
+
+
+def _check_device(device: torch.device | str) -> None:
+    """An error, before the weights are read, where there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise SparsekitError(f"device {str(device)!r}: {why}; this machine has {', '.join(there)}.") from None
 
 
 def facts(source: str | os.PathLike[str] | PretrainedConfig | PreTrainedModel) -> ArchFacts:
@@ -369,6 +384,8 @@ def _facts_of_config(config: PretrainedConfig, *, name: str) -> ArchFacts:
         heads, hidden, head_dim = text.num_attention_heads, text.hidden_size, getattr(text, "head_dim", None)
     except RuntimeError as error:
         raise SparsekitError(f"facts of {name}: its layers differ ({str(error).split('. ')[0]}).") from None
+    except AttributeError as error:
+        raise SparsekitError(f"facts of {name}: not a transformer with attention heads ({error}).") from None
     feed_forward = (getattr(text, field, None) for field in ("intermediate_size", "ffn_dim", "n_inner"))
     layer_types = getattr(text, "layer_types", None)
     return ArchFacts(

@@ -140,6 +140,21 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
     assert models.cache_folder() == Path.home() / ".cache" / "sparsekit"
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
+def test_wrong_devices_are_one_line_errors_before_weights_are_read(device, monkeypatch):
+    monkeypatch.setattr(models, "_weights_source", lambda _: pytest.fail("weights were looked for"))
+    with pytest.raises(SparsekitError, match=f"device '{device}': .*this machine has cpu") as error:
+        models.load("smollm2-135m", device=device)
+    assert "\n" not in str(error.value)
+
+
+def test_facts_of_a_model_without_heads():
+    from transformers import AutoConfig
+
+    with pytest.raises(SparsekitError, match="not a transformer with attention heads"):
+        models.facts(AutoConfig.for_model("mamba"))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -192,6 +192,20 @@ def test_a_table_for_a_page_of_docs(tmp_path: Path) -> None:
     assert row.startswith("| a\\|b | 0.500 |")
 
 
+def test_rows_of_a_table_do_not_mix_devices_or_models() -> None:
+    card = [{**record, "device": "H100", "ttft_s": record["ttft_s"] / 100, "score": 0.1} for record in sweep(1)]
+    table = markdown_report([*sweep(1), *card]).splitlines()
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (line.split("|") for line in table[4:8])
+    }
+    assert list(rows) == [
+        f"{label}, {device}" for device in ("cpu (x86_64)", "H100") for label in ("dense", "window_tokens=64")
+    ]
+    assert rows["dense, H100"][0] == "0.100" and rows["dense, cpu (x86_64)"][0] == "0.900"
+    assert {row[-3] for name, row in rows.items() if name.startswith("dense")} == {"1.00"}
+    assert rows["window_tokens=64, H100"][-3] == rows["window_tokens=64, cpu (x86_64)"][-3]
+
+
 def test_a_config_has_one_label_and_a_label_one_config() -> None:
     one, other = sweep(2)[1:3]
     data = report_data([one, {**other, "label": one["label"]}, {**one, "tokens": 4096, "label": "again"}])

@@ -177,6 +177,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"axes": {"w": {"values": [1]}}}, "{path: ..., values: "),
     ({"tasks": []}, "tasks: empty grid"),
     ({"lengths": [512, 512]}, "lengths = .*: 512 stands twice"),
+    ({"lengths": [0]}, r"lengths\.0 = 0: it should be greater than or equal to 1"),
     ({"question": None}, "question = None"),
     ({"task": "passkey"}, r"unknown field 'task' .* Did you mean 'tasks'\?"),
     ({"base": "nowhere.yaml"}, "config 'nowhere.yaml': no such file"),
@@ -194,6 +195,7 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"constraints": ["open('x')"]}, "only comparisons and arithmetic"),
     ({"constraints": ["task.upper == 3"]}, "only comparisons and arithmetic"),
     ({"corpus": "/nowhere"}, "no such folder"),
+    ({"tasks": ["passkey", "perplexity"]}, "tasks: perplexity reads a text: write `corpus: FOLDER`"),
 ]
 
 
@@ -640,6 +642,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     nothing = call("--best", "kl below 0.01")
     assert nothing.exit_code == 1 and "error: best: no config keeps 'kl below 0.01'" in nothing.stderr
+    assert "2 of 8 runs failed" in nothing.stderr and "sink_tokens=8" in nothing.stdout
+    lost = call("--best", "score within 1% of dense", "--best-output", "how-many.jsonl/best.yaml")
+    assert lost.exit_code == 1 and "config 'how-many.jsonl/best.yaml' cannot be written" in lost.stderr
+    for options, says in (
+        (["--best", "the best"], "'the best' cannot be read"),
+        (["--best-output", "b.yaml"], "--best-output goes with --best only"),
+        (["--workers", "2"], "--workers goes with --executor ray only; this one is inline"),
+        (["--gpus", "0.5", "--executor", "processes"], "--gpus goes with --executor ray only"),
+        (["--device", ","], "--device ',': at least one"),
+        (["--device", "cuda:0,cuda:1"], "executor 'inline' runs on one"),
+    ):
+        refused = call(*options)
+        assert refused.exit_code == 1 and says in refused.stderr and not refused.stdout, refused.output
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

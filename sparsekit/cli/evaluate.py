@@ -147,6 +147,7 @@ def _eval_by_lm_eval(
 
 
 def sweep(
+    context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE.yaml", help="A question, its axes, tasks and lengths.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Result file, JSONL; default the name of FILE, here.")
@@ -171,9 +172,14 @@ def sweep(
 ) -> None:
     """Do the runs of a question that are still missing; killed at any point, the same command goes on."""
     from sparsekit.sweep import best, load_question, run_sweep
-    from sparsekit.sweep.best import overview
+    from sparsekit.sweep.best import overview, parse_rule
 
+    _check_sweep_options(context, executor)
     question, devices = load_question(file), words_of(device)
+    if not devices:
+        raise SparsekitError(f"--device {device!r}: at least one: cpu, cuda, cuda:0,cuda:1.")
+    if best_rule is not None:
+        parse_rule(best_rule)
     if dry_run:
         runs = question.runs(device=devices[0], samples=samples)
         print_table(["model", "task", "tokens", "seed", "config"],
@@ -193,7 +199,6 @@ def sweep(
         gpus=gpus,
     )
     records = found.of_runs()
-    chosen = best(records, best_rule) if best_rule is not None else None
     if as_json:
         print_json(records)
     else:
@@ -202,17 +207,38 @@ def sweep(
         typer.echo(f"{found.done} runs done now, {len(found.runs) - found.done} before; records are in {found.path}")
         if question.search is not None:
             _say_found(question.search, found.tried, records)
-    if chosen is not None:
+    failure = _failure(found)
+    if best_rule is not None:
+        try:
+            chosen = best(records, best_rule)
+        except SparsekitError as error:
+            raise SparsekitError(" ".join(filter(None, (str(error), failure)))) from None
         target = best_output or Path(Path(file).stem + "-best.yaml")
         chosen.config().dump(target)
         if not as_json:
             typer.echo(f"{chosen.rule}: {chosen.winner}; its config is {target}")
-    if found.failed:
-        first = found.failed[0]
-        raise SparsekitError(
-            f"{len(found.failed)} of {len(found.runs)} runs failed (--retry-failed does them again); the first: "
-            f"{first['task']} at {first['tokens']}, {first['label']}: {first['error']}"
-        )
+    if failure:
+        raise SparsekitError(failure)
+
+
+def _failure(found: Any) -> str:
+    """What failed in a sweep, in a sentence; nothing where nothing did."""
+    if not found.failed:
+        return ""
+    first = found.failed[0]
+    return (
+        f"{len(found.failed)} of {len(found.runs)} runs failed (--retry-failed does them again); the first: "
+        f"{first['task']} at {first['tokens']}, {first['label']}: {first['error']}"
+    )
+
+
+def _check_sweep_options(context: typer.Context, executor: str) -> None:
+    """Options that would change nothing are errors."""
+    for name in ("address", "workers", "gpus"):
+        if executor != "ray" and _typed(context, name):
+            raise SparsekitError(f"--{name} goes with --executor ray only; this one is {executor}.")
+    if _typed(context, "best_output") and not _typed(context, "best_rule"):
+        raise SparsekitError("--best-output goes with --best only.")
 
 
 def _say_found(plan: Any, tried: int, records: list[dict[str, Any]]) -> None:

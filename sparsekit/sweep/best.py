@@ -18,6 +18,7 @@ _WITHIN = re.compile(r"score within (\d+(?:\.\d+)?)\s*(%?) of dense")
 _BELOW = re.compile(r"(kl|density) below (\d+(?:\.\d+)?(?:e-?\d+)?)")
 
 Cell = tuple[str, str, int, int]  # model, task, tokens, seed
+WHERE = ("model", "device", "dtype")  # what times and scores of one row of a table have in common
 
 
 @dataclass(frozen=True)
@@ -136,31 +137,44 @@ def standings(records: Sequence[Mapping[str, Any]]) -> list[Standing]:
 
 
 def overview(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(heading, rows) of a table: a row for each config, a column for the mean score on each task and length."""
+    """(heading, rows) of a table: a row for each config, a column for the mean score on each task and length.
+
+    Of each model, device and dtype apart; time is a share of dense's there.
+    """
     done = [record for record in records if record.get("status", "ok") == "ok"]
     places = list(dict.fromkeys((record["task"], record["tokens"]) for record in done))
-    dense = {_cell(record): record for record in done if record["config_key"] == "dense"}
+    dense = {(_where(record), _cell(record)): record for record in done if record["config_key"] == "dense"}
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for record in done:
+        groups.setdefault((_where(record), record["config_key"]), []).append(record)
+    differ = [len({where[i] for where, _ in groups}) > 1 for i in range(len(WHERE))]
     rows = []
-    for key in dict.fromkeys(record["config_key"] for record in done):
-        mine = [record for record in done if record["config_key"] == key]
-
-        def at(place: tuple[str, int], mine: list[Mapping[str, Any]] = mine) -> str:
-            scores = [record["score"] for record in mine if (record["task"], record["tokens"]) == place]
-            return f"{mean(scores):.3f}" if scores else ""
-
-        kls = [record["kl"] for record in mine if record.get("kl") is not None]
+    for (where, _), mine in groups.items():
         times = [
-            record["ttft_s"] / dense[_cell(record)]["ttft_s"]
+            record["ttft_s"] / first["ttft_s"]
             for record in mine
-            if record.get("ttft_s") and dense.get(_cell(record), {}).get("ttft_s")
+            if record.get("ttft_s") and (first := dense.get((where, _cell(record)), {})).get("ttft_s")
         ]
         last = (
-            f"{mean(kls):.4f}" if kls else "",
-            f"{mean(times):.2f}" if times else "",
-            f"{mean(record['density'] for record in mine):.3f}",
+            _mean(".4f", [record["kl"] for record in mine if record.get("kl") is not None]),
+            _mean(".2f", times),
+            _mean(".3f", [record["density"] for record in mine]),
         )
-        rows.append([mine[0]["label"], *map(at, places), *last])
+        scores = (
+            _mean(".3f", [record["score"] for record in mine if (record["task"], record["tokens"]) == place])
+            for place in places
+        )
+        label = ", ".join([mine[0]["label"], *(str(at) for at, told in zip(where, differ, strict=True) if told)])
+        rows.append([label, *scores, *last])
     return ["config", *(f"{name} {tokens}" for name, tokens in places), "KL", "time of dense", "density"], rows
+
+
+def _mean(form: str, values: Sequence[float]) -> str:
+    return format(mean(values), form) if values else ""
+
+
+def _where(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in WHERE)
 
 
 def _cell(record: Mapping[str, Any]) -> Cell:

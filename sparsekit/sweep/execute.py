@@ -79,7 +79,7 @@ def run_sweep(
     Args:
         source: a path to the YAML file, its text, a mapping, or a Question.
         out: the result file, JSONL.
-        executor: "inline", in this process on the first device; "processes", one for each device; or "ray", an actor of
+        executor: "inline", in this process on one device; "processes", one for each device; or "ray", an actor of
             a cluster for each.
         devices: "cpu", "cuda:0", ...; of processes "cpu" may stand several times, of Ray's actors "cuda" too.
         address, gpus: of a Ray cluster (None starts one here), and of each actor: 0.5 puts two on a card.
@@ -96,6 +96,10 @@ def run_sweep(
         raise SparsekitError(f"executor {executor!r}: one of {', '.join(EXECUTORS)}.{nearest(executor, EXECUTORS)}")
     if not devices or len({device.partition(":")[0] for device in devices}) > 1:
         raise SparsekitError(f"devices {', '.join(devices) or 'none'}: at least one, and all of one kind.")
+    if executor == "inline" and len(devices) > 1:
+        raise SparsekitError(
+            f"devices {', '.join(devices)}: executor 'inline' runs on one; 'processes' on each of several."
+        )
     question = load_question(source)
     runs = question.runs(device=devices[0], samples=samples)
     trials = question.search.trials if question.search else 0

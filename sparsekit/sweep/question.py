@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,7 +30,7 @@ from sparsekit.sweep.best import parse_rule
 from sparsekit.sweep.constraints import Constraint, fulfilled
 from sparsekit.sweep.invalid import one_line
 from sparsekit.sweep.runs import Run
-from sparsekit.tasks import read_corpus, task
+from sparsekit.tasks import PYDOC, read_corpus, task
 
 __all__ = ["OBJECTIVES", "Question", "Search", "load_question"]
 
@@ -99,7 +99,7 @@ class Question(BaseModel):
     model: list[str] = Field(min_length=1)
     base: SparseConfig = SparseConfig()
     tasks: list[str] = Field(min_length=1)
-    lengths: list[int] = Field(min_length=1)
+    lengths: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     samples: int = Field(24, ge=1)
     seeds: list[int] = Field([0], min_length=1)
     axes: dict[str, Any] = {}
@@ -158,7 +158,8 @@ class Question(BaseModel):
         """
         axes, rules = self.varied(), [Constraint(text) for text in self.constraints]
         for name in self.tasks:
-            task(name, self.corpus)
+            if task(name, PYDOC) != task(name) and self.corpus is None:
+                raise SparsekitError(f"tasks: {name} reads a text: write `corpus: FOLDER`, or `corpus: {PYDOC}`.")
         if self.corpus:
             read_corpus(self.corpus)
         points: list[tuple[dict[str, Any], SparseConfig]] = []

@@ -235,6 +235,18 @@ class RayActors(Workers):
                 ray.init(address=address, log_to_driver=False, configure_logging=False, **options)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
                 raise SparsekitError(f"ray: no cluster at {address!r}: {said(error)}") from None
+        self._check_room(count)
+
+    def _check_room(self, count: int) -> None:
+        """An actor that finds no place waits for one for ever, and its runs with it."""
+        name, each = ("GPU", self.gpus) if self.gpus else ("CPU", 1.0)
+        there = self.ray.cluster_resources().get(name, 0)
+        if each * count > there:
+            self.close()
+            raise SparsekitError(
+                f"ray: {count} workers of {each:g} {name} each, but the cluster has {there:g}: fewer --workers"
+                f"{' or --gpus' if self.gpus else ''}."
+            )
 
     def start(self, device: str) -> _Actor:
         options = {"num_gpus": self.gpus} if self.gpus else {"num_cpus": 1}
