@@ -30,6 +30,7 @@ from torch import Tensor
 from sparsekit import __version__
 from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
+from sparsekit.models import can_shorten
 from sparsekit.patch import Handle, LayerReport, apply
 from sparsekit.tasks import Sample, Task, prompt_ids, task
 
@@ -120,7 +121,7 @@ def answer(
     layers = () if handle is None else handle.report().layers
 
     first, cache = prefill.logits[:, -1], prefill.past_key_values
-    spare = None if _can_shorten(cache) else deepcopy(cache)
+    spare = None if can_shorten(cache) else deepcopy(cache)
     truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
         model.device
     )
@@ -197,13 +198,6 @@ def _read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor
         rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
         logits = torch.cat([logits, rest.logits], 1)
     return logits
-
-
-def _can_shorten(cache: Any) -> bool:
-    """Whether a cache gives up its last tokens at any length: a window's and a recurrent layer's does not."""
-    from transformers.cache_utils import DynamicLayer
-
-    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
 
 def _shorten(cache: Any, tokens: int) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "ArchFacts",
     "EmbeddedModel",
     "cache_folder",
+    "can_shorten",
     "capture_attention",
     "facts",
     "fast_dtype",
@@ -401,6 +402,13 @@ def _facts_of_config(config: PretrainedConfig, *, name: str) -> ArchFacts:
         layer_types=tuple(layer_types) if layer_types else None,
         sliding_window=getattr(text, "sliding_window", None),
     )
+
+
+def can_shorten(cache: Any) -> bool:
+    """Whether a cache gives up its last tokens at any length: a window's and a recurrent layer's does not."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
 
 def _embedded_file(name: str) -> Path:

@@ -69,6 +69,11 @@ def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_overhead(shape="tiny", **SMALL)
 
 
+def test_a_cache_that_cannot_be_cut_back_is_refused() -> None:
+    with pytest.raises(SparsekitError, match="its cache, of windows or recurrent layers, cannot be cut back"):
+        bench_overhead(model=tiny("mistral", sliding_window=16), **SMALL)
+
+
 def test_command(tmp_path: Path) -> None:
     run, file = CliRunner(), tmp_path / "rows.jsonl"
     options = ["--shape", "tiny", "--prompt-tokens", "80", "--decode-tokens", "3", "--rounds", "2", "--device", "cpu"]

@@ -18,6 +18,7 @@ from sparsekit.bench.command import add_model_arguments, finished
 from sparsekit.bench.shapes import model_or_shape
 from sparsekit.bench.timing import Record, place, spread, synchronize
 from sparsekit.errors import SparsekitError
+from sparsekit.models import can_shorten
 from sparsekit.patch import apply
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def bench_overhead(
     prompt, following = ids[:, :prompt_tokens], ids[:, prompt_tokens:].split(1, 1)
     config = {"default": "triangle", "dense_below_tokens": prompt_tokens + 1}
     cache = found(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    if not can_shorten(cache):
+        raise SparsekitError(
+            f"{name}: its cache, of windows or recurrent layers, cannot be cut back from round to round; take one "
+            "of full attention."
+        )
 
     def read() -> Tensor:
         logits: Tensor = found(prompt, use_cache=True, logits_to_keep=1).logits
