@@ -516,9 +516,7 @@ def test_a_ray_cluster_with_a_worker_killed_in_the_middle(tmp_path: Path) -> Non
     pids = {record["pid"] for record in found.of_runs() if record["status"] == "ok"}
     assert len(pids) >= 2 and os.getpid() not in pids
     assert run_sweep(question, out, executor="ray", devices=["cpu"], maker=dies_once, quiet=True).done == 0
-    with pytest.raises(
-        SparsekitError, match=r"ray: 1 workers of 0\.5 GPU each, but the cluster has 0"
-    ):
+    with pytest.raises(SparsekitError, match=r"ray: 1 workers of 0\.5 GPU each, but the cluster has 0"):
         run_sweep(
             question, tmp_path / "s.jsonl", executor="ray", devices=["cuda"], gpus=0.5, maker=dies_once, quiet=True
         )
