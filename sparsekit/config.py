@@ -230,10 +230,9 @@ class SparseConfig(BaseModel):
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, default_flow_style=None)
         if path is not None:
             try:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 Path(path).write_text(text)
             except OSError as error:
-                raise SparsekitError(f"config {str(path)!r} cannot be written: {error.strerror or error}.") from None
+                raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None
         return text
 
     # ---- meaning

@@ -335,8 +335,5 @@ def _config(layers: list[dict[int, Any]], source: Mapping[str, Any]) -> SparseCo
 
 def _write(config: SparseConfig, output: str | Path | None) -> SparseConfig:
     if output is not None:
-        try:
-            config.dump(output)
-        except OSError as error:
-            raise SparsekitError(f"output {str(output)!r} cannot be written: {error.strerror or error}.") from None
+        config.dump(output)
     return config

@@ -648,7 +648,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.exit_code == 1 and "error: best: no config keeps 'kl below 0.01'" in nothing.stderr
     assert "2 of 8 runs failed" in nothing.stderr and "sink_tokens=8" in nothing.stdout
     lost = call("--best", "score within 1% of dense", "--best-output", "how-many.jsonl/best.yaml")
-    assert lost.exit_code == 1 and "config 'how-many.jsonl/best.yaml' cannot be written" in lost.stderr
+    assert lost.exit_code == 1 and "output 'how-many.jsonl/best.yaml' cannot be written" in lost.stderr
     for options, says in (
         (["--best", "the best"], "'the best' cannot be read"),
         (["--best-output", "b.yaml"], "--best-output goes with --best only"),

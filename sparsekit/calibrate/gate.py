@@ -262,5 +262,6 @@ def write_gated(report: GateReport, path: str | Path) -> SparseConfig:
         **report.made,
     }
     gated = load({**report.config.to_dict(), "provenance": {**report.config.provenance, "gate": said}})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     gated.dump(path)
     return gated

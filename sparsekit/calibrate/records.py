@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ def _append(path: Path, data: bytes) -> None:
                     data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(before)
+                with suppress(OSError):  # a device has nothing to cut
+                    file.truncate(before)
                 raise
     except OSError as error:
         raise SparsekitError(
