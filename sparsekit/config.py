@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from sparsekit.errors import SparsekitError, nearest
+from sparsekit.errors import SparsekitError, nearest, writable
 from sparsekit.patterns import AShape, Pattern, parse_pattern
 
 __all__ = [
@@ -229,10 +229,8 @@ class SparseConfig(BaseModel):
         """
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, default_flow_style=None)
         if path is not None:
-            try:
+            with writable(path):
                 Path(path).write_text(text)
-            except OSError as error:
-                raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None
         return text
 
     # ---- meaning

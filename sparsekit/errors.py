@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
-__all__ = ["SparsekitError", "nearest"]
+__all__ = ["SparsekitError", "nearest", "writable"]
 
 
 class SparsekitError(ValueError):
     """Bad input. The message is one line: the field, the value, what is allowed, and the nearest right name."""
+
+
+@contextmanager
+def writable(path: Path | str, what: str = "output") -> Iterator[None]:
+    """Within this block a path is written; what the system refuses is one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise SparsekitError(f"{what} {str(path)!r} cannot be written: {error.strerror or error}.") from None
 
 
 def nearest(name: object, allowed: Iterable[str]) -> str:

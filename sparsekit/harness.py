@@ -334,7 +334,7 @@ class _Prompts:
     def _after(self, *_: object) -> None:
         if self._begins and self._handle is not None:
             self.layers.append(self._handle.report().layers)
-            self.sparse += any(layer.ran == "sparse" and not layer.why for layer in self.layers[-1])
+            self.sparse += any(layer.sparse for layer in self.layers[-1])
 
 
 # ---- what lm-eval says

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, writable
 from sparsekit.geometry import TILES, Geometry
 from sparsekit.patterns import Pattern, StaticPattern, static_plan
 from sparsekit.plan import BlockPlan
@@ -216,11 +216,9 @@ def _save(out: str | Path, make: Callable[[], Figure], dpi: int) -> Path:
     if path.suffix.lower() not in FORMATS:
         raise SparsekitError(f"output {str(path)!r}: the name must end in {', '.join(FORMATS)}.")
     figure = make()
-    try:
+    with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi)
-    except OSError as error:
-        raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None
     return path
 
 

@@ -50,6 +50,12 @@ def test_rows_and_file(config: str, tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_layers_that_kept_every_pair_are_not_counted_as_sparse() -> None:
+    wide = load({"default": {"name": "triangle", "window_tokens": 4096}})
+    [_, row] = bench_prefill([wide], model=tiny("llama"), lengths=[300], rounds=1, device="cpu")
+    assert (row["sparse_layers"], row["tile_density"]) == (0, 1.0)
+
+
 def test_layers_with_a_window_of_their_own_have_no_density() -> None:
     config = load({"dense_below_tokens": 0, "default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}})
     kinds = ["sliding_attention", "full_attention"] * 2

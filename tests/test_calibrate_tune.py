@@ -119,6 +119,8 @@ def test_the_suffix_rule_fails_and_the_gate_catches_it(adversary, tmp_path) -> N
     passed = gate(model, tokenizer, better, tokens=[400, 600], samples=6, records=file, **OPTIONS)
     assert passed.passed and passed.why() == "" and passed.give_back == ()
     written = write_gated(passed, tmp_path / "c.yaml")
+    with pytest.raises(SparsekitError, match=r"output '.*c\.yaml/d\.yaml' cannot be written"):
+        write_gated(passed, tmp_path / "c.yaml" / "d.yaml")
     assert load(tmp_path / "c.yaml") == written
     assert [layer.dense for layer in written.resolve().layers] == [True, True, False]
     assert written.provenance["given_back_to_dense"] == "1"

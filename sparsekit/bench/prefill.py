@@ -83,7 +83,7 @@ def bench_prefill(
                 times[label] += [ms] * (n > 0)
                 tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
                 density = round(mean(tiles), 4) if tiles else 1.0
-                sparse = sum(layer.ran == "sparse" for layer in layers)
+                sparse = sum(layer.sparse for layer in layers)
                 seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse}
         stock = spread(times[STOCK])["ms"]
         for label, all_ms in times.items():

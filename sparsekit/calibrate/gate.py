@@ -18,7 +18,7 @@ from sparsekit.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.calibrate.records import Records, fingerprint, measured_on
 from sparsekit.calibrate.rules import model_facts
 from sparsekit.config import SparseConfig, format_range, load, parse_range
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, writable
 from sparsekit.evaluate import Answer, answer, kl_divergence
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
@@ -262,6 +262,7 @@ def write_gated(report: GateReport, path: str | Path) -> SparseConfig:
         **report.made,
     }
     gated = load({**report.config.to_dict(), "provenance": {**report.config.provenance, "gate": said}})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writable(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     gated.dump(path)
     return gated

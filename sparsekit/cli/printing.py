@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,17 +83,11 @@ def mark_first(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
 
 def show(found: dict[str, Any], table: tuple[list[str], list[list[str]]], as_json: bool, output: Path | None) -> None:
     if output is not None:
-        write_json(output, found)
+        with writable(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(found, default=str) + "\n")
     if as_json:
         print_json(found)
     else:
         head, rows = table
         print_table(head, rows, right=frozenset(range(1, len(head))))
-
-
-def write_json(path: Path, value: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, default=str) + "\n")
-    except OSError as error:
-        raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None

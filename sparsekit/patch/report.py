@@ -33,6 +33,11 @@ class LayerReport:
     plan_ms: float | None = None
     impl_why: str = ""
 
+    @property
+    def sparse(self) -> bool:
+        """Whether it left pairs out."""
+        return self.ran == "sparse" and not self.why
+
 
 @dataclass(frozen=True)
 class Report:

@@ -20,7 +20,7 @@ from string import Template
 from typing import Any
 
 from sparsekit.config import format_range, load
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, writable
 from sparsekit.sweep import read_results
 from sparsekit.sweep.best import overview
 from sparsekit.sweep.runs import config_key
@@ -260,11 +260,12 @@ def _probe(file: str | Path) -> dict[str, Any]:
 def _write(path: Path, page: str) -> None:
     """All of the page, or what stood there before."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise SparsekitError(f"output {str(path)!r} cannot be written: {error.strerror or error}.") from None
+    with writable(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(page, encoding="utf-8")
+            part.replace(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, writable
 
 __all__ = ["ResultFile", "read_results", "replacing"]
 
@@ -78,7 +78,7 @@ class ResultFile:
 
     def _open(self) -> int:
         new = not self.path.exists()
-        with _writable(self.path):
+        with writable(self.path, "results"):
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             if new and hasattr(os, "O_DIRECTORY"):  # the name of a new file is on the disk when its folder is
                 folder = os.open(self.path.parent, os.O_DIRECTORY)
@@ -126,15 +126,15 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Callable[[Mapping[st
     with _held(path):
         if path.exists():
             _check_replaceable(path)
-        with _writable(path):
+        with writable(path, "results"):
             part.write_text(kept, encoding="utf-8")
 
         def add(record: Mapping[str, Any]) -> None:
-            with _writable(path), part.open("a", encoding="utf-8") as file:
+            with writable(path, "results"), part.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
         yield add
-        with _writable(path):
+        with writable(path, "results"):
             part.replace(path)
 
 
@@ -142,28 +142,18 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Callable[[Mapping[st
 def _held(path: Path) -> Iterator[None]:
     """No other process writes the file within this block."""
     lock = FileLock(f"{path}.lock", timeout=0)
-    try:
-        with _writable(path):
+    with writable(path, "results"):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-    except Timeout:
-        raise SparsekitError(
-            f"results {str(path)!r} are being written by another process; wait for it, or give another file."
-        ) from None
+        except Timeout:
+            raise SparsekitError(
+                f"results {str(path)!r} are being written by another process; wait for it, or give another file."
+            ) from None
     try:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Timeout:
-        raise
-    except OSError as error:
-        raise SparsekitError(f"results {str(path)!r} cannot be written: {error.strerror or error}.") from None
 
 
 def _check_replaceable(path: Path) -> None:
