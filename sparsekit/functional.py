@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax, attend, geometry_for
+from sparsekit.kernels import Softmax, attend, geometry_for, narrow_tile, preferred_tile
 from sparsekit.patterns import Pattern, StaticPattern, parse_pattern, static_plan
 from sparsekit.plan import BlockPlan, stack_heads
 
-__all__ = ["attention", "plan_heads", "static_plan_heads"]
+__all__ = ["attention", "plan_heads", "static_plan_heads", "tiled_for"]
 
 
 def attention(
@@ -42,12 +42,19 @@ def attention(
     torch.Size([1, 4, 1000, 64])
     """
     pattern = parse_pattern(pattern)
-    geometry = geometry_for(q, k) if geometry is None else geometry
+    geometry = tiled_for(pattern, geometry_for(q, k), q) if geometry is None else geometry
     softmax = Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap, sink_logits)
     plan = pattern.plan(q, k, geometry, softmax)
     return attend(
         q, k, v, plan, scale=scale, softcap=softcap, sink_logits=sink_logits, impl=impl, return_lse=return_lse
     )
+
+
+def tiled_for(pattern: Pattern, geometry: Geometry, q: Tensor) -> Geometry:
+    """The geometry in the tile of a pattern that is alone in its layer: narrower rows than the device's, if it asks."""
+    if pattern.narrow and (geometry.block_q, geometry.block_kv) == preferred_tile(q.device):
+        return geometry.with_tile(*narrow_tile(q))
+    return geometry
 
 
 def plan_heads(
@@ -60,7 +67,7 @@ def plan_heads(
 ) -> BlockPlan:
     """The plan of a layer in which query head h runs `patterns[pattern_of_head[h]]`; cached where all are static."""
     if len(patterns) == 1:
-        return patterns[0].plan(q, k, geometry, softmax)
+        return patterns[0].plan(q, k, tiled_for(patterns[0], geometry, q), softmax)
     static = tuple(pattern for pattern in patterns if isinstance(pattern, StaticPattern))
     if len(static) == len(patterns):
         return static_plan_heads(static, tuple(pattern_of_head), geometry, q.device)

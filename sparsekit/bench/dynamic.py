@@ -26,6 +26,7 @@ from sparsekit.bench.peers import PeerRun, Prepare, load_peers, prepare
 from sparsekit.bench.quality import dense_lse, output_error, recall, sampled_rows
 from sparsekit.bench.timing import ROUNDS, Record, milliseconds, place, spread, synchronize
 from sparsekit.errors import SparsekitError, nearest
+from sparsekit.functional import tiled_for
 from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, attend, choose_call, choose_device, geometry_for
 from sparsekit.models import EMBEDDED
@@ -359,7 +360,7 @@ def _line(error: Exception) -> str:
 def _select(pattern: Pattern, q: Tensor, k: Tensor, geometry: Geometry) -> BlockPlan:
     softmax = Softmax(q.shape[-1] ** -0.5)
     estimate = pattern.select if isinstance(pattern, DynamicPattern) else pattern.plan
-    return estimate(q, k, geometry, softmax)
+    return estimate(q, k, tiled_for(pattern, geometry, q), softmax)
 
 
 def _attend_lse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,17 @@ from sparsekit.kernels.softmax import Softmax
 from sparsekit.kernels.torch_blocks import attend_torch
 from sparsekit.plan import FLAG_BITS, BlockPlan
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "Softmax", "attend", "choose", "choose_call", "choose_device", "preferred_tile"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "Softmax",
+    "attend",
+    "choose",
+    "choose_call",
+    "choose_device",
+    "narrow_tile",
+    "preferred_tile",
+]
 
 IMPLEMENTATIONS = ("triton", "hopper", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -219,6 +229,15 @@ def _hopper_missing(device: torch.device) -> str:
 def preferred_tile(device: torch.device | str) -> tuple[int, int]:
     """(block_q, block_kv) for plans that run on `device`. The Hopper form likes 128 keys, all others 64."""
     return (128, 128) if choose(device) == "hopper" else (128, 64)
+
+
+def narrow_tile(q: Tensor) -> tuple[int, int]:
+    """The same for a pattern that keeps less in narrow rows: 64 queries where the kernel of q (B, H, Q, D) gains.
+
+    The Hopper form reads tiles for two such rows at once, and each half passes what it does not need.
+    """
+    halves = choose(q.device) == "hopper" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
+    return (64, 64) if halves else preferred_tile(q.device)
 
 
 def _check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.geometry import Geometry
+from sparsekit.kernels.halves import FARTHEST_KEY, HALF, pair_rows
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.plan import FLAG_BITS, RULE, BlockPlan, upload
 
@@ -88,8 +89,10 @@ def _shape_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: So
     if plan.ranked is not None:
         return "ranked keys with an early stop"
     g = plan.geometry
-    if g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV:
-        return f"tile {g.block_q} x {g.block_kv}: 128 x {', '.join(map(str, BLOCK_KV))}"
+    halves = (g.block_q, g.block_kv) == (HALF, HALF) and plan.rule is None and g.kv_len < FARTHEST_KEY
+    if not halves and (g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV):
+        allowed = f"128 x {', '.join(map(str, BLOCK_KV))}"
+        return f"tile {g.block_q} x {g.block_kv}: {allowed}; 64 x 64 without a token rule, below {FARTHEST_KEY} keys"
     if plan.row_ptr is not None and plan.row_ptr.dtype != torch.int32:
         return f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
     if g.kv_len >= FARTHEST:
@@ -183,10 +186,11 @@ def attend_hopper(
 class _Work:
     """One launch: the samples that share their last valid key, where the K and V descriptors end.
 
-    items: int32 (n, 8), see hopper_kernel.py. merges: int32 (slots, 4), see `merge` there.
+    items: int32 (n, 8), see hopper_kernel.py. entries: what they list. merges: int32 (slots, 4), see `merge` there.
     """
 
     items: Tensor
+    entries: Tensor | None
     merges: Tensor | None
     slots: int
     kv_end: int
@@ -228,12 +232,16 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
         longest = -(-max(span.q_end for span in g.spans) // step)
         if plan.entries is None:
             total = heads * sum(int(plan._causal_tiles(s).sum()) for s in range(plan.samples))
-            total = total * (batch // plan.samples) * plan.block_kv // step
+            total = total * (batch // plan.samples) * plan.block_kv * plan.block_q // (step * BLOCK_Q)
         else:
             shared = batch * heads // (plan.samples * plan.heads)
             total = plan.entries.numel() * shared * plan.block_kv // step
         budget = max(int(WORKSPACE_SHARE * 2 * (q.nbytes + k.nbytes)), WORKSPACE_BYTES)
-        wanted = longest >= SPLIT_FROM_STEPS and longest * _processors(q.device.index) > LONG_SHARE * total
+        wanted = (
+            not _halves(plan)
+            and longest >= SPLIT_FROM_STEPS
+            and longest * _processors(q.device.index) > LONG_SHARE * total
+        )
         plan.memo[key] = min(budget // (BLOCK_Q * (dim + 1) * 4), 4 * _processors(q.device.index)) if wanted else 0
     return int(plan.memo[key])
 
@@ -282,7 +290,8 @@ def _grid(
     items = torch.stack([x.expand(shape) for x in fields], -1).view(-1, len(fields)).to(torch.int32)
     at_once = KEY_HEADS_AT_ONCE if plan_heads == 1 else KEY_HEADS_AT_ONCE_LISTED
     section = (items[:, 1] // (group * at_once)).clamp(max=120) + 1
-    flat = [x.expand(shape).reshape(-1) for x in (plan_row, steps, tile, dead)]
+    # Contiguous: an expanded dimension may survive `reshape` as a view of stride 0, which the device code cannot see.
+    flat = [x.expand(shape).reshape(-1).contiguous() for x in (plan_row, steps, tile, dead)]
     return _Grid(items, flat[0].long(), flat[1], section << WORK_BITS, flat[2], flat[3])
 
 
@@ -296,16 +305,24 @@ def _make_work(
     slots: int,
     device: torch.device,
 ) -> _Work:
-    grid = _grid(plan.geometry, samples, plan.samples == 1, plan.heads, heads, group, step, device)
-    items, work = (grid.items, grid.dense_steps) if plan.row_ptr is None else _listed(plan, grid, step)
+    geometry = plan.geometry.with_tile(BLOCK_Q, plan.block_kv)
+    grid = _grid(geometry, samples, plan.samples == 1, plan.heads, heads, group, step, device)
+    section, entries = grid.section, plan.entries
+    if plan.row_ptr is None:
+        items, work = grid.items, grid.dense_steps
+    elif _halves(plan):
+        items, work, entries = pair_rows(plan, grid.items, grid.rows, samples, heads, step)
+        section = section.repeat(len(items) // len(section))
+    else:
+        items, work = _listed(plan, grid, step)
     processors = _processors(device.index)
-    order = torch.sort(_sort_keys(work, grid.section, processors), stable=True).indices
+    order = torch.sort(_sort_keys(work, section, processors), stable=True).indices
     items = items[order]
     merges = None
     if slots:
         work = work[order]
         items, merges = _split(items, work, slots, plan.block_kv, step, processors)
-    return _Work(items, merges, slots, kv_end, min(len(items), processors))
+    return _Work(items, entries, merges, slots, kv_end, min(len(items), processors))
 
 
 def _listed(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
@@ -369,6 +386,11 @@ def _listed_by_torch(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, T
     items[:, 3] = torch.where(empty, 1, count)
     items[:, 5] = torch.where(bounded, items[:, 5], kind) | empty * int(code.EMPTY.value)
     return items, torch.where(empty, 1, work)
+
+
+def _halves(plan: BlockPlan) -> bool:
+    """Whether two rows of the plan share an item."""
+    return plan.block_q == HALF and plan.row_ptr is not None
 
 
 def _parts(plan: BlockPlan, step: int) -> int:
@@ -566,15 +588,17 @@ def _launch(
         for span, start in zip(g.spans, g.kv_start, strict=True)
         if span.q_end > span.q_first
     )
+    halves = _halves(plan)
+    stages, q_stages = _buffers(dim, step, halves)
     flags = (
-        _stages(dim, step), 1 if dim == 256 else 2, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
-        rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, dim == 256,
-        narrow,
+        stages, q_stages, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
+        rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, q_stages == 1,
+        narrow, halves,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
         *boxes,
-        work.items, plan.entries, _counters(q.device, stream), rule, None, None, None, None, None, plan.tokens,
+        work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, plan.tokens,
         plan.token_bits,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * LOG2E * scale / cap,
         len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
@@ -593,9 +617,15 @@ def _launch(
     return replace(launch, kernel=_FORMS[form])
 
 
-def _stages(dim: int, step: int) -> int:
-    """K and V buffers each: 64 KiB of K and as much of V at every size but 256, whose q takes more (227 KiB in all)."""
-    return 2 if dim == 256 else 2 * (128 // dim) * (128 // step)
+def _buffers(dim: int, step: int, halves: bool) -> tuple[int, int]:
+    """(K and V buffers each, Q buffers): 64 KiB of K and as much of V, and two tiles of Q; 227 KiB in all.
+
+    At size 256 one tile of Q takes as much, and the result goes where it was; likewise with halves, where a consumer
+    that passes a step wants a third buffer.
+    """
+    if dim == 256:
+        return 2, 1
+    return (3, 1) if halves and dim == 128 else (2 * (128 // dim) * (128 // step), 2)
 
 
 def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:

@@ -18,6 +18,13 @@ A work item is 8 int32 (the names below are its columns):
             item's last step are missing, << MISSING_SHIFT.
     SLOT    place of a partial result in the workspace, or -1.
     PLAN    the plan's row, for token bits.
+
+HALVES: the plan has rows of 64 queries, two to an item, and a step that one of them needs alone is passed by the other
+consumer: it frees the buffers and computes nothing. Then the last two columns are (halves.py makes the list so)
+    SLOT    how many first steps both need, | how many pairs of steps follow, of which the first half needs one and the
+            second half the next, << PAIRS_SHIFT; of the steps after these, which only one half needs, the other hides
+            all keys. Negative where that one is the second. So nobody passes two steps in a row, nor the first one.
+    PLAN    the first half's row, or the only half's, << 1; 1 where the next row is the second half's.
 """
 
 # Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against; a branch that is chosen
@@ -37,6 +44,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparsekit.kernels.halves_kernel import NOWHERE
+
 __all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
 
 ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(8))
@@ -51,9 +60,9 @@ DIAGONAL_SHIFT = gl.constexpr(18)
 NARROW = gl.constexpr(1 << 20)
 MISSING_SHIFT = gl.constexpr(21)
 COLUMN_SHIFT = gl.constexpr(20)
+PAIRS_SHIFT = gl.constexpr(16)
 NARROW_KEYS = gl.constexpr(16)
 CHUNK = gl.constexpr(64)  # columns of a row that the 128-byte swizzle keeps together, in 16-bit elements
-NOWHERE = gl.constexpr(((1 << 29) - 4096) * 4 + 1)  # an entry past all keys: zeros by TMA, and masked
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -343,7 +352,7 @@ def _produce(
     mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head,
     heads_per_plan, heads_per_pool,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
+    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -396,7 +405,7 @@ def _produce(
                 _send(mail, m_slot * MAIL + SINK, gl.load(p_my_rule))
                 _send(mail, m_slot * MAIL + WINDOW, gl.load(p_my_rule + 1))
                 _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
-            if SPLIT:
+            if SPLIT or HALVES:
                 _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
             if COLUMNS:
                 _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
@@ -446,9 +455,9 @@ def _produce(
 @gluon.jit
 def _advance(
     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns,
+    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns, hidden,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    COLUMNS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Step i of a row: Q K^T and softmax of this step, P V of the one before, whose buffer is `before`."""
     STAGES: gl.constexpr = ks.shape[0]
@@ -474,6 +483,8 @@ def _advance(
     elif LISTED or BN < 2 * HALF:  # else only the first step of a tile crosses the diagonal
         if (now & 3) != 0:
             s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
+        if HALVES:
+            s = _hide(s, hidden)
     m_new = gl.maximum(m, _row_max(s, L) * scale2)
     # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
     m_new = gl.where(m_new > m + 8.0, m_new, m)
@@ -494,13 +505,39 @@ def _advance(
 
 
 @gluon.jit
+def _pass(
+    e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
+    BN: gl.constexpr, STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """Step i of a row, which the other half needs alone. P V of the step before stays due, and keeps its buffer."""
+    if PARTS > 1:
+        e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
+    else:
+        e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+    mbarrier.arrive(k_free.index(slot), count=1)
+    # A phase that nobody waits for could be taken for the next but one.
+    mbarrier.wait(v_full.index(slot), phase)
+    mbarrier.arrive(v_free.index(slot), count=1)
+    slot1, phase1 = _next(slot, phase, STAGES)
+    mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
+    return e, slot1, phase1
+
+
+@gluon.jit
+def _hide(s, hidden):
+    if hidden:
+        s = gl.full_like(s, float("-inf"))
+    return s
+
+
+@gluon.jit
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
     p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
     scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample,
     WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
     CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
-    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
+    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -537,10 +574,21 @@ def _consume(
         sample = sample_head // heads
         head = sample_head - sample * heads
         if COLUMNS:
-            p_row_bits = p_bits + _receive(mail, m_slot * MAIL + PLAN).to(gl.int64) * ((columns + 31) // 32)
+            plan_row = _receive(mail, m_slot * MAIL + PLAN)
+            if HALVES:
+                plan_row = (plan_row >> 1) + WHO * (plan_row & 1)
+            p_row_bits = p_bits + plan_row.to(gl.int64) * ((columns + 31) // 32)
             p_row_tokens = p_tokens + sample * token_sample + head // heads_per_plan * columns
             listed = count & ((1 << COLUMN_SHIFT) - 1)
             steps = listed + (count >> COLUMN_SHIFT)
+        both = steps
+        paired = steps
+        rest = 0
+        if HALVES:
+            word = _receive(mail, m_slot * MAIL + SLOT)
+            both = word & ((1 << PAIRS_SHIFT) - 1)
+            paired = both + ((word >> PAIRS_SHIFT) & ((1 << (31 - PAIRS_SHIFT)) - 1)) * 2
+            rest = (word < 0).to(gl.int32)
         e = _receive(mail, m_slot * MAIL + STEP_0)
         e1 = _receive(mail, m_slot * MAIL + STEP_1)
         lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
@@ -588,6 +636,8 @@ def _consume(
                 s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
         elif (e & 3) != 0:
             s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
+        if HALVES:
+            s = _hide(s, (both == 0) & (gl.where(paired > 0, 0, rest) != WHO))
         m_new = gl.maximum(m, _row_max(s, L) * scale2)
         p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
         if NARROW_FORM:
@@ -606,17 +656,32 @@ def _consume(
         mbarrier.wait(k_full.index(slot), phase, pred=steps > 1)
         # Two loops, since what masks entries and what masks columns do not fit the registers together.
         for i in range(1, gl.maximum(listed, 1)):
-            acc, l, m, pb, e, slot, phase, before = _advance(
-                acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False,
-            )  # fmt: skip
+            if HALVES:
+                needed = (i < both) | (gl.where(i < paired, (i - both) & 1, rest) == WHO)
+                # Three buffers: one that waits for P V, one that is passed, one for the next step.
+                if needed | (i >= paired) | (STAGES < 3):
+                    acc, l, m, pb, e, slot, phase, before = _advance(
+                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
+                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True,
+                    )  # fmt: skip
+                else:
+                    e, slot, phase = _pass(
+                        e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
+                        BN, STAGES, SPLIT_ENTRY, PARTS, LISTED,
+                    )  # fmt: skip
+            else:
+                acc, l, m, pb, e, slot, phase, before = _advance(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
+                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False,
+                )  # fmt: skip
         if COLUMNS:
             for i in range(gl.maximum(listed, 1), steps):
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits,
-                    columns, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True,
+                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False,
                 )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
@@ -656,6 +721,8 @@ def _consume(
         if LSE:
             lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
             inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
+            if HALVES:
+                inside = inside & _holds(kind, WHO, HALF)
             gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
         if OUT_IN_Q:
             staging = qs.index(q_slot * 2 + WHO)
@@ -670,6 +737,9 @@ def _consume(
                 gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
             else:
                 _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+        elif HALVES:
+            if _holds(kind, WHO, HALF):
+                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
         else:
             _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
         if OUT_IN_Q:
@@ -679,6 +749,12 @@ def _consume(
         mbarrier.wait(m_full.index(m_slot), m_phase)
         count = _receive(mail, m_slot * MAIL + COUNT)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _holds(kind, WHO: gl.constexpr, HALF: gl.constexpr):
+    """Whether a half has valid rows in this item: its other rows may be another item's."""
+    return ((kind & 255) < (WHO + 1) * HALF) & (((kind >> 8) & 255) > WHO * HALF)
 
 
 @gluon.jit
@@ -727,6 +803,7 @@ def attention(
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
     RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr,
     SPLIT: gl.constexpr, EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
@@ -764,18 +841,20 @@ def attention(
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
                 queries, q_offset, heads_per_plan, columns, token_sample,
                 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
+                HALVES,
             )),
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
                 queries, q_offset, heads_per_plan, columns, token_sample,
                 1, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
+                HALVES,
             )),
             (_produce, (
                 d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free,
                 v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group,
                 rule_sample, rule_head, heads_per_plan, heads_per_pool, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS,
-                SPLIT, NARROW_FORM,
+                SPLIT, NARROW_FORM, HALVES,
             )),
         ],
         [4, 1],

@@ -28,8 +28,7 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 ENTRY_POINTS = "sparsekit.patterns"
 
 # Measured (docs/results/dynamic-h100.jsonl): the shortest of 2,048, 4,096, 8,192, ... tokens at which selecting and
-# attention together beat the best dense kernel. xattention was measured with a form whose estimate was wrong (see the
-# README beside that file).
+# attention together beat the best dense kernel. s2o won at 16,384 on one host and lost on a slower one.
 CROSSOVER_TOKENS: dict[str, dict[str, int]] = {
     "cuda": {"vertical_slash": 32768, "flexprefill": 16384, "xattention": 16384, "block_topk": 16384, "s2o": 32768}
 }
@@ -46,6 +45,7 @@ class Pattern(BaseModel, ABC):
     name: str
     source: ClassVar[str] = "-"  # where the method was published
     whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
+    narrow: ClassVar[bool] = False  # keeps fewer pairs in rows of fewer queries, as diagonals do
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ __all__ = ["VerticalSlash"]
 
 FORCED_COLUMNS, FORCED_DISTANCES = 30, 100
 
-# Keys of the plan's tiles: a diagonal crosses a row of 128 queries in 128 keys, wherever they start.
+# Keys of the plan's tiles: a diagonal crosses a row of 64 queries in 64 keys, wherever they start.
 TILE_KV = 64
 
 
@@ -40,6 +40,7 @@ class VerticalSlash(DynamicPattern):
 
     name: Literal["vertical_slash"] = "vertical_slash"
     source: ClassVar[str] = "MInference, arXiv 2407.02490"
+    narrow: ClassVar[bool] = True
     vertical_tokens: int = Field(1000, ge=1, description="key columns that a head keeps, tokens")
     slash_tokens: int = Field(6096, ge=1, description="diagonals that a head keeps, tokens of distance")
     estimate_queries: int = Field(64, ge=1, le=MAX_QUERIES, description="last queries that are looked at, tokens")

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from children import interpret
 from torch import Tensor
 
 from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, attend
 from sparsekit.kernels import hopper as host
 from sparsekit.kernels.reference import attend_reference
+from sparsekit.kernels.select import pack_bits
+from sparsekit.kernels.slash_plan import plan_from_vertical_slash
 from sparsekit.plan import (
     CAUSAL,
     RULE,
@@ -181,6 +184,7 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
     step = host._step_keys(dim)
     split_entry, parts = max(plan.block_kv // step, 1), host._parts(plan, step)
     width = step // parts
+    halves = host._halves(plan)
     got = torch.zeros(g.batch, HEADS, g.q_len, g.kv_len, dtype=torch.int32)
     for work in host._works(plan, q, k):
         seen: dict[int, int] = {}
@@ -196,15 +200,21 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
             if empty:
                 query = torch.full_like(query, -1)
             listed, columns = count & 0xFFFFF, count >> 20
-            if slot >= 0:
+            if slot >= 0 and not halves:
                 seen[slot] = row
+            half, needed = lane // 64, torch.ones(2, listed, dtype=torch.bool)
+            if halves:
+                both, turns, rest = slot & 0xFFFF, slot >> 16 & 0x7FFF, int(slot < 0)
+                order = torch.arange(listed)
+                turn = torch.where(order < both + 2 * turns, (order - both) % 2, rest)
+                needed = torch.stack([(order < both) | (turn == who) for who in range(2)])
             i = torch.arange(listed * parts)
             if dense:
                 entry = ((begin - i // parts) * step + i % parts * width) * 4 + (i // parts < diagonal)
             else:
-                assert plan.entries is not None
+                assert work.entries is not None
                 i = i[: len(i) - missing]
-                entry = plan.entries[begin + i // split_entry] + i % split_entry * step * 4
+                entry = work.entries[begin + i // split_entry] + i % split_entry * step * 4
             key = ((entry >> 2)[:, None] + torch.arange(width)).flatten()
             flags = (entry & 3).repeat_interleave(width)
             ok = (flags == 0) | (key <= query[:, None])
@@ -218,13 +228,15 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
                     _count(got[sample, head, row + low : row + high], kept, few + kv_start)
                 ruled = (key < sink) | (query[:, None] - key < window) | (query[:, None] >= dense_from)
                 ok &= (flags & RULE == 0) | ruled
+            ok = ok & needed[half][:, i // parts].repeat_interleave(width, 1)
             _count(got[sample, head, row + low : row + high], ok, key + kv_start)
             if columns:
                 assert plan.tokens is not None and plan.token_bits is not None
                 mine = plan.tokens[sample if plan.samples > 1 else 0, head // (HEADS // plan.heads)]
                 mine = mine.long()[: columns * step]
-                bits = plan.token_bits[plan_row][:, None] >> torch.arange(32) & 1
-                ok = (mine <= query[:, None]) & bits.flatten()[: len(mine)].bool()
+                own = (plan_row >> 1) + half * (plan_row & 1) if halves else torch.full_like(half, plan_row)
+                bits = plan.token_bits[own][..., None] >> torch.arange(32) & 1
+                ok = (mine <= query[:, None]) & bits.flatten(1)[:, : len(mine)].bool()
                 _count(got[sample, head, row + low : row + high], ok, mine + kv_start)
         if work.merges is not None:
             firsts = {slot: count for slot, (_, _, _, count) in enumerate(work.merges.tolist()) if count}
@@ -261,6 +273,84 @@ def test_work_list_computes_the_plan(
         assert all(work.merges is not None for work in works)
 
 
+def _slashes(geometry: Geometry, capacity: int | None = None, columns: int = 40, slashes: int = 9) -> BlockPlan:
+    """Diagonals and columns of each head: with a capacity, rows that run dense beside rows that are listed."""
+    tokens = max(max(span.q_end for span in geometry.spans), 1)
+    g = torch.Generator().manual_seed(2)
+    score = torch.rand(2, geometry.batch, HEADS, -(-tokens // 32) * 32, generator=g)
+    score[1, ..., 0] = 2.0
+    score[..., tokens:] = -1.0
+    chosen = torch.stack(
+        [score[i] >= score[i].topk(min(n, tokens)).values[..., -1:] for i, n in enumerate((columns, slashes))]
+    )
+    return plan_from_vertical_slash(pack_bits(chosen).contiguous(), geometry, columns, slashes, 64, capacity=capacity)
+
+
+HALF_PLANS = [
+    _named(_dense),
+    _named(_random_tiles),
+    _named(_random_tiles, heads=KEY_HEADS, keep=0.05),
+    _named(_slashes),
+    _named(_slashes, columns=200, slashes=40),
+    _named(_slashes, capacity=60),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("make", HALF_PLANS)
+def test_rows_of_64_queries_share_an_item(make: Callable[[Geometry], BlockPlan], geometry: Geometry) -> None:
+    """Each of their pairs once, with steps of two entries or of one; by the device code's rules."""
+    plan = make(geometry.with_tile(64, 64))
+    expected = plan.multiplicity().repeat_interleave(HEADS // plan.heads, 1)
+    for dim in (128, 256):
+        assert torch.equal(_pairs_of_work(plan, dim), expected)
+
+
+@pytest.mark.slow
+def test_rows_are_paired_on_a_card_as_here() -> None:
+    interpret("interpreted_halves.py")
+
+
+def test_nobody_passes_two_steps_in_a_row() -> None:
+    """A consumer that passes a step holds a buffer until its next one; of three, two in a row would leave none."""
+    plan = _slashes(_tiled(2000).with_tile(64, 64), slashes=60)
+    q, k = torch.empty(1, HEADS, 2000, 128), torch.empty(1, KEY_HEADS, 2000, 128)
+    (work,) = host._works(plan, q, k)
+    passed = 0
+    for _, _, _, count, _, _, word, _ in work.items.tolist():
+        both, turns = word & 0xFFFF, word >> 16 & 0x7FFF
+        order = torch.arange(count & 0xFFFFF)
+        for who in range(2):
+            passes = (order >= max(both, 1)) & (order < both + 2 * turns) & ((order - both) % 2 != who)
+            passed += int(passes.sum())
+            assert not (passes[1:] & passes[:-1]).any()
+    assert passed > 100
+
+
+def test_the_grid_has_no_strides() -> None:
+    """The device code reads it as it lies. With one row a head, an expanded dimension outlives `reshape`."""
+    for geometry in (_tiled(1), _tiled(100, batch=3), _tiled(700)):
+        samples = tuple(range(geometry.batch))
+        grid = host._grid(geometry, samples, True, HEADS, HEADS, HEADS // KEY_HEADS, 128, torch.device("cpu"))
+        for name in ("items", "rows", "dense_steps", "section", "tile", "dead"):
+            assert getattr(grid, name).is_contiguous(), (name, geometry)
+            assert getattr(grid, name).stride(-1) == 1, (name, geometry)
+
+
+def test_halves_read_no_more_than_rows_of_128_and_compute_less() -> None:
+    """Of diagonals that lie apart, each half needs two of the three steps' tiles that both read."""
+    geometry = _tiled(8192)
+    distances = torch.zeros(1, 1, 8192, dtype=torch.bool)
+    distances[..., ::512] = True
+    bits = pack_bits(torch.stack([torch.zeros_like(distances), distances])).contiguous()
+    wide, narrow = (plan_from_vertical_slash(bits, geometry.with_tile(rows, 64), 1, 16, 64) for rows in (128, 64))
+    q = k = torch.empty(1, 1, 8192, 128)
+    ((read,), (halves,)) = (host._works(plan, q, k) for plan in (wide, narrow))
+    both, turns = halves.items[:, 6] & 0xFFFF, halves.items[:, 6] >> 16 & 0x7FFF
+    assert int(halves.items[:, 3].bitwise_and(0xFFFFF).sum()) <= 1.1 * int(read.items[:, 3].bitwise_and(0xFFFFF).sum())
+    assert int((both + turns).sum()) < 0.75 * int(read.items[:, 3].bitwise_and(0xFFFFF).sum())
+
+
 def test_long_rows_are_split_and_no_others() -> None:
     """Triangle's last row on 8 heads is cut; on 32 heads it hides behind the rest and is not."""
     geometry = _tiled(131072)
@@ -293,7 +383,10 @@ def test_covers_names_the_reason() -> None:
     assert form(q.transpose(1, 2).contiguous().transpose(1, 2)) == ""
     assert "float32" in form(q.float())
     assert "head size 96" in form(q[..., :96])
-    assert "tile 64 x 64" in form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=64)))
+    assert form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=64))) == ""
+    assert "tile 64 x 128" in form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=128)))
+    ruled = plan_from_rule(TokenRule(8, 64, 256), Geometry.of(256, block_q=64, block_kv=64))
+    assert "tile 64 x 64" in form(q, ruled)
     assert "scale" in form(q, softmax=Softmax(-1.0))
     assert "strides" in form(torch.empty(1, 4, 256, 129, dtype=torch.bfloat16)[..., :128])
     assert "16-byte" in form(torch.empty(4 * 256 * 128 + 8, dtype=torch.bfloat16)[1:-7].view(1, 4, 256, 128))
@@ -346,13 +439,15 @@ class Offline:
 driver.set_active(Offline())
 from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, hopper
-from sparsekit.plan import TokenRule, plan_from_rule
+from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
 dim, dtype, sinks, lse = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "sinks", sys.argv[4] == "lse"
-block_kv, columns = int(sys.argv[5]), sys.argv[6] == "columns"
+block_kv, columns, halves = int(sys.argv[5]), "columns" in sys.argv[6], "halves" in sys.argv[6]
 q, k = torch.empty(1, 8, 2048, dim, dtype=dtype), torch.empty(1, 2, 2048, dim, dtype=dtype)
 plan = plan_from_rule(TokenRule(8, 512, 1920), Geometry.of(2048, block_q=128, block_kv=block_kv))
+if halves:
+    plan = plan_from_block_mask(torch.ones(1, 1, 32, 32, dtype=torch.bool), Geometry.of(2048, block_q=64, block_kv=64))
 if columns:
-    tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(16, 4, dtype=torch.int32)
+    tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(plan.rows, 4, dtype=torch.int32)
     plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
 kernel = hopper.compile_form(q, k, k, plan, Softmax(0.1, None, torch.zeros(8) if sinks else None), lse)
 with tempfile.TemporaryDirectory() as folder:
@@ -376,7 +471,7 @@ print("SHARED", kernel.metadata.shared, "HGMMA", sass.count("HGMMA"), "STEPS", l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dim", "dtype", "sinks", "lse", "block_kv", "columns"),
+    ("dim", "dtype", "sinks", "lse", "block_kv", "more"),
     [
         (128, "bfloat16", "", "", 128, ""),
         (64, "float16", "", "", 128, ""),
@@ -384,14 +479,16 @@ print("SHARED", kernel.metadata.shared, "HGMMA", sass.count("HGMMA"), "STEPS", l
         (128, "bfloat16", "sinks", "lse", 128, ""),
         (128, "bfloat16", "", "", 64, "columns"),
         (128, "float16", "", "", 32, ""),
+        (128, "bfloat16", "", "", 64, "columns halves"),
+        (64, "float16", "", "lse", 64, "halves"),
     ],
 )
 def test_compiles_for_sm_90(
-    dim: int, dtype: str, sinks: str, lse: str, block_kv: int, columns: str, tmp_path: Path
+    dim: int, dtype: str, sinks: str, lse: str, block_kv: int, more: str, tmp_path: Path
 ) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(dim), dtype, sinks, lse, str(block_kv), columns],
+        [sys.executable, "-c", OFFLINE, str(dim), dtype, sinks, lse, str(block_kv), more],
         capture_output=True,
         text=True,
         env=environment,
@@ -403,9 +500,10 @@ def test_compiles_for_sm_90(
     )
     assert shared <= SHARED_MEMORY
     assert hgmma >= 48
+    columns, halves = "columns" in more, "halves" in more
     assert steps == (4 if columns else 2)  # the step loops of the two consumers
     assert spilled <= (16 if columns else 0)  # 0 with Triton 3.6, 9 with 3.9, in the loop over columns
-    if dim < 256 and not columns:
+    if dim < 256 and not columns and not halves:
         assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "C75" not in said  # ptxas: wgmma serialised, or register reallocation ignored
 
@@ -480,6 +578,35 @@ def _agrees(
 @pytest.mark.parametrize("make", PLANS)
 def test_card(make: Callable[[Geometry], BlockPlan], geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     _agrees(make(geometry), Softmax(128**-0.5), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("make", HALF_PLANS)
+def test_card_halves(
+    make: Callable[[Geometry], BlockPlan], geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _agrees(make(geometry.with_tile(64, 64)), Softmax(128**-0.5), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "dtype", "softcap", "sinks"),
+    [
+        (64, torch.bfloat16, None, False),
+        (64, torch.float16, 5.0, True),
+        (128, torch.float16, 20.0, True),
+        (256, torch.bfloat16, None, True),
+    ],
+)
+def test_card_halves_forms(
+    dim: int, dtype: torch.dtype, softcap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.tensor([0.5, -1.0, 5.0, -60.0], device="cuda") if sinks else None
+    for geometry in (GEOMETRIES[3], GEOMETRIES[8], GEOMETRIES[9], _tiled(3000)):
+        for plan in (_slashes(geometry.with_tile(64, 64), slashes=30), _random_tiles(geometry.with_tile(64, 64))):
+            _agrees(plan, Softmax(dim**-0.5, softcap, logits), monkeypatch, dim, dtype)
+            _agrees(plan, Softmax(dim**-0.5, softcap, logits), monkeypatch, dim, dtype, gain=20.0)
 
 
 @pytest.mark.gpu
