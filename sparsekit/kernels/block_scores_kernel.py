@@ -28,7 +28,7 @@ from sparsekit.kernels.block_sparse import (
     interpreted,
 )
 from sparsekit.kernels.select import BlockGrid
-from sparsekit.kernels.select_kernel import launch, on_device
+from sparsekit.kernels.select_kernel import launch, load_step, on_device
 from sparsekit.kernels.softmax import Softmax
 
 __all__ = ["Tile", "antidiagonal_mass_triton", "pooled_means_triton", "pooled_scores_triton", "tile_for"]
@@ -42,7 +42,10 @@ def _means(
     p_q, p_k, p_out_q, p_out_k, p_span, q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_offset, q_heads, k_heads, rows, columns, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one block of one head, of q or of k: float32, over the positions that exist."""
+    """The mean of one block of one head, of q or of k: float32, over the positions that exist.
+
+    Neighbours take the heads of one block: where tokens lie outermost, their rows are neighbours too.
+    """
     per_sample = q_heads * rows + k_heads * columns
     i_sample = tl.program_id(0) // per_sample
     i_item = tl.program_id(0) % per_sample
@@ -52,18 +55,22 @@ def _means(
     lane = tl.arange(0, BLOCK)
     column = tl.arange(0, DP)
     if i_item < q_heads * rows:
-        pos = (q_first // BLOCK + i_item % rows) * BLOCK + lane
+        i_head = i_item % q_heads
+        i_block = i_item // q_heads
+        pos = (q_first // BLOCK + i_block) * BLOCK + lane
         low = q_first
-        p_row = p_q + _offset(i_sample, i_item // rows, start - q_offset, q_batch, q_head, q_token)
+        p_row = p_q + _offset(i_sample, i_head, start - q_offset, q_batch, q_head, q_token)
         step = q_token
-        p_out = p_out_q + (i_sample * q_heads * rows + i_item).to(tl.int64) * D
+        p_out = p_out_q + ((i_sample * q_heads + i_head) * rows + i_block).to(tl.int64) * D
     else:
         i_item -= q_heads * rows
-        pos = i_item % columns * BLOCK + lane
+        i_head = i_item % k_heads
+        i_block = i_item // k_heads
+        pos = i_block * BLOCK + lane
         low = 0
-        p_row = p_k + _offset(i_sample, i_item // columns, start, k_batch, k_head, k_token)
+        p_row = p_k + _offset(i_sample, i_head, start, k_batch, k_head, k_token)
         step = k_token
-        p_out = p_out_k + (i_sample * k_heads * columns + i_item).to(tl.int64) * D
+        p_out = p_out_k + ((i_sample * k_heads + i_head) * columns + i_block).to(tl.int64) * D
     exists = (pos >= low) & (pos < q_end)
     p_tile = p_row + pos.to(tl.int64)[:, None] * step + column[None, :]
     b_x = tl.load(p_tile, mask=exists[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
@@ -71,14 +78,14 @@ def _means(
     tl.store(p_out + column, tl.sum(b_x, 0) / count, mask=column < D)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "first_row", "n_rows", "rows", "columns"])
+@triton.jit(do_not_specialize=["heads", "group", "first_row", "n_rows", "rows"])
 @no_type_check
 def _scores(
     p_q, p_k, p_span, p_score, heads, group, first_row, n_rows, rows, columns,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BM x BN products of block means, those that are not ahead of their row."""
+    """BM x BN products of block means, but for tiles that are all ahead of their rows."""
     tiles_n = tl.cdiv(columns, BN)
     tiles = tl.cdiv(n_rows, BM) * tiles_n
     i_head = tl.program_id(0) // tiles  # sample * heads + head
@@ -100,8 +107,9 @@ def _scores(
             b_a = tl.load(p_a + at, mask=(row < n_rows)[:, None], other=0.0)
             b_b = tl.load(p_b + at, mask=(column < columns)[:, None], other=0.0)
             b_s = tl.dot(b_a, b_b.T, b_s, input_precision=PRECISION)
+        # No causal mask: it would make 4-byte stores of what goes out in 16.
         p_out = p_score + ((i_head * n_rows + row).to(tl.int64) * columns)[:, None] + column[None, :]
-        tl.store(p_out, b_s, mask=column[None, :] <= own[:, None])
+        tl.store(p_out, b_s, mask=(row < n_rows)[:, None] & (column < columns)[None, :])
 
 
 # ---- antidiagonals
@@ -276,9 +284,9 @@ def _check(q: Tensor, k: Tensor) -> None:
 
 
 def pooled_means_triton(
-    q: Tensor, k: Tensor, geometry: Geometry, grid: BlockGrid, block_tokens: int, warps: int = 1
+    q: Tensor, k: Tensor, geometry: Geometry, grid: BlockGrid, block_tokens: int, warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`block_scores.pooled_means`, q and k in one launch."""
+    """`block_scores.pooled_means`, q and k in one launch; `warps` a block, default one for 64 tokens."""
     _check(q, k)
     samples, heads, _, dim = q.shape
     key_heads = k.shape[1]
@@ -286,7 +294,7 @@ def pooled_means_triton(
     out_k = torch.empty(samples, key_heads, grid.columns, dim, dtype=torch.float32, device=q.device)
     steps = (*q.stride()[:3], *k.stride()[:3])
     numbers = (geometry.q_offset, heads, key_heads, grid.rows, grid.columns)
-    options = {"BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "num_warps": warps}
+    options = {"BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "num_warps": warps or max(block_tokens // 64, 1)}
     programs = samples * (heads * grid.rows + key_heads * grid.columns)
     with on_device(q.device):
         launch(_means, programs, (q, k, out_q, out_k, grid.spans, *steps, *numbers), options, steps)
@@ -318,7 +326,8 @@ def pooled_scores_triton(
     numbers = (heads, heads // k_means.shape[1], first_row, n_rows, rows, columns)
     tiles = triton.cdiv(n_rows, tile.m) * triton.cdiv(columns, tile.n)
     with on_device(device):
-        launch(_scores, samples * heads * tiles, (q_means, k_means, grid.spans, out, *numbers), options)
+        args = (q_means, k_means, grid.spans, out, *numbers)
+        launch(_scores, samples * heads * tiles, args, options, (load_step(columns), columns == 1))
     return out
 
 

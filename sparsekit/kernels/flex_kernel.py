@@ -14,13 +14,13 @@ from sparsekit.geometry import Geometry
 from sparsekit.kernels.block_sparse import LOG2E, _padded
 from sparsekit.kernels.flex_blocks import BLOCK, CODES, LOWEST, Budgets
 from sparsekit.kernels.select import BlockGrid
-from sparsekit.kernels.select_kernel import launch, on_device
+from sparsekit.kernels.select_kernel import _whole, launch, load_step, on_device
 from sparsekit.kernels.softmax import Softmax
 
 __all__ = ["choose_triton", "count_map_triton", "map_threshold_triton", "write_bits_triton"]
 
 CHUNK = 2048  # tokens looked at in one go
-DECIDE = 64  # blocks whose mean keys are looked at in one go
+DECIDE = 128  # blocks whose mean keys are looked at in one go
 
 _CODES = tl.constexpr(CODES)
 _LOWEST = tl.constexpr(LOWEST)
@@ -94,8 +94,7 @@ def _block_logits(p_mean, b_q, at, blocks, scale, cap, D: tl.constexpr, DP: tl.c
     return tl.where(at < blocks, b_s, float("-inf"))
 
 
-_DECIDE = ["q_batch", "q_head", "q_offset", "queries", "columns", "pairs", "scale", "cap", "tau", "min_blocks",
-           "max_blocks"]  # fmt: skip
+_DECIDE = ["q_offset", "queries", "columns", "pairs", "scale", "cap", "tau", "min_blocks", "max_blocks"]
 
 
 @triton.jit(do_not_specialize=_DECIDE)
@@ -159,19 +158,19 @@ def _decide(
 
 @triton.jit
 @no_type_check
-def _map_row(p_score, column, length, scale, cap, SOFTCAP: tl.constexpr):
+def _map_row(p_score, column, length, scale, cap, STEP: tl.constexpr, SOFTCAP: tl.constexpr):
     """Codes of the softmax of one row of the block map; 0 ahead of it."""
-    b_s = tl.load(p_score + column, mask=column < length, other=float("-inf"))
+    b_s = tl.load(p_score + column, mask=column < _whole(length, STEP), other=float("-inf"))
     b_s = tl.where(column < length, _capped(b_s, scale, cap, SOFTCAP), float("-inf"))
     b_p = tl.math.exp2((b_s - tl.max(b_s)) * LOG2E)
     return _codes(tl.math.div_rn(b_p, tl.zeros_like(b_p) + tl.sum(b_p)))  # 1 / 2^n must not fall below its code
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "first", "all_rows", "columns", "scale", "cap"])
+@triton.jit(do_not_specialize=["heads", "rows", "first", "all_rows", "scale", "cap"])
 @no_type_check
 def _count_map(
     p_score, p_aware, p_length, p_count, heads, rows, first, all_rows, columns, scale, cap,
-    COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A program a row of the block map of a query-aware head."""
     i_row = tl.program_id(0)
@@ -179,7 +178,8 @@ def _count_map(
     if tl.load(p_aware + i_pair) != 0:
         length = tl.load(p_length + i_pair // heads * all_rows + first + i_row % rows)
         if length > 0:
-            codes = _map_row(p_score + i_row.to(tl.int64) * columns, tl.arange(0, COLUMNS), length, scale, cap, SOFTCAP)
+            p_score += i_row.to(tl.int64) * columns
+            codes = _map_row(p_score, tl.arange(0, COLUMNS), length, scale, cap, STEP, SOFTCAP)
             _count(p_count + i_pair * _CODES, codes)
 
 
@@ -192,11 +192,11 @@ def _map_threshold(p_count, p_gamma, p_threshold):
     tl.store(p_threshold + i_pair, code)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "first", "all_rows", "columns", "words", "pairs", "scale", "cap"])
+@triton.jit(do_not_specialize=["heads", "rows", "first", "all_rows", "words", "pairs", "scale", "cap"])
 @no_type_check
 def _write_bits(
     p_score, p_threshold, p_line, p_length, p_bits, heads, rows, first, all_rows, columns, words, pairs, scale, cap,
-    COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A program a row of blocks: block columns, block diagonals, and the map from its threshold on."""
     i_row = tl.program_id(0)
@@ -214,7 +214,7 @@ def _write_bits(
     if p_score is not None:
         threshold = tl.load(p_threshold + i_pair)
         if (threshold < _CODES) & (length > 0):
-            codes = _map_row(p_score + i_row.to(tl.int64) * columns, column, length, scale, cap, SOFTCAP)
+            codes = _map_row(p_score + i_row.to(tl.int64) * columns, column, length, scale, cap, STEP, SOFTCAP)
             keep = keep | (codes >= threshold).to(tl.int32)
     keep = tl.where(inside, keep, 0)
     word = tl.arange(0, COLUMNS // 32)
@@ -265,16 +265,15 @@ def choose_triton(
             "HEADS": heads, "GROUP": heads // k_means.shape[1], "D": dim, "DP": _padded(dim),
             "ROWS": _padded(queries), "BLOCK": BLOCK, "STEP": DECIDE, **softmax_options, "num_warps": 8,
         }  # fmt: skip
-        wide = tuple(step >= 2**31 for step in steps)
         share = _share(budgets.gamma, device)
         args = (q, k_means, mass, counts, share, grid.spans, wanted, aware, *steps, *numbers, *limits)
-        launch(_decide, pairs, args, options, (steps[2], wide))
+        launch(_decide, pairs, args, options, steps)
     return mass, wanted, aware
 
 
 def _row_options(columns: int) -> dict[str, int]:
     block = max(_padded(columns), 32)
-    return {"COLUMNS": block, "num_warps": min(max(block // 512, 1), 8)}
+    return {"COLUMNS": block, "STEP": load_step(columns), "num_warps": min(max(block // 512, 1), 8)}
 
 
 def count_map_triton(
@@ -285,7 +284,8 @@ def count_map_triton(
     scale, cap, options = _softmax_options(softmax)
     args = (scores, aware, grid.lengths, counts, heads, rows, first, grid.rows, columns, scale, cap)
     with on_device(scores.device):
-        launch(_count_map, samples * heads * rows, args, {**_row_options(columns), **options})
+        options |= _row_options(columns)
+        launch(_count_map, samples * heads * rows, args, options, (options["STEP"], columns == 1))
 
 
 def map_threshold_triton(counts: Tensor, gamma: float) -> Tensor:
@@ -312,5 +312,6 @@ def write_bits_triton(
     numbers = (heads, rows, first, grid.rows, grid.columns, words, samples * heads, scale, cap)
     args = (scores, threshold, lines, grid.lengths, bits, *numbers)
     with on_device(lines.device):
-        launch(_write_bits, samples * heads * rows, args, {**_row_options(grid.columns), **options})
+        options |= _row_options(grid.columns)
+        launch(_write_bits, samples * heads * rows, args, options, (options["STEP"], grid.columns == 1))
     return bits

@@ -100,7 +100,7 @@ def topk_bits(
     Args:
         scores: float32 (..., C), contiguous; on CUDA at most 2^15 columns.
         k: how many, or int32 broadcastable to `scores.shape[:-1]`. A row with fewer finite scores selects them all.
-        lengths: int32 broadcastable to `scores.shape[:-1]`: columns from there on do not exist, and are not read.
+        lengths: int32 broadcastable to `scores.shape[:-1]`: columns from there on do not exist, whatever they hold.
         force_first, force_last: column 0, and column `lengths - 1`, are selected whatever their score. They are among
             the k; where k has no room for them they are all that is selected.
 

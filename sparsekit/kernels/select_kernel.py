@@ -21,7 +21,7 @@ from sparsekit.plan import BlockPlan
 __all__ = ["on_device", "plan_from_bits_triton", "top_p_bits_triton", "topk_bits_triton", "topk_indices_mask_triton"]
 
 NONE = tl.constexpr(-0x80000000)  # the key of what is never selected
-FORCED = tl.constexpr(0x7FFFFFFF)  # above the key of +inf
+NOTHING = tl.constexpr(0x7FFFFFFF)  # above the key of +inf: a NaN, which no score reaches
 
 
 # ---- device functions. p_: pointer, b_: tile, i_: index
@@ -45,11 +45,18 @@ def _upper_middle(low, high):
 
 @triton.jit
 @no_type_check
-def _store_words(p_bits, keep, words, BLOCK: tl.constexpr, ALL: tl.constexpr):
-    """Packs bool (BLOCK,) into words of 32; zeros in the row's other words, of which there are ALL // 32 at most."""
+def _store_words(
+    p_bits, keep, length, words, BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
+):
+    """Packs bool (BLOCK,), and what is forced, into words of 32; zeros in the row's other words, of which there are
+    ALL // 32 at most."""
     lane = tl.arange(0, BLOCK // 32)
-    bit = tl.reshape(keep.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
-    tl.store(p_bits + lane, tl.sum(bit, 1), mask=lane < words)
+    word = tl.sum(tl.reshape(keep.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+    if FIRST:
+        word |= ((lane == 0) & (length > 0)).to(tl.int32)
+    if LAST:
+        word |= ((lane == (length - 1) // 32) & (length > 0)).to(tl.int32) << ((length - 1) & 31)
+    tl.store(p_bits + lane, word, mask=lane < words)
     if ALL > BLOCK:
         rest = tl.arange(0, ALL // 32)
         tl.store(p_bits + rest, tl.zeros([ALL // 32], tl.int32), mask=(rest >= BLOCK // 32) & (rest < words))
@@ -64,58 +71,69 @@ def _value(key):
 
 @triton.jit
 @no_type_check
+def _whole(length, STEP: tl.constexpr):
+    """A row's length in whole steps: still its own memory, and loads of 16 bytes (`load_step`)."""
+    return (length + STEP - 1) // STEP * STEP
+
+
+@triton.jit
+@no_type_check
+def _log2(number):
+    """Near to it, in units of 2^-23 and from 2^-127 on: straight between powers of two."""
+    return number.to(tl.float32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
 def _topk_row(
     p_score, p_bits, length, k, words,
-    BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One row whose `length` is at most BLOCK."""
     column = tl.arange(0, BLOCK)
-    key = _ordered(tl.load(p_score + column, mask=column < length, other=float("-inf")))
-    forced = column < 0
-    if FIRST:
-        forced = forced | ((column == 0) & (column < length))
-    if LAST:
-        forced = forced | (column == length - 1)
-    key = tl.where(forced, NONE, key)
-    n_forced = tl.sum(forced.to(tl.int32))
-    n_some = tl.sum((key > NONE).to(tl.int32))
-    wanted = tl.minimum(tl.maximum(k - n_forced, 0), n_some)
-    # The largest threshold that at least `wanted` keys reach; where none is wanted, one that no key does.
-    high = tl.max(key)
-    low = tl.where(wanted > 0, tl.min(tl.where(key > NONE, key, high)), FORCED)
+    score = tl.load(p_score + column, mask=column < _whole(length, STEP), other=float("-inf"))
+    # Neither NaN nor what is forced is a candidate. Floats, because ptxas counts them in half the time of integers.
+    candidate = (column >= FIRST) & (column < length - LAST) & (score > float("-inf"))
+    score = tl.where(candidate, score, float("-inf"))
+    n_some = tl.sum(candidate.to(tl.float32)).to(tl.int32)
+    wanted = tl.minimum(tl.maximum(k - tl.minimum(FIRST + LAST, length), 0), n_some)
+    # The largest threshold that at least `wanted` scores reach; where none is wanted, one that no score does.
+    high = _ordered(tl.max(score))
+    low = tl.where(wanted > 0, _ordered(tl.min(tl.where(candidate, score, float("inf")))), NOTHING)
     reached = tl.where(wanted > 0, n_some, 0)
     if wanted < reached:
-        above = 0  # keys above `high`
+        above = 0  # scores above `high`
         turn = 0
         while low < high:
-            # A guess where log counts are straight in between, as tails nearly are; every other time the middle key.
+            # A guess where log counts are straight in between, as tails nearly are; every fourth time the middle key.
             first, last = _value(low), _value(high)
-            few = tl.maximum(above.to(tl.float32), 0.5)
-            many = reached.to(tl.float32)
-            guess = first + (last - first) * (tl.math.log2(many / wanted) / tl.math.log2(many / few))
+            many = _log2(reached)
+            guess = first + (last - first) * ((many - _log2(wanted)) / (many - _log2(tl.maximum(above, 0.5))))
             middle = _upper_middle(low, high)
-            if (turn % 2 == 0) & (tl.abs(guess) < float("inf")):
+            if (turn % 4 < 3) & (tl.abs(guess) < float("inf")):
                 middle = tl.minimum(tl.maximum(_ordered(guess), low + 1), high)
-            count = tl.sum((key >= middle).to(tl.int32))
+            count = tl.sum((score >= _value(middle)).to(tl.float32)).to(tl.int32)
             enough = count >= wanted
             low = tl.where(enough, middle, low)
             reached = tl.where(enough, count, reached)
             above = tl.where(enough, above, count)
             high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
             turn += 1
-    keep = (key >= low) & (key > NONE)
+    least = _value(low)
+    keep = score >= least
     if reached > wanted:
-        tie = (key == low).to(tl.int32)
+        tie = (score == least).to(tl.int32)
         over = reached - tl.sum(tie)
-        keep = keep & ((key > low) | (over + tl.cumsum(tie, 0) <= wanted))
-    _store_words(p_bits, keep | forced, words, BLOCK, ALL)
+        keep = keep & ((score > least) | (over + tl.cumsum(tie, 0) <= wanted))
+    _store_words(p_bits, keep, length, words, BLOCK, ALL, FIRST, LAST)
 
 
-@triton.jit(do_not_specialize=["k", "columns", "words"])
+@triton.jit(do_not_specialize=["k", "words"])
 @no_type_check
 def _topk(
-    p_score, p_bits, p_k, p_length, k, columns, words, BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
-):
+    p_score, p_bits, p_k, p_length, k, columns, words,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """A program a row; short rows run on a half or a quarter of the block."""
     i_row = tl.program_id(0).to(tl.int64)
     length = columns
@@ -127,13 +145,13 @@ def _topk(
     p_bits += i_row * words
     if BLOCK >= 256:
         if length * 4 <= BLOCK:
-            _topk_row(p_score, p_bits, length, k, words, BLOCK // 4, BLOCK, FIRST, LAST)
+            _topk_row(p_score, p_bits, length, k, words, BLOCK // 4, BLOCK, FIRST, LAST, STEP)
         elif length * 2 <= BLOCK:
-            _topk_row(p_score, p_bits, length, k, words, BLOCK // 2, BLOCK, FIRST, LAST)
+            _topk_row(p_score, p_bits, length, k, words, BLOCK // 2, BLOCK, FIRST, LAST, STEP)
         else:
-            _topk_row(p_score, p_bits, length, k, words, BLOCK, BLOCK, FIRST, LAST)
+            _topk_row(p_score, p_bits, length, k, words, BLOCK, BLOCK, FIRST, LAST, STEP)
     else:
-        _topk_row(p_score, p_bits, length, k, words, BLOCK, BLOCK, FIRST, LAST)
+        _topk_row(p_score, p_bits, length, k, words, BLOCK, BLOCK, FIRST, LAST, STEP)
 
 
 @triton.jit
@@ -161,7 +179,7 @@ def _top_p_row(
     if LAST:
         forced = forced | (column == length - 1)
     if share >= 1.0:
-        keep = (score > float("-inf")) | forced
+        keep = score > float("-inf")
     else:
         bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)
         key = tl.where((score > 0.0) & (bits >= 0x800000), bits, 0)
@@ -171,7 +189,7 @@ def _top_p_row(
         key = tl.where(forced, 0, key)
         unit = tl.where(forced, 0, unit)
         top = tl.max(key)
-        keep = forced
+        keep = column < 0
         if (start.to(tl.float64) < required) & (top > 0):
             # The largest threshold whose masses reach what is required.
             low = tl.min(tl.where(key > 0, key, top))
@@ -186,8 +204,8 @@ def _top_p_row(
             tie = (key == low).to(tl.int32)
             one = tl.max(tl.where(key == low, unit, 0)).to(tl.int64)
             before = above + (tl.cumsum(tie, 0) - tie).to(tl.int64) * one
-            keep = keep | (key > low) | ((tie != 0) & (before.to(tl.float64) < required))
-    _store_words(p_bits, keep, words, BLOCK, ALL)
+            keep = (key > low) | ((tie != 0) & (before.to(tl.float64) < required))
+    _store_words(p_bits, keep, length, words, BLOCK, ALL, FIRST, LAST)
 
 
 @triton.jit(do_not_specialize=["share_step", "columns", "words"])
@@ -450,6 +468,11 @@ def _block(columns: int) -> int:
     return max(triton.next_power_of_2(columns), WORD)
 
 
+def load_step(columns: int) -> int:
+    """Columns that `_whole` rounds to: as many as divide the distance of two rows, which the kernel specialises on."""
+    return 1 if columns % 16 else 16
+
+
 def _row_warps(block: int) -> int:
     return min(max(block // 1024, 1), 16)
 
@@ -473,9 +496,12 @@ def topk_bits_triton(
     each = _a_row(k, shape, torch.int32) if isinstance(k, Tensor) else None
     number = 0 if isinstance(k, Tensor) else min(k, columns)
     args = (scores, bits, each, _a_row(lengths, shape, torch.int32), number, columns, words)
-    options = {"BLOCK": block, "FIRST": force_first, "LAST": force_last, "num_warps": warps or _row_warps(block)}
+    options = {
+        "BLOCK": block, "FIRST": int(force_first), "LAST": int(force_last), "STEP": load_step(columns),
+        "num_warps": warps or _row_warps(block),
+    }  # fmt: skip
     with on_device(scores.device):
-        launch(_topk, shape.numel(), args, options)
+        launch(_topk, shape.numel(), args, options, (columns == 1,))
     return bits
 
 

@@ -48,7 +48,7 @@ def test_it_is_interpreted() -> None:
 
 
 @pytest.mark.parametrize("force", [{}, {"force_last": True}, {"force_first": True, "force_last": True}], ids=str)
-@pytest.mark.parametrize("columns", [1, 33, 100, 300])
+@pytest.mark.parametrize("columns", [1, 33, 100, 300, 320])
 def test_rows(columns: int, force: dict[str, bool]) -> None:
     scores = rows_of(12, columns)
     lengths = torch.randint(0, columns + 1, (12,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
