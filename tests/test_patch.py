@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.models import tiny
+from sparsekit.patch import Handle
 
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
@@ -189,6 +193,106 @@ def test_short_prompts_below_the_threshold(model: PreTrainedModel) -> None:
         assert handle.report().layers[1].why == "200 tokens, fewer than dense_below_tokens 201"
         with handle.prompt(tokens=500):
             assert not torch.equal(_logits(model, _ids()), own)
+
+
+# ---- what the model's own attention gets, and what is done once for all layers
+
+DENSE_BELOW = {"default": TRIANGLE, "dense_below_tokens": TOKENS + 1}
+
+
+@pytest.fixture
+def own_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of every call of transformers' SDPA function."""
+    seen: list[dict[str, Any]] = []
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        seen.append({"q": q, "k": k, "v": v, "mask": mask, **kwargs})
+        return stock(module, q, k, v, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", spy)
+    return seen
+
+
+def _padded(columns: int) -> Tensor:
+    mask = torch.ones(1, TOKENS, dtype=torch.long)
+    mask[0, :columns] = 0
+    return mask
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["applied", "paused"])
+@pytest.mark.parametrize("mask", [None, _padded(0), _padded(30)], ids=["no mask", "ones", "padded"])
+@pytest.mark.parametrize("tokens", [TOKENS, 1], ids=["prompt", "decode"])
+def test_own_attention_gets_what_it_always_got(
+    model: PreTrainedModel, own_calls: list[dict[str, Any]], tokens: int, mask: Tensor | None, paused: bool
+) -> None:
+    """The same tensors under the same names; no mask where there was none, which SDPA's causal kernels need."""
+
+    def run() -> list[dict[str, Any]]:
+        cache = DynamicCache(config=model.config)
+        if tokens == 1:
+            before = None if mask is None else mask[:, :-1]
+            _logits(model, _ids(tokens=TOKENS - 1), past_key_values=cache, attention_mask=before)
+        own_calls.clear()
+        _logits(model, _ids(tokens=tokens), past_key_values=cache, attention_mask=mask)
+        return own_calls[:]
+
+    untouched = run()
+    with sparsekit.apply(model, DENSE_BELOW) as handle, handle.pause() if paused else nullcontext():
+        ours = run()
+    assert len(ours) == len(untouched) == 4
+    for got, expected in zip(ours, untouched, strict=True):
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(got[name], value) if isinstance(value, Tensor) else got[name] == value, name
+
+
+def test_layers_do_not_ask_twice(
+    model: PreTrainedModel, own_calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why a call is dense is found once, and its mask is built and cut once, however many layers ask."""
+    asked: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return function(*args, **kwargs)
+
+        return count
+
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks._local_mapping, "sdpa", counted("mask", masks["sdpa"]))
+    monkeypatch.setattr(Handle, "_prompt_columns", counted("dense", Handle._prompt_columns))
+    with sparsekit.apply(model, DENSE_BELOW) as handle:
+        _logits(model, _ids(), attention_mask=_padded(30))
+        assert sorted(asked) == ["dense", "mask"]
+        assert len({id(call["mask"]) for call in own_calls}) == 1
+        assert {row.why for row in handle.report().layers} == {"170 tokens, fewer than dense_below_tokens 201"}
+
+
+def test_what_changes_between_two_layers_is_seen(model: PreTrainedModel) -> None:
+    """The answer that layers share holds for one state: pause() and prompt() within a forward give another."""
+    with sparsekit.apply(model, DENSE_BELOW) as handle, ExitStack() as stack:
+        hooks = {1: handle.prompt(tokens=500), 2: handle.pause()}
+        for layer, change in hooks.items():
+            attention = model.model.layers[layer].self_attn
+            attention.register_forward_pre_hook(lambda *_, change=change: stack.enter_context(change))
+        _logits(model, _ids())
+        rows = handle.report().layers
+    short = "200 tokens, fewer than dense_below_tokens 201"
+    assert [(row.ran, row.why) for row in rows] == [("dense", short), ("sparse", ""), *[("dense", "paused")] * 2]
+
+
+def test_a_descriptor_belongs_to_one_model(model: PreTrainedModel) -> None:
+    """Another model refuses it; its own knows it, also after a copy from device to device."""
+    other = tiny("llama")
+    with sparsekit.apply(model, SPARSE), sparsekit.apply(other, SPARSE):
+        expected = _logits(model, _ids())
+        descriptor = create_causal_mask(model.config, torch.zeros(1, TOKENS, 64), None, None)
+        for mask in (descriptor, descriptor.clone()):
+            assert torch.equal(_logits(model, _ids(), attention_mask=mask), expected)
+            with pytest.raises(SparsekitError, match="a model that sparsekit does not know"):
+                _logits(other, _ids(), attention_mask=mask)
 
 
 # ---- layers that are not full causal attention

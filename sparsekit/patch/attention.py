@@ -15,9 +15,10 @@ from sparsekit.errors import SparsekitError
 from sparsekit.functional import plan_heads
 from sparsekit.kernels import Softmax, attend, choose_call, preferred_tile
 from sparsekit.kernels.totals import plan_totals
-from sparsekit.patch.mask import is_descriptor
+from sparsekit.patch.compiled import attention_in_graph
+from sparsekit.patch.mask import call_of, descriptor_width
 from sparsekit.patch.model import original_attention
-from sparsekit.patch.state import LAYERS, Call, Layer, door_of
+from sparsekit.patch.state import LAYERS, Call, Layer
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
 KEPT_PLAN_BYTES = 1 << 24
@@ -27,19 +28,18 @@ MISSING_FEATURES = ("position_bias", "sinks", "indices", "block_indices", "cache
 
 
 def make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """f for models whose own implementation is `original`."""
+    """f for models whose own implementation is `original`.
+
+    It is called in every layer of every token: what a layer that ends in the model's own function does here is to stay
+    within a few microseconds.
+    """
 
     def sparsekit_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        door = door_of(module)
-        call = None
-        if is_descriptor(attention_mask):
-            call = door.calls.get(attention_mask.shape[-1]) if door is not None else None
-            if call is None:
-                raise SparsekitError(
-                    f"{type(module).__name__}: a sparsekit mask reached a model that sparsekit does not know."
-                )
+        if torch.compiler.is_compiling() and descriptor_width(attention_mask):
+            return attention_in_graph(outside, module, query, key, value, attention_mask, kwargs)
+        call = call_of(module, attention_mask)
         layer = LAYERS.get(id(module))
         if layer is not None:
             out = _run(layer, module, query, key, value, attention_mask, call, kwargs)
@@ -49,6 +49,9 @@ def make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]
             attention_mask = call.original_mask(query.device, query.shape[2])
         return original_attention(module, original)(module, query, key, value, attention_mask, **kwargs)
 
+    outside = torch.compiler.disable(
+        sparsekit_attention, reason="sparsekit: gradients, attention matrices or a copied layer"
+    )
     return sparsekit_attention
 
 
@@ -64,16 +67,16 @@ def _run(
 ) -> tuple[Tensor, None] | None:
     """This layer's attention by sparsekit, or None where the model's own is to run."""
     handle, index = layer.handle, layer.patterns.layer
-    if q.shape[2] < handle.config.min_queries and (call is None or q.shape[2] != call.kwargs["q_length"]):
+    _, heads, rows, _ = q.shape
+    if rows < handle.config.min_queries and (call is None or rows != call.kwargs["q_length"]):
         return None  # decoding, or the last queries alone: the record of the last prefill stays
     if layer.own:
         _note(layer, "own", layer.own)
         return None
-    if q.shape[1] != len(layer.patterns.pattern_of_head):
-        layer.patterns = _patterns_here(layer.patterns, module, q.shape[1])
-    wants_kernel = not layer.patterns.dense or handle.config.dense_impl == "kernel"
+    if heads != len(layer.patterns.pattern_of_head):
+        layer.patterns = _patterns_here(layer.patterns, module, heads)
     if call is None:
-        if wants_kernel and not handle._paused:
+        if not handle._paused and _wants_kernel(layer):
             got = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
             raise SparsekitError(
                 f"layer {index} should run {layer.patterns}, but it got {got} not made by transformers' "
@@ -83,7 +86,7 @@ def _run(
         _note(layer, "dense", "paused" if handle._paused else "dense by config")
         return None
     because = handle._dense_because(call)
-    if because or not wants_kernel:
+    if because or not _wants_kernel(layer):
         _note(layer, "dense", because or "dense by config")
         return None
     _check_features(index, layer.patterns, kwargs)
@@ -96,7 +99,7 @@ def _run(
         got, said = ("full", "sliding") if layer.window else ("sliding", "full")
         raise SparsekitError(f"layer {index} got the mask of a {got} layer, but the model's config says it is {said}.")
     geometry = handle._geometry(call)
-    if (geometry.q_len, geometry.kv_len) != (q.shape[2], k.shape[2]) or geometry.batch != q.shape[0]:
+    if (geometry.q_len, geometry.kv_len) != (rows, k.shape[2]) or geometry.batch != q.shape[0]:
         raise SparsekitError(
             f"layer {index} got q {tuple(q.shape)} and k {tuple(k.shape)}, but the mask was made for {geometry.batch} "
             f"samples of {geometry.q_len} queries and {geometry.kv_len} keys."
@@ -131,6 +134,10 @@ def _run(
     _note(layer, "sparse" if not layer.patterns.dense else "dense", "")
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice
     return out.transpose(1, 2).contiguous(), None
+
+
+def _wants_kernel(layer: Layer) -> bool:
+    return layer.handle.config.dense_impl == "kernel" or not layer.patterns.dense
 
 
 def _patterns_here(patterns: LayerPatterns, module: nn.Module, heads: int) -> LayerPatterns:

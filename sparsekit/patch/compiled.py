@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
-from sparsekit.patch.mask import COMPILED_WIDTH, descriptor_of, is_descriptor, is_for_others, is_own, read_call
+from sparsekit.patch.mask import COMPILED_WIDTH, descriptor_of, is_for_others, is_own, read_call
 from sparsekit.patch.state import DOORS, LAYERS, Call, mask_functions
 
 # Arguments that the custom op passes on, or that change nothing in an attention function.
@@ -20,30 +20,25 @@ OP_ARGUMENTS = {"scaling", "softcap", "s_aux", "sliding_window", "position_ids",
 OP_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
 
-def compilable_attention(
-    attention: Callable[..., tuple[Tensor, Tensor | None]],
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`attention`, which a graph calls through a custom op wherever a prompt chunk comes."""
-    outside = torch.compiler.disable(attention, reason="sparsekit: gradients, attention matrices or a copied layer")
-
-    def sparsekit_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if not torch.compiler.is_compiling() or not is_descriptor(attention_mask):
-            return attention(module, query, key, value, attention_mask, **kwargs)
-        known = id(module) in LAYERS
-        tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        strange = any(value is not None and name not in OP_ARGUMENTS for name, value in kwargs.items())
-        if not known or tracked or strange or kwargs.get("output_attentions"):
-            return outside(module, query, key, value, attention_mask, **kwargs)
-        told = {name: kwargs.get(name) for name in ("scaling", "softcap", "s_aux", "sliding_window", "position_ids")}
-        causal, dropout = kwargs.get("is_causal"), kwargs.get("dropout", 0.0)
-        out = torch.ops.sparsekit.attention(
-            query, key, value, attention_mask, id(module), *told.values(), causal, dropout
-        )
-        return out, None
-
-    return sparsekit_attention
+def attention_in_graph(
+    outside: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    descriptor: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """A layer's attention for a prompt chunk: a custom op, or `outside` the graph what no op does."""
+    known = id(module) in LAYERS
+    tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    strange = any(value is not None and name not in OP_ARGUMENTS for name, value in kwargs.items())
+    if not known or tracked or strange or kwargs.get("output_attentions"):
+        return outside(module, query, key, value, descriptor, **kwargs)
+    told = {name: kwargs.get(name) for name in ("scaling", "softcap", "s_aux", "sliding_window", "position_ids")}
+    causal, dropout = kwargs.get("is_causal"), kwargs.get("dropout", 0.0)
+    out = torch.ops.sparsekit.attention(query, key, value, descriptor, id(module), *told.values(), causal, dropout)
+    return out, None
 
 
 @torch.library.custom_op("sparsekit::attention", mutates_args=(), tags=OP_TAGS)

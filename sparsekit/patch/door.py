@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.attention import make_attention
-from sparsekit.patch.compiled import compilable_attention, compilable_mask
+from sparsekit.patch.compiled import compilable_mask
 from sparsekit.patch.mask import make_mask
 from sparsekit.patch.model import switch
 from sparsekit.patch.state import DOORS, NAMES, Door
@@ -55,7 +55,7 @@ def _register(original: str) -> str:
                 f"the model's attention implementation {original!r} has no mask function in transformers."
             )
         name = f"{PREFIX}{len(NAMES)}"
-        AttentionInterface.register(name, compilable_attention(make_attention(original)))
+        AttentionInterface.register(name, make_attention(original))
         AttentionMaskInterface.register(name, compilable_mask(original, make_mask(original)))
         NAMES[original] = name
     return NAMES[original]

@@ -83,6 +83,7 @@ class Handle:
         self._paused = 0
         self._windows = False  # whether sliding layers run here
         self._prompt: int | Sequence[int] | None = None
+        self._state = object()  # another one whenever those two change: by it a Call remembers what they made of it
 
     def __enter__(self) -> Handle:
         return self
@@ -117,10 +118,12 @@ class Handle:
     def pause(self) -> Iterator[None]:
         """Within this block the model runs as if sparsekit were not there."""
         self._paused += 1
+        self._state = object()
         try:
             yield
         finally:
             self._paused -= 1
+            self._state = object()
 
     @contextmanager
     def prompt(self, tokens: int | Sequence[int]) -> Iterator[None]:
@@ -130,10 +133,12 @@ class Handle:
         not every chunk's, and a chunk shorter than min_queries is known from decoding.
         """
         before, self._prompt = self._prompt, tokens
+        self._state = object()
         try:
             yield
         finally:
             self._prompt = before
+            self._state = object()
 
     def report(self) -> Report:
         """What each layer did in the last prefill, and why."""
@@ -156,7 +161,13 @@ class Handle:
         return Report(tuple(rows), switched_off)
 
     def _dense_because(self, call: Call) -> str:
-        """Why this call runs the model's own attention in every layer, or nothing."""
+        """Why this call runs the model's own attention in every layer, or nothing; found once a call."""
+        state = self._state
+        if state not in call.dense_because:
+            call.dense_because[state] = self._find_dense_because(call)
+        return call.dense_because[state]
+
+    def _find_dense_because(self, call: Call) -> str:
         if self._paused:
             return "paused"
         if call.geometry is None:

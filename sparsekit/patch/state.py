@@ -46,7 +46,10 @@ class Call:
     geometry: Geometry | None  # None: not a plain causal prompt chunk, nor a plain window
     why: str = ""
     tokens: int = 0  # of the longest sample so far, those that a sliding cache has dropped included
-    masks: dict[tuple[torch.device, bool], Tensor | None] = field(default_factory=dict)
+    # What every layer asks, answered once: why it is dense, by a handle's state; masks, by device and rows.
+    dense_because: dict[object, str] = field(default_factory=dict)
+    masks: dict[tuple[torch.device, int], Tensor | None] = field(default_factory=dict)
+    whole_masks: dict[tuple[torch.device, bool], Tensor | None] = field(default_factory=dict)
 
     @property
     def window(self) -> bool:
@@ -59,13 +62,25 @@ class Call:
         Its last `rows` rows: some models run their last layers for the last queries alone. No mask then means all keys,
         which is right for one query and not for several.
         """
-        whole = rows in (1, self.kwargs["q_length"])
-        if (device, whole) not in self.masks:
+        asked = (device, rows)
+        if asked not in self.masks:
+            mask = self._whole_mask(device, rows in (1, self.kwargs["q_length"]))
+            self.masks[asked] = mask[:, :, -rows:] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+        return self.masks[asked]
+
+    def _whole_mask(self, device: torch.device, may_skip: bool) -> Tensor | None:
+        if (device, may_skip) not in self.whole_masks:
             kwargs = {**self.kwargs, "config": self.config(), "device": device}
-            kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and whole
-            self.masks[device, whole] = mask_functions()[self.original](**kwargs)
-        mask = self.masks[device, whole]
-        return mask[:, :, -rows:] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+            kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and may_skip
+            self.whole_masks[device, may_skip] = mask_functions()[self.original](**kwargs)
+        return self.whole_masks[device, may_skip]
+
+
+class _Calls(threading.local):
+    """Of this thread's forward."""
+
+    def __init__(self) -> None:
+        self.by_width: dict[int, Call] = {}
 
 
 @dataclass
@@ -76,15 +91,12 @@ class Door:
     original: str
     composed: bool  # of a model with other parts, whose masks may hold blocks of pictures
     handles: list[Handle] = field(default_factory=list)
-    _of_thread: threading.local = field(default_factory=threading.local)
+    _of_thread: _Calls = field(default_factory=_Calls)
 
     @property
     def calls(self) -> dict[int, Call]:
         """Of this thread's forward, by the width of their descriptors."""
-        if not hasattr(self._of_thread, "calls"):
-            self._of_thread.calls = {}
-        found: dict[int, Call] = self._of_thread.calls
-        return found
+        return self._of_thread.by_width
 
 
 # By id: configs cannot be hashed, and a graph that torch.compile keeps for one module is not run for another where it
@@ -102,10 +114,6 @@ def forgetter(key: int) -> Callable[[Any], None]:
         LAYERS.pop(key, None)
 
     return forget
-
-
-def door_of(module: nn.Module) -> Door | None:
-    return DOORS.get(id(getattr(module, "config", None)))
 
 
 def mask_functions() -> Any:
