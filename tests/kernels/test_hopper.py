@@ -202,12 +202,7 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
             listed, columns = count & 0xFFFFF, count >> 20
             if slot >= 0 and not halves:
                 seen[slot] = row
-            half, needed = lane // 64, torch.ones(2, listed, dtype=torch.bool)
-            if halves:
-                both, turns, rest = slot & 0xFFFF, slot >> 16 & 0x7FFF, int(slot < 0)
-                order = torch.arange(listed)
-                turn = torch.where(order < both + 2 * turns, (order - both) % 2, rest)
-                needed = torch.stack([(order < both) | (turn == who) for who in range(2)])
+            half = lane // 64
             i = torch.arange(listed * parts)
             if dense:
                 entry = ((begin - i // parts) * step + i % parts * width) * 4 + (i // parts < diagonal)
@@ -228,7 +223,10 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
                     _count(got[sample, head, row + low : row + high], kept, few + kv_start)
                 ruled = (key < sink) | (query[:, None] - key < window) | (query[:, None] >= dense_from)
                 ok &= (flags & RULE == 0) | ruled
-            ok = ok & needed[half][:, i // parts].repeat_interleave(width, 1)
+            if halves:
+                both, turns, rest, order = slot & 0xFFFF, slot >> 16 & 0x7FFF, int(slot < 0), i // parts
+                turn = torch.where(order < both + 2 * turns, (order - both) % 2, rest)
+                ok &= ((order < both) | (turn == half[:, None])).repeat_interleave(width, 1)
             _count(got[sample, head, row + low : row + high], ok, key + kv_start)
             if columns:
                 assert plan.tokens is not None and plan.token_bits is not None
@@ -480,7 +478,6 @@ print("SHARED", kernel.metadata.shared, "HGMMA", sass.count("HGMMA"), "STEPS", l
         (128, "bfloat16", "", "", 64, "columns"),
         (128, "float16", "", "", 32, ""),
         (128, "bfloat16", "", "", 64, "columns halves"),
-        (64, "float16", "", "lse", 64, "halves"),
     ],
 )
 def test_compiles_for_sm_90(
