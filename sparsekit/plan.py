@@ -133,6 +133,8 @@ class BlockPlan:
         long_rows: host count of rows, the first of `order`, that visit more than `LONG` times the mean: on few heads
             they alone decide the finish, so kernels may cut them over keys. 0 where not known.
         ranked: keys in order of importance with an early stop, in place of rows; one plan sample a sample.
+        workspace: int32 (n,), whatever it holds: room in which an execution may list this plan's entries its own way,
+            so that attention allocates none. Counted in `nbytes`, and left behind by `to`.
         memo: what an executor derived from this plan (schedules, masks), kept as long as the plan.
     """
 
@@ -148,6 +150,7 @@ class BlockPlan:
     order: Tensor | None = None
     long_rows: int = 0
     ranked: Ranked | None = None
+    workspace: Tensor | None = field(default=None, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -178,7 +181,8 @@ class BlockPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the plan's own tensors; a dense plan has none."""
-        return sum(t.nbytes for t in self.tensors.values())
+        room = 0 if self.workspace is None else self.workspace.nbytes
+        return room + sum(t.nbytes for t in self.tensors.values())
 
     def to(self, device: torch.device | str) -> BlockPlan:
         rows = replace(self, ranked=None)
@@ -210,7 +214,7 @@ class BlockPlan:
                 large = finer["entries"].numel() >= 2**31
                 finer["row_ptr"] = (self.row_ptr.long() if large else self.row_ptr) * parts
             geometry = self.geometry.with_tile(self.block_q, block_kv)
-            self.memo[key] = replace(self, geometry=geometry, memo={}, **finer)
+            self.memo[key] = replace(self, geometry=geometry, workspace=None, memo={}, **finer)
         finer_plan: BlockPlan = self.memo[key]
         return finer_plan
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsekit.geometry import Geometry
 from sparsekit.plan import FLAG_BITS, BlockPlan, upload
 
-__all__ = ["FARTHEST_KEY", "HALF", "pair_rows"]
+__all__ = ["FARTHEST_KEY", "HALF", "list_room", "own_list", "pair_rows"]
 
 HALF = 64
 FARTHEST_KEY = 1 << 21  # counts of steps have 15 bits
@@ -26,32 +26,46 @@ SPARE = 4  # a pair's steps may end in as many entries that are nowhere
 ENTRIES_AT_ONCE = 256
 
 
+def list_room(entries: int, plan_heads: int, rows: int) -> int:
+    """Entries that the list of `pair_rows` may take. plan_heads: of all plan samples. rows: those of each."""
+    return entries + SPARE * plan_heads * (rows // 2 + 1)
+
+
+def own_list(plan: BlockPlan, device: torch.device) -> Tensor:
+    """int32 room for the entries of all items: the plan's workspace, where it has one and this is the first to ask."""
+    assert plan.entries is not None
+    room, taken = list_room(plan.entries.numel(), plan.samples * plan.heads, plan.rows), plan.workspace
+    if taken is None or taken.numel() < room or plan.memo.get("workspace taken"):
+        return torch.empty(room, dtype=torch.int32, device=device)
+    plan.memo["workspace taken"] = True
+    return taken
+
+
 def pair_rows(
-    plan: BlockPlan, items: Tensor, pairs: Tensor, samples: tuple[int, ...], heads: int, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Items, the steps of each, and the entries they list; on a card one launch.
+    plan: BlockPlan, items: Tensor, pairs: Tensor, entries: Tensor, samples: tuple[int, ...], heads: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Items and the steps of each; on a card one launch.
 
     Args:
         plan: rows of 64 queries, listed, with tiles of 64 keys and no token rule.
         items: (n, 8), those of rows of 128 queries as if all were dense (`hopper._grid`).
         pairs: int64 (n,), which two rows of the plan an item has: the number of its row, were there 128 queries to one.
+        entries: `own_list(plan)`, which this fills in: what the items list. Each sample has its part of it.
         samples: those of the items. step: keys of a step, 64 or 128.
 
     Returns:
         items (n or 2n, 8), twice as many where one row of a pair may be dense by bounds and the other listed; int32
-        (n or 2n,); int32 entries.
+        (n or 2n,).
     """
     assert plan.row_ptr is not None and plan.entries is not None
     rows = _rows(plan.geometry, samples, plan.samples == 1, plan.heads, heads, items.device)
     count = len(items) * (1 if plan.dense_rows is None else 2)
     made, work = items.new_zeros(count, 8), items.new_zeros(count)
-    room = plan.entries.numel() + SPARE * plan.samples * plan.heads * (plan.rows // 2 + 1)
-    entries = torch.empty(room, dtype=torch.int32, device=items.device)
     if items.is_cuda:
         _on_card(plan, items, pairs, rows, made, work, entries, step)
     else:
         _by_hand(plan, items, pairs, rows, made, work, entries, step)
-    return made, work, entries
+    return made, work
 
 
 @lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.geometry import Geometry
-from sparsekit.kernels.halves import FARTHEST_KEY, HALF, pair_rows
+from sparsekit.kernels.halves import FARTHEST_KEY, HALF, own_list, pair_rows
 from sparsekit.kernels.softmax import Softmax
 from sparsekit.plan import FLAG_BITS, RULE, BlockPlan, upload
 
@@ -212,8 +212,9 @@ def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
         g = plan.geometry
         ends = sorted({end for end, span in zip(g.kv_end, g.spans, strict=True) if span.q_end > span.q_first})
         groups = [tuple(b for b in range(batch) if g.kv_end[b] == end) for end in ends]
+        entries = own_list(plan, q.device) if _halves(plan) else plan.entries
         works = tuple(
-            _make_work(plan, samples, end, heads, heads // k.shape[1], step, slots, q.device)
+            _make_work(plan, entries, samples, end, heads, heads // k.shape[1], step, slots, q.device)
             for samples, end in zip(groups, ends, strict=True)
         )
         plan.memo[key] = works
@@ -297,6 +298,7 @@ def _grid(
 
 def _make_work(
     plan: BlockPlan,
+    entries: Tensor | None,
     samples: tuple[int, ...],
     kv_end: int,
     heads: int,
@@ -307,11 +309,12 @@ def _make_work(
 ) -> _Work:
     geometry = plan.geometry.with_tile(BLOCK_Q, plan.block_kv)
     grid = _grid(geometry, samples, plan.samples == 1, plan.heads, heads, group, step, device)
-    section, entries = grid.section, plan.entries
+    section = grid.section
     if plan.row_ptr is None:
         items, work = grid.items, grid.dense_steps
     elif _halves(plan):
-        items, work, entries = pair_rows(plan, grid.items, grid.rows, samples, heads, step)
+        assert entries is not None
+        items, work = pair_rows(plan, grid.items, grid.rows, entries, samples, heads, step)
         section = section.repeat(len(items) // len(section))
     else:
         items, work = _listed(plan, grid, step)
@@ -420,9 +423,13 @@ def _column_steps(bits: Tensor, step: int) -> Tensor:
 
 
 def _sort_keys(work: Tensor, section: Tensor, processors: int) -> Tensor:
-    """int32: ascending, heaviest first inside a section; items that would decide the finish before all sections."""
+    """int32: ascending, heaviest first inside a section; items that would decide the finish before all sections.
+
+    Items without steps come last: at the first of them a processor has done.
+    """
     if not work.is_cuda:
-        return torch.where(work * (4 * processors) > work.sum(), 0, section) - work.clamp(max=(1 << WORK_BITS) - 1)
+        key = torch.where(work * (4 * processors) > work.sum(), 0, section) - work.clamp(max=(1 << WORK_BITS) - 1)
+        return key.masked_fill(work == 0, 2**31 - 1)
     from sparsekit.kernels.select_kernel import launch
 
     key = torch.empty_like(work)

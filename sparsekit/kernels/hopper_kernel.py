@@ -442,7 +442,7 @@ def _produce(
             kv_start = next_kv_start
             kind = kind1
         else:
-            row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
+            t = items + t * 0  # items without steps are the last ones
     mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
     _send(mail, m_slot * MAIL + COUNT, 0)
     mbarrier.arrive(m_full.index(m_slot), count=1)
@@ -992,12 +992,13 @@ def list_items(
 
 @triton.jit(do_not_specialize=["items", "processors"])
 def sort_keys(p_work, p_total, p_section, p_key, items, processors, PER: tl.constexpr):
-    """Keys of `hopper._in_order`: items that would decide the finish, then by section; heaviest first."""
+    """`hopper._sort_keys`: items that would decide the finish, then by section; heaviest first."""
     i = tl.program_id(0) * PER + tl.arange(0, PER)
     work = tl.load(p_work + i, mask=i < items, other=0)
     section = tl.load(p_section + i, mask=i < items, other=0)
     decides = work.to(tl.int64) * (4 * processors) > tl.load(p_total)
     key = tl.where(decides, 0, section) - tl.minimum(work, (1 << 24) - 1)
+    key = tl.where(work == 0, 0x7FFFFFFF, key)
     tl.store(p_key + i, key, mask=i < items)
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekit.kernels.halves import HALF, list_room
 from sparsekit.kernels.select_kernel import _ones, launch, on_device
 from sparsekit.kernels.slash_plan import SlashGrid, fit
 from sparsekit.plan import BlockPlan
@@ -197,6 +198,8 @@ def plan_triton(bits: Tensor, grid: SlashGrid, columns: int, limit: int) -> Bloc
         args = (tokens, grid.spans, row_ptr, entries, held, need, heads, rows, columns, token_words)
         search: dict[str, Any] = {**tile, "SEARCH": min(max(triton.next_power_of_2(columns), 32), SEARCH)}
         launch(_column_bits, pairs * rows, args, {**search, "num_warps": 4})
+    # A Hopper card lists rows of 64 queries once more, when nobody knows how much of `entries` is in use.
+    paired = list_room(max(room, 1), pairs, rows) if plan.block_q == HALF else 0
     return BlockPlan(
         plan,
         samples=samples,
@@ -207,4 +210,5 @@ def plan_triton(bits: Tensor, grid: SlashGrid, columns: int, limit: int) -> Bloc
         tokens=tokens,
         token_bits=need,
         order=grid.order,
+        workspace=make(paired) if paired else None,
     )

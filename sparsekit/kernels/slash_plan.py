@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsekit.errors import SparsekitError
 from sparsekit.geometry import Geometry
+from sparsekit.kernels.halves import HALF
 from sparsekit.kernels.select import pack_bits, rows_that_fit, runs_triton, unpack_bits
 from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan, upload
 
@@ -17,6 +18,9 @@ __all__ = ["CAPACITY", "SlashGrid", "plan_from_vertical_slash", "slash_grid"]
 
 # Entries that a plan has room for, 1 GiB. At 128K tokens and 32 heads all causal tiles of 64 keys need an eighth.
 CAPACITY = 1 << 28
+# Rows of 64 queries are listed a second time, two by two (halves.py): past so many entries (32 MiB) a plan has room for
+# half of what its rows might list, and the other half of that memory is for the second list.
+SMALL = 1 << 23
 NO_TOKEN = 2**31 - 1
 
 
@@ -69,7 +73,8 @@ def plan_from_vertical_slash(
             chosen; of distances, 0 must be. Bits past a sample's last query are ignored.
         columns, slashes: no head has more of them.
         block_kv: keys of the plan's tiles.
-        capacity: entries that the plan has room for, default what the rows can list, at most `CAPACITY`.
+        capacity: entries that the plan has room for, default what the rows can list, at most `CAPACITY`; of rows of
+            64 queries half of that, but no fewer than `SMALL`.
 
     Raises:
         SparsekitError: bits of another shape or type; distance 0 missing (looked at on a CPU only: a look at a GPU's
@@ -82,7 +87,7 @@ def plan_from_vertical_slash(
             f"bits {tuple(bits.shape)} {bits.dtype}: want contiguous int32 (2, {batch}, heads, {words} words)."
         )
     grid = slash_grid(geometry, block_kv, slashes, bits.device)
-    limit = CAPACITY if capacity is None else capacity
+    limit = _capacity(grid, bits.shape[2]) if capacity is None else capacity
     if not 0 <= limit < 2**31:
         raise SparsekitError(f"capacity={capacity}: 0 to {2**31 - 1} entries.")
     if bits.device.type == "cpu" and not bool((bits[1, ..., 0] & 1).all()):
@@ -92,6 +97,11 @@ def plan_from_vertical_slash(
 
         return plan_triton(bits, grid, columns, limit)
     return _plan(bits, grid, columns, limit)
+
+
+def _capacity(grid: SlashGrid, heads: int) -> int:
+    room = min(grid.room * heads, CAPACITY)
+    return max(room // 2, min(room, SMALL)) if grid.plan.block_q == HALF else CAPACITY
 
 
 def fit(counts: Tensor, grid: SlashGrid, limit: int) -> Tensor | None:
