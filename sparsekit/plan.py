@@ -123,7 +123,7 @@ class BlockPlan:
         row_ptr: int32 (int64 past 2^31 entries), (S*P*R + 1,).
         entries: int32 (nnz,), `position of the tile's first key * 4 + flags`. Flag CAUSAL: apply the causal and valid
             length mask; RULE: apply the token rule; 0: every pair of the tile is kept. A tile starts on any key; a
-            row's tiles ascend, and no pair is in two of them.
+            row's tiles ascend, and no pair is in two of them. Room after the last row's holds anything.
         rule: int32 (S, P, 3), either may be 1: sink, window, dense_from of tiles flagged RULE.
         dense_rows: bool (S*P*R,).
         tokens: int32 (S, P, T), ascending: single key columns. Unused places at the end hold the largest int32.

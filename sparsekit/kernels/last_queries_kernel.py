@@ -39,7 +39,6 @@ from sparsekit.plan import upload
 __all__ = ["last_query_sums_triton"]
 
 
-
 class Form(NamedTuple):
     """How a kernel's tile is cut."""
 
@@ -48,8 +47,8 @@ class Form(NamedTuple):
     stages: int
 
 
-# The last 64 of 128K queries, 32 heads over 8, head size 128, H100: 155 and 556 us. Turning a tile takes 44 barriers, so
-# that two programs of 4 warps a processor, with two heads each, beat one of 8 with four (836 us) and one head (759 us).
+# The last 64 of 128K queries, 32 heads over 8, head size 128, H100: 155 and 556 us. Turning a tile takes 44 barriers:
+# two programs of 4 warps a processor, with two heads each, beat one of 8 with four (836 us) and one head (759 us).
 DENOMINATORS = Form(256, 8, 3)
 SUMS = Form(128, 4, 3)
 # Queries of a launch. A tile of 128 x 128 costs 3.8 times one of 64 x 64 of four heads, for twice the work (H100).

@@ -391,24 +391,29 @@ def _row_bits(
     return union
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words"])
+@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words", "all_rows"])
 @no_type_check
 def _count_entries(
-    p_bits, p_span, p_causal, p_count, p_dense, heads, rows, bit_rows, words,
+    p_bits, p_span, p_causal, p_count, p_dense, heads, rows, bit_rows, words, all_rows,
     BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+    PER: tl.constexpr,
 ):  # fmt: skip
-    """Tiles that a plan row lists, at place row + 1; a row that keeps every causal one is dense, and lists none."""
-    i_row = tl.program_id(0)
-    i_sample, i_tile, start, _, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
-    causal = tl.load(p_causal + i_sample * rows + i_tile)
-    union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
-    # The row's last block is a part of one where the row ends before the block does.
-    spare = (causal + FACTOR - 1) // FACTOR * FACTOR - causal
-    count = tl.where(causal > 0, FACTOR * tl.sum(_ones(union)) - spare, 0)
-    dense = (count == causal) & (causal > 0)
-    tl.store(p_dense + i_row, dense.to(tl.uint8))
-    tl.store(p_count + i_row + 1, tl.where(dense, 0, count))
-    if i_row == 0:
+    """Tiles that a plan row lists, at place row + 1; a row that keeps every causal one is dense, and lists none.
+
+    A program counts PER rows, whose loads need not wait for each other; past the last row, that one again.
+    """
+    for i in tl.static_range(PER):
+        i_row = tl.minimum(tl.program_id(0) * PER + i, all_rows - 1)
+        i_sample, i_tile, start, _, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
+        causal = tl.load(p_causal + i_sample * rows + i_tile)
+        union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
+        # The row's last block is a part of one where the row ends before the block does.
+        spare = (causal + FACTOR - 1) // FACTOR * FACTOR - causal
+        count = tl.where(causal > 0, FACTOR * tl.sum(_ones(union)) - spare, 0)
+        dense = (count == causal) & (causal > 0)
+        tl.store(p_dense + i_row, dense.to(tl.uint8))
+        tl.store(p_count + i_row + 1, tl.where(dense, 0, count))
+    if tl.program_id(0) == 0:
         tl.store(p_count, 0)
 
 
@@ -528,6 +533,7 @@ def top_p_bits_triton(
     return bits
 
 
+ROWS_COUNTED = 4  # by a program
 CHUNK, CHUNKS = 2048, 4  # columns that a program of the radix select looks at: so many at once, so often
 
 
@@ -568,7 +574,8 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
             "WORDS": triton.next_power_of_2(words), "num_warps": 1,
         }  # fmt: skip
         args = (bits, grid.spans, grid.causal, counts, dense.view(torch.uint8), *numbers)
-        launch(_count_entries, programs, args, options)
+        per = {"PER": ROWS_COUNTED}
+        launch(_count_entries, -(-programs // ROWS_COUNTED), (*args, programs), {**options, **per})
         if room > limit:
             causal = grid.causal[:, None].expand(samples, heads, plan.rows)
             fits = rows_that_fit(counts[1:], causal, limit)
@@ -576,6 +583,6 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
             counts[1:] *= fits
             room = limit
         row_ptr = counts.cumsum(0, dtype=torch.int32)
-        entries = torch.zeros(room, dtype=torch.int32, device=device)
+        entries = torch.empty(room, dtype=torch.int32, device=device)
         launch(_write_entries, programs, (bits, grid.spans, grid.causal, row_ptr, entries, *numbers), options)
     return BlockPlan(plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense)

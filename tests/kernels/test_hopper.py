@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsekit.geometry import Geometry
 from sparsekit.kernels import Softmax, attend
 from sparsekit.kernels import hopper as host
+from sparsekit.kernels.halves import list_room, own_list
 from sparsekit.kernels.reference import attend_reference
 from sparsekit.kernels.select import pack_bits
 from sparsekit.kernels.slash_plan import plan_from_vertical_slash
@@ -323,6 +324,38 @@ def test_nobody_passes_two_steps_in_a_row() -> None:
             passed += int(passes.sum())
             assert not (passes[1:] & passes[:-1]).any()
     assert passed > 100
+
+
+def test_pairs_are_listed_in_the_plans_own_room_once() -> None:
+    """A second list (another head size) must not overwrite the first, which is kept with the plan."""
+    plain, here = _slashes(_tiled(2000).with_tile(64, 64), slashes=60), torch.device("cpu")
+    assert plain.entries is not None
+    room = list_room(plain.entries.numel(), plain.heads, plain.rows)
+    plan = replace(plain, workspace=torch.zeros(room, dtype=torch.int32), memo={})
+    assert plan.nbytes == plain.nbytes + 4 * room
+    (first, second), (expected, _) = (
+        [
+            host._works(p, torch.empty(1, HEADS, 2000, dim), torch.empty(1, KEY_HEADS, 2000, dim))[0]
+            for dim in (128, 256)
+        ]
+        for p in (plan, plain)
+    )
+    assert first.entries is plan.workspace and second.entries is not plan.workspace
+    assert torch.equal(first.items, expected.items)
+    for start, count in first.items[:, 2:4].tolist():
+        steps = slice(start, start + 2 * (count & 0xFFFFF))
+        assert torch.equal(first.entries[steps], expected.entries[steps])  # type: ignore[index]
+    small = replace(plain, workspace=torch.zeros(room - 1, dtype=torch.int32), memo={})
+    assert own_list(small, here).numel() == room
+
+
+def test_items_without_steps_come_last() -> None:
+    """Of two rows of which one is dense by bounds each is an item, and else one of the two items has no steps."""
+    plan = _slashes(_tiled(2000).with_tile(64, 64), capacity=300)
+    (work,) = host._works(plan, torch.empty(1, HEADS, 2000, 128), torch.empty(1, KEY_HEADS, 2000, 128))
+    there = work.items[:, 3] > 0
+    assert 0 < int((~there).sum()) < len(there) // 2
+    assert bool((there[1:] <= there[:-1]).all())
 
 
 def test_the_grid_has_no_strides() -> None:

@@ -239,6 +239,27 @@ def test_rows_that_do_not_fit_run_dense() -> None:
         plan_from_vertical_slash(bits, geometry, 8, 40, 64, capacity=-1)
 
 
+@pytest.mark.parametrize(("block_q", "small", "fits"), [(64, 1 << 23, True), (64, 0, False), (128, 0, True)])
+def test_narrow_rows_have_room_for_half(block_q: int, small: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts in rows of 64 queries: what lists more than half of what it might runs dense, the densest first."""
+    monkeypatch.setattr("sparsekit.kernels.slash_plan.SMALL", small)
+    geometry = Geometry.of(1000, block_q=block_q, block_kv=64)
+    chosen = torch.zeros(2, 1, 2, 1024, dtype=torch.bool)
+    chosen[1, 0, 0, :1000:64] = True  # all tiles
+    chosen[1, 0, 1, :1000:256] = True
+    plan = plan_from_vertical_slash(pack_bits(chosen), geometry, 8, 40, 64)
+    assert plan.row_ptr is not None
+    causal = 2 * int(plan._causal_tiles(0).sum())
+    if fits:
+        assert plan.dense_rows is None
+        assert int(plan.row_ptr[-1]) > causal / 2
+    else:
+        assert plan.dense_rows is not None
+        dense = plan.dense_rows.view(2, -1).sum(1)
+        assert int(dense[0]) > int(dense[1])
+        assert int(plan.row_ptr[-1]) <= causal / 2
+
+
 def test_ties_go_to_the_lower_index() -> None:
     """Keys all alike: every query spreads evenly, so the first columns and the nearest distances are as good as any."""
     geometry = Geometry.of(640, block_q=64, block_kv=16)
