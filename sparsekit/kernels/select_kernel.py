@@ -85,6 +85,13 @@ def _log2(number):
 
 @triton.jit
 @no_type_check
+def _depth(whole, count):
+    """How far into the tail `count` of `whole` numbers begin, like a bell's distance from its middle."""
+    return tl.sqrt(tl.maximum((_log2(whole * 1.2) - _log2(count)).to(tl.float32), 0.0))
+
+
+@triton.jit
+@no_type_check
 def _topk_row(
     p_score, p_bits, length, k, words,
     BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
@@ -105,10 +112,12 @@ def _topk_row(
         above = 0  # scores above `high`
         turn = 0
         while low < high:
-            # A guess where log counts are straight in between, as tails nearly are; every fourth time the middle key.
+            # A guess where roots of log shares are straight in between, as a bell's tail has them (a fifth to a quarter
+            # fewer turns than by logs, on means of queries and keys); every fourth time the middle key.
             first, last = _value(low), _value(high)
-            many = _log2(reached)
-            guess = first + (last - first) * ((many - _log2(wanted)) / (many - _log2(tl.maximum(above, 0.5))))
+            depth = _depth(n_some, reached)
+            share = (_depth(n_some, wanted) - depth) / (_depth(n_some, tl.maximum(above, 0.5)) - depth)
+            guess = first + (last - first) * share
             middle = _upper_middle(low, high)
             if (turn % 4 < 3) & (tl.abs(guess) < float("inf")):
                 middle = tl.minimum(tl.maximum(_ordered(guess), low + 1), high)
