@@ -277,11 +277,10 @@ def _sums_of(
     block_m = max(_padded(queries), 16)
     block_n = max(block_m, 64)
     wide = _padded(dim) * q.element_size() // 256  # a key's bytes, in those of 128 numbers of 2 bytes
-    forms = [_cut(form, group, block_m, block_n, max(wide, 1)) for form in (DENOMINATORS, SUMS)]
+    first, second = (_cut(form, group, block_m, block_n, max(wide, 1)) for form in (DENOMINATORS, SUMS))
     most = max(max(span.q_end for span in geometry.spans), 1)
     tiles = -(-most // block_n) + 1
-    slots = -(-group // forms[1]["AT_ONCE"])
-    wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * key_heads * slots))
+    wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * key_heads * second["SLOTS"]))
     splits = max(min(wanted, tiles // MIN_TILES), 1)
     rows = batch * heads
     sums = onto
@@ -305,19 +304,19 @@ def _sums_of(
         "enable_fp_fusion": True,
     }
     form = (q.device, *map(_pointer_form, (q, k, sinks)), steps, *options.values())
-    first, second = ({**options, **cut} for cut in forms)
-    grids = [(batch * key_heads * splits * cut["SLOTS"],) for cut in forms]
+    programs, added = batch * key_heads * splits, onto is not None
     with on_device(q.device):
         args: tuple[Any, ...] = (q, k, part, spans, *steps, *scalars)
-        _start(_denominators, ("denominators", *form, *forms[0].values()), grids[0], args, first, {})
+        key = ("denominators", *form, *first.values())
+        _start(_denominators, key, (programs * first["SLOTS"],), args, {**options, **first}, {})
         args = (q, k, part, sinks, sums, spans, *steps, *scalars, most, force_columns, force_distances)
-        added = onto is not None
-        _start(_sums, ("sums", added, *form, *forms[1].values()), grids[1], args, second, {"ADD": added})
+        key = ("sums", added, *form, *second.values())
+        _start(_sums, key, (programs * second["SLOTS"],), args, {**options, **second}, {"ADD": added})
     return sums
 
 
 def _cut(form: Form, group: int, block_m: int, block_n: int, wide: int) -> dict[str, int]:
-    """Constants of a kernel: heads that share a tile, and so on. wide: bytes of a key, in 256."""
+    """What a kernel's form makes of the call: heads in a tile, tiles a key head. wide: a key's bytes, in 256."""
     at_once = min(_padded(group), max(form.rows // (block_n * wide), 1)) if block_n == 64 else 1
     return {
         "SLOTS": -(-group // at_once),

@@ -592,6 +592,6 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
             counts[1:] *= fits
             room = limit
         row_ptr = counts.cumsum(0, dtype=torch.int32)
-        entries = torch.empty(room, dtype=torch.int32, device=device)
+        entries = torch.zeros(room, dtype=torch.int32, device=device)
         launch(_write_entries, programs, (bits, grid.spans, grid.causal, row_ptr, entries, *numbers), options)
     return BlockPlan(plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense)

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-
-
-MOST_AT_ONCE = 4
+MOST_AT_ONCE = 4  # children
 
 
 def interpret(name: str) -> None:

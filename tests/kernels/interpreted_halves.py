@@ -18,7 +18,7 @@ def test_it_is_interpreted() -> None:
     assert block_sparse.interpreted()
 
 
-@pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (0, 5, 8)], ids=str)
+@pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (0, 3, 5, 8)], ids=str)
 @pytest.mark.parametrize("make", HALF_PLANS[1:])
 def test_both_paths_make_the_same_items(make: Callable[[Geometry], BlockPlan], geometry: Geometry) -> None:
     plan, samples, here = make(geometry.with_tile(64, 64)), tuple(range(geometry.batch)), torch.device("cpu")

@@ -511,6 +511,7 @@ print("SHARED", kernel.metadata.shared, "HGMMA", sass.count("HGMMA"), "STEPS", l
         (128, "bfloat16", "", "", 64, "columns"),
         (128, "float16", "", "", 32, ""),
         (128, "bfloat16", "", "", 64, "columns halves"),
+        (64, "float16", "", "lse", 64, "halves"),
     ],
 )
 def test_compiles_for_sm_90(
