@@ -1,12 +1,15 @@
 """`sparsekit bench overhead`: what an applied config costs where it must cost nothing, against the untouched model.
 
 Two calls never run sparse: decoding, and prompts under `dense_below_tokens`. Both run the model's own attention through
-sparsekit's door; here they are timed through it and without it, in turns, in one run.
+sparsekit's door; here they are timed through it and without it, in one run. A host may scatter from second to second by
+ten times what there is to see, so the two take turns as short as can be, one prompt or one token each.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ from sparsekit.bench.timing import Record, place, spread, synchronize
 from sparsekit.errors import SparsekitError
 from sparsekit.models import can_shorten
 from sparsekit.patch import apply
+from sparsekit.patch.state import HANDLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,95 +39,129 @@ def bench_overhead(
     model: PreTrainedModel | str | None = None,
     shape: str | None = None,
     prompt_tokens: int = 2048,
-    decode_tokens: int = 64,
-    rounds: int = 21,
+    decode_tokens: int = 32,
+    rounds: int = 41,
     dtype: str | None = None,
     device: str | None = None,
     out: str | None = None,
     show: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows `decode` and `prompt`: the model with sparsekit applied, over the same model without it.
+    """Rows `prompt` and `decode`: the model with sparsekit applied, over the same model without it.
 
     Args:
-        model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`.
+        model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`. It stays untouched:
+            the config is applied to a copy that shares its weights.
         shape: one of `sparsekit.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         prompt_tokens: of the prompt, which is under `dense_below_tokens`; decoding starts at its end.
         decode_tokens: decoded one by one in each round.
-        rounds: each has one run with and one without, in changing order, so that a drift of the clock hits both.
+        rounds: in each, both read the prompt once, and both decode the tokens once.
         dtype, device: default bfloat16 and the card, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
 
     Returns:
-        For each case `ms` and `stock_ms` (a prompt, or all decoded tokens; median, p20, p80), and `ratio` (of the two
-        runs of a round: median, p20, p80; 1.02 is 2% slower); for decoding also `tokens_per_second` and
-        `stock_tokens_per_second`.
+        For each case `ms` and `stock_ms` (a prompt, or one decoded token; median, p20, p80), and `ratio`, of the two
+        times of a turn: 1.02 is 2% slower; the median of `turns` turns, p20, p80, and the median's 95% confidence
+        interval, `ratio_low` to `ratio_high`. For decoding also `tokens_per_second` and `stock_tokens_per_second`.
 
     Raises:
-        SparsekitError: an unknown shape, or logits that are not the untouched model's.
+        SparsekitError: an unknown shape, a model that sparsekit is applied to, or logits that are not the untouched
+        model's.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, found = model_or_shape(model, shape, dtype, where)
+    if found in HANDLES:
+        raise SparsekitError(
+            f"{name} has sparsekit applied, and the untouched model is timed beside it: remove it first."
+        )
     record = Record(out, place(where))
     vocab = found.config.get_text_config().vocab_size
     ids = torch.randint(3, vocab, (1, prompt_tokens + decode_tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(where)
     prompt, following = ids[:, :prompt_tokens], ids[:, prompt_tokens:].split(1, 1)
-    config = {"default": "triangle", "dense_below_tokens": prompt_tokens + 1}
-    cache = found(prompt, use_cache=True, logits_to_keep=1).past_key_values
-    if not can_shorten(cache):
+    if not can_shorten(_Side(found).after(prompt).cache):
         raise SparsekitError(
             f"{name}: its cache, of windows or recurrent layers, cannot be cut back from round to round; take one "
             "of full attention."
         )
-
-    def read() -> Tensor:
-        logits: Tensor = found(prompt, use_cache=True, logits_to_keep=1).logits
-        return logits
-
-    def decode() -> Tensor:
-        for token in following:
-            logits: Tensor = found(token, past_key_values=cache, use_cache=True).logits
-        cache.crop(-decode_tokens)
-        return logits
-
     facts = {"model": name, "dtype": str(found.dtype).removeprefix("torch."), "prompt_tokens": prompt_tokens}
-    for case, run, tokens in (("prompt", read, 0), ("decode", decode, decode_tokens)):
-        facts |= {"decode_tokens": tokens} if tokens else {}
-        checked = _same(found, config, run)
-        ours, stock, ratios = _in_turns(found, config, run, rounds, where)
-        row: dict[str, Any] = {
-            "case": case,
-            **facts,
-            "rounds": rounds,
-            **checked,
-            **spread(ours),
-            **spread(stock, "stock_ms"),
-        }
-        row |= spread(ratios, "ratio")
-        if tokens:
-            row["tokens_per_second"] = round(tokens / row["ms"] * 1e3, 2)
-            row["stock_tokens_per_second"] = round(tokens / row["stock_ms"] * 1e3, 2)
-        record.add(row)
-        if show is not None:
-            show(_line(row))
+    twin = _twin(found)
+    with apply(twin, {"default": "triangle", "dense_below_tokens": prompt_tokens + 1}) as handle:
+        for case, steps in (("prompt", (prompt,)), ("decode", following)):
+            ours, stock = _Side(twin), _Side(found)
+            if case == "decode":
+                ours, stock = ours.after(prompt), stock.after(prompt)
+                facts |= {"decode_tokens": decode_tokens}
+            checked = _same(ours, stock, steps)
+            if "sparse" in {row.ran for row in handle.report().layers}:
+                raise SparsekitError("a layer ran sparse where every layer should run dense.")
+            times = _in_turns(ours, stock, steps, rounds, where)
+            row: dict[str, Any] = {
+                "case": case,
+                **facts,
+                "rounds": rounds,
+                "turns": len(times),
+                **checked,
+                **_compared(times),
+            }
+            if case == "decode":
+                row["tokens_per_second"] = round(1e3 / row["ms"], 2)
+                row["stock_tokens_per_second"] = round(1e3 / row["stock_ms"], 2)
+            record.add(row)
+            if show is not None:
+                show(_line(row))
     return record.rows
 
 
-def _same(model: PreTrainedModel, config: Mapping[str, Any], run: Callable[[], Tensor]) -> dict[str, float]:
+class _Side:
+    """One of the two models: it reads a prompt, or decodes behind one that it has read.
+
+    Attributes:
+        model: the model.
+        cache: what was read before; None for reading a prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Any = None) -> None:
+        self.model, self.cache = model, cache
+
+    def after(self, prompt: Tensor) -> _Side:
+        return _Side(self.model, self.model(prompt, use_cache=True, logits_to_keep=1).past_key_values)
+
+    def step(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return logits
+
+    def back(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens."""
+        if self.cache is not None:
+            self.cache.crop(-tokens)
+
+    def run(self, steps: Sequence[Tensor]) -> Tensor:
+        """Logits of the last step."""
+        for ids in steps:
+            logits = self.step(ids)
+        self.back(len(steps))
+        return logits
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with the same weights, not copies of them."""
+    shared = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _same(ours: _Side, stock: _Side, steps: Sequence[Tensor]) -> dict[str, float]:
     """Largest differences of logits from the untouched model's: with sparsekit, and of further runs without it.
 
     A card may decode the same tokens to other last bits each time, the untouched model too; those are `stock_error`.
 
     Raises:
-        SparsekitError: the first is more than twice the second, or a layer ran sparse.
+        SparsekitError: the first is more than twice the second.
     """
-    stock = run()
-    noise = max(float((run() - stock).abs().max()) for _ in range(STOCK_RUNS))
-    with apply(model, config) as handle:
-        error = float((run() - stock).abs().max())
-        ran = {row.ran for row in handle.report().layers}
-    if error > 2 * noise or "sparse" in ran:
+    wanted = stock.run(steps)
+    noise = max(float((stock.run(steps) - wanted).abs().max()) for _ in range(STOCK_RUNS))
+    error = float((ours.run(steps) - wanted).abs().max())
+    if error > 2 * noise:
         raise SparsekitError(
             f"logits differ from the untouched model's by {error:.2g}, and {STOCK_RUNS} of its own by {noise:.2g}."
         )
@@ -131,39 +169,55 @@ def _same(model: PreTrainedModel, config: Mapping[str, Any], run: Callable[[], T
 
 
 def _in_turns(
-    model: PreTrainedModel, config: Mapping[str, Any], run: Callable[[], Tensor], rounds: int, device: torch.device
-) -> tuple[list[float], list[float], list[float]]:
-    """Milliseconds with and without sparsekit, and their ratio, of each round; a round before them warms up."""
-    ours: list[float] = []
-    stock: list[float] = []
-    for n in range(rounds + 1):
-        for patched in (n % 2 == 0, n % 2 == 1):
-            if not patched:
-                stock.append(_milliseconds(run, device))
-                continue
-            with apply(model, config):
-                ours.append(_milliseconds(run, device))
-    ours, stock = ours[1:], stock[1:]
-    return ours, stock, [a / b for a, b in zip(ours, stock, strict=True)]
-
-
-def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """By the host's clock: what sparsekit costs in decoding is the host's time. A run before it is not timed, so that
-    applying the config, or taking it off, is not in it.
+    ours: _Side, stock: _Side, steps: Sequence[Tensor], rounds: int, device: torch.device
+) -> list[tuple[float, float]]:
+    """Milliseconds of each step with and without sparsekit, by the host's clock: what sparsekit costs is the host's
+    time. Which of the two comes first changes from step to step; a round before them warms up.
     """
-    run()
-    synchronize(device)
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):
+        for ids in steps:
+            if len(times) % 2:
+                without, patched = _milliseconds(stock, ids, device), _milliseconds(ours, ids, device)
+            else:
+                patched, without = _milliseconds(ours, ids, device), _milliseconds(stock, ids, device)
+            times.append((patched, without))
+        ours.back(len(steps))
+        stock.back(len(steps))
+    return times[len(steps) :]
+
+
+def _milliseconds(side: _Side, ids: Tensor, device: torch.device) -> float:
     start = time.perf_counter()
-    run()
+    side.step(ids)
     synchronize(device)
     return (time.perf_counter() - start) * 1e3
+
+
+def _compared(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Both medians and that of the turns' ratios, each with its spread; and how well the latter is known.
+
+    Its bounds are order statistics, whatever the distribution: of n turns those of rank n / 2 -+ 0.98 sqrt(n), between
+    which the true median lies with 95% (the binomial distribution's normal approximation; the extremes for few turns).
+    """
+    ours, stock = zip(*times, strict=True)
+    ratios = sorted(a / b for a, b in times)
+    margin = 0.98 * math.sqrt(len(ratios))
+    low, high = math.floor(len(ratios) / 2 - margin), math.ceil(len(ratios) / 2 + margin) - 1
+    return {
+        **spread(ours),
+        **spread(stock, "stock_ms"),
+        **spread(ratios, "ratio"),
+        "ratio_low": round(ratios[max(low, 0)], 4),
+        "ratio_high": round(ratios[min(high, len(ratios) - 1)], 4),
+    }
 
 
 def _line(row: Mapping[str, Any]) -> str:
     times = f"{row['ms']:.2f} ms, untouched {row['stock_ms']:.2f} ms"
     if row["case"] == "decode":
         times = f"{row['tokens_per_second']:.1f} tokens/s, untouched {row['stock_tokens_per_second']:.1f} tokens/s"
-    return f"{row['case']:7} {times}; time {row['ratio']:.4f} (p20 {row['ratio_p20']:.4f}, p80 {row['ratio_p80']:.4f})"
+    return f"{row['case']:7} {times}; time {row['ratio']:.4f} ({row['ratio_low']:.4f} to {row['ratio_high']:.4f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Decoding and short prompts with a config applied, against the untouched model, in one run.",
     )
     parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--decode-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--decode-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=41)
     add_model_arguments(parser)
     given = vars(parser.parse_args(argv))
     return finished(lambda: bench_overhead(**given, show=lambda line: print(line, flush=True)))
