@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_utils import AttentionInterface
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, apply
@@ -16,6 +17,7 @@ from sparsekit.bench.overhead import _compared
 from sparsekit.bench.shapes import SHAPES
 from sparsekit.cli import app
 from sparsekit.models import tiny
+from sparsekit.patch.state import NAMES
 
 SMALL: dict[str, Any] = {"prompt_tokens": 100, "decode_tokens": 5, "rounds": 4, "device": "cpu"}
 
@@ -32,7 +34,7 @@ def test_rows_and_file(tmp_path: Path) -> None:
         assert 0 < row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
-    assert [row["turns"] for row in rows] == [4, 4 * 5]
+    assert [row["turns"] for row in rows] == [2 * 4, 2 * 4 * 5]
     assert rows[1]["tokens_per_second"] == pytest.approx(1e3 / rows[1]["ms"], rel=1e-2)
     assert model.config._attn_implementation == "sdpa"
 
@@ -56,18 +58,15 @@ def test_a_slower_door_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsekit.patch import attention
+    with apply(tiny("llama"), "default: dense"):
+        name = NAMES["sdpa"]
+    real = AttentionInterface()[name]
 
-    real = attention.original_attention
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        found, weights = real(*args, **kwargs)
+        return found * 1.01, weights
 
-    def wrong(module: Any, original: str) -> Any:
-        def attend(*args: Any, **kwargs: Any) -> Any:
-            found, weights = real(module, original)(*args, **kwargs)
-            return found * 1.01, weights
-
-        return attend
-
-    monkeypatch.setattr(attention, "original_attention", wrong)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, wrong)
     with pytest.raises(SparsekitError, match="logits differ from the untouched model's"):
         bench_overhead(shape="tiny", **SMALL)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.mask import COMPILED_WIDTH, descriptor_of, is_for_others, is_own, read_call
-from sparsekit.patch.state import DOORS, LAYERS, Call, mask_functions
+from sparsekit.patch.state import DOORS, LAYERS, Call, mask_functions, masking
 
 # Arguments that the custom op passes on, or that change nothing in an attention function.
 OP_ARGUMENTS = {"scaling", "softcap", "s_aux", "sliding_window", "position_ids", "is_causal", "dropout"} | {
@@ -115,10 +115,8 @@ def _probe(kwargs: Mapping[str, Any]) -> Tensor | None:
     before it, which a packed sequence and a chunk do not at their start, and the last of its window, and must see
     neither the one before that, nor the one that follows, which a block of pictures does.
     """
-    from transformers.masking_utils import causal_mask_function
-
     mask, window = kwargs["mask_function"], kwargs.get("local_size")
-    if window is None and mask is causal_mask_function:
+    if window is None and mask is masking().causal_mask_function:
         return None
     first, device = kwargs.get("kv_offset", 0), kwargs["device"]
     sample = torch.arange(kwargs["batch_size"], device=device)[:, None]
@@ -156,8 +154,6 @@ def _prompt_call(
         lengths: batch_size, q_length, kv_length, kv_offset.
         window: `local_size` of a sliding layer's mask. The rest are the mask function's own.
     """
-    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
-
     door = DOORS.get(config)
     if door is None:
         raise SparsekitError("a compiled model runs with sparsekit, which was removed from it: compile it again.")
@@ -167,13 +163,16 @@ def _prompt_call(
             "it within `with handle.pause():`; the model's own attention does them."
         )
     batch, q_length, kv_length, kv_offset = lengths
+    masks = masking()
     kwargs: dict[str, Any] = {
         "batch_size": batch,
         "q_length": q_length,
         "kv_length": kv_length,
         "q_offset": offset if offset_tensor is None else int(offset_tensor),
         "kv_offset": kv_offset,
-        "mask_function": causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+        "mask_function": masks.causal_mask_function
+        if window is None
+        else masks.sliding_window_causal_mask_function(window),
         "attention_mask": padding,
         "allow_is_causal_skip": allow_is_causal_skip,
         "use_vmap": False,

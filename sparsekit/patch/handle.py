@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekit.config import ResolvedConfig, SparseConfig, load
 from sparsekit.geometry import Geometry
 from sparsekit.patch.door import open_door
-from sparsekit.patch.model import attention_modules, facts_of, switch
+from sparsekit.patch.model import attention_functions, attention_modules, facts_of, switch
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import DOORS, HANDLES, LAYERS, NAMES, Call, Layer, forgetter
 
@@ -53,7 +53,15 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     for module in modules:
         index: int = module.layer_idx  # type: ignore[assignment]
         gone = weakref.ref(module, forgetter(id(module)))
-        LAYERS[id(module)] = Layer(handle, gone, resolved.layers[index], own.get(index), index in windows)
+        LAYERS[id(module)] = Layer(
+            handle,
+            gone,
+            resolved.layers[index],
+            own.get(index),
+            index in windows,
+            *attention_functions(module),
+            config.min_queries,
+        )
     handle._modules = [LAYERS[id(module)].module for module in modules]
     return handle
 
@@ -170,10 +178,10 @@ class Handle:
     def _find_dense_because(self, call: Call) -> str:
         if self._paused:
             return "paused"
-        if call.geometry is None:
+        if call.why:
             return call.why
         if self._decodes(call.kwargs):
-            return f"{call.geometry.q_len} queries, fewer than min_queries {self.config.min_queries}"
+            return f"{call.kwargs['q_length']} queries, fewer than min_queries {self.config.min_queries}"
         tokens = self._prompt_columns() or call.tokens
         if tokens < self.config.dense_below_tokens:
             return f"{tokens} tokens, fewer than dense_below_tokens {self.config.dense_below_tokens}"

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
-from sparsekit.geometry import Geometry
-from sparsekit.patch.state import DOORS, Call, Door, mask_functions
+from sparsekit.patch.state import DOORS, Bounds, Call, Door, mask_functions, masking
 
 # Width of the descriptors of a compiled model's calls; one more for those of sliding layers.
 COMPILED_WIDTH = 7
@@ -26,10 +25,9 @@ def make_mask(original: str) -> Callable[..., Tensor | None]:
         if is_own(kwargs, door):
             door.calls.clear()
             return mask_functions()[original](**kwargs)
-        geometry, why, tokens = read_call(kwargs)
         del kwargs["config"]
         kwargs["q_offset"] = int(kwargs["q_offset"])  # a StaticCache counts on in its own tensor, layer by layer
-        call = Call(kwargs, door.config, original, geometry, why, tokens)
+        call = Call(kwargs, door.config, original, *read_call(kwargs))
         descriptor = descriptor_of(call)
         door.calls[descriptor.shape[-1]] = call
         descriptor.sparsekit_call = call  # type: ignore[attr-defined]
@@ -40,10 +38,8 @@ def make_mask(original: str) -> Callable[..., Tensor | None]:
 
 def is_for_others(kwargs: Mapping[str, Any], door: Door) -> bool:
     """A mask for layers that sparsekit does not run: cross-attention, chunks, windows that no rule names."""
-    from transformers.masking_utils import bidirectional_mask_function
-
     if kwargs.get("local_size") is None:
-        return kwargs.get("mask_function") is bidirectional_mask_function
+        return kwargs.get("mask_function") is masking().bidirectional_mask_function
     return not any(handle._windows for handle in door.handles)
 
 
@@ -54,15 +50,13 @@ def is_own(kwargs: Mapping[str, Any], door: Door) -> bool:
 
 def _is_plain(kwargs: Mapping[str, Any]) -> bool:
     """Whether the mask is causal and nothing else, or causal with the window that `local_size` tells."""
-    from transformers.masking_utils import causal_mask_function, sliding_window_overlay
-
-    mask, window = kwargs.get("mask_function"), kwargs.get("local_size")
+    mask, window, causal = kwargs.get("mask_function"), kwargs.get("local_size"), masking().causal_mask_function
     if window is None:
-        return mask is causal_mask_function
+        return mask is causal
     parts = _closed_over(mask).get("mask_functions")
-    if not isinstance(parts, tuple) or len(parts) != 2 or parts[1] is not causal_mask_function:
+    if not isinstance(parts, tuple) or len(parts) != 2 or parts[1] is not causal:
         return False
-    same = getattr(parts[0], "__code__", None) is sliding_window_overlay(window).__code__
+    same = getattr(parts[0], "__code__", None) is masking().sliding_window_overlay(window).__code__
     return same and _closed_over(parts[0]).get("sliding_window") == window
 
 
@@ -73,8 +67,8 @@ def _closed_over(function: Any) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
-def read_call(kwargs: Mapping[str, Any]) -> tuple[Geometry | None, str, int]:
-    """The geometry of a plain call or why there is none, and its tokens so far. Reads the padding mask once.
+def read_call(kwargs: Mapping[str, Any]) -> tuple[Bounds | None, str, int]:
+    """Each sample's keys in a plain call or why it is none, and its tokens so far. Reads the padding mask once.
 
     A window counts from any key alike, so that the keys which a sliding cache has dropped need not be counted.
     """
@@ -85,28 +79,18 @@ def read_call(kwargs: Mapping[str, Any]) -> tuple[Geometry | None, str, int]:
         return None, "the meta device holds no data", 0
     if dropped and kwargs.get("local_size") is None:
         return None, "the cache has dropped its first keys", 0
-    batch, q_len, kv_len = kwargs["batch_size"], int(kwargs["q_length"]), int(kwargs["kv_length"])
-    offset = int(kwargs["q_offset"])
-    starts, ends = [0] * batch, [offset + q_len] * batch
+    batch, last = kwargs["batch_size"], int(kwargs["q_offset"]) + int(kwargs["q_length"])
     padding = kwargs.get("attention_mask")
-    if padding is not None:
-        valid = padding.cpu().numpy()  # the one wait for a device; there, each of these steps would be a launch
-        counts, starts = valid.sum(1).tolist(), valid.argmax(1).tolist()
-        ends = [valid.shape[1] - after for after in valid[:, ::-1].argmax(1).tolist()]
-        if any(count and count != end - start for start, end, count in zip(starts, ends, counts, strict=True)):
-            return None, "the attention mask has holes", 0
-        starts = [start if count else 0 for start, count in zip(starts, counts, strict=True)]
-        ends = [min(end, offset + q_len) if count else 0 for end, count in zip(ends, counts, strict=True)]
-    tokens = max(end - start for start, end in zip(starts, ends, strict=True))
-    geometry = Geometry.of(
-        q_len,
-        kv_len,
-        batch=batch,
-        q_offset=offset - dropped,
-        kv_start=[max(start - dropped, 0) for start in starts],
-        kv_end=[max(end - dropped, 0) for end in ends],
-    )
-    return geometry, "", tokens
+    if padding is None:
+        return ([0] * batch, [last] * batch), "", last
+    valid = padding.cpu().numpy()  # the one wait for a device; there, each of these steps would be a launch
+    counts, starts = valid.sum(1).tolist(), valid.argmax(1).tolist()
+    ends = [valid.shape[1] - after for after in valid[:, ::-1].argmax(1).tolist()]
+    if any(count and count != end - start for start, end, count in zip(starts, ends, counts, strict=True)):
+        return None, "the attention mask has holes", 0
+    starts = [start if count else 0 for start, count in zip(starts, counts, strict=True)]
+    ends = [min(end, last) if count else 0 for end, count in zip(ends, counts, strict=True)]
+    return (starts, ends), "", max(end - start for start, end in zip(starts, ends, strict=True))
 
 
 def descriptor_of(call: Call, width: int = 0) -> Tensor:
@@ -114,7 +98,7 @@ def descriptor_of(call: Call, width: int = 0) -> Tensor:
 
     4-D, because `generate` with a StaticCache makes masks before the forward and only 4-D ones pass through untouched.
     """
-    width = width or 3 + call.window + 2 * (call.geometry is None)
+    width = width or 3 + call.window + 2 * (call.bounds is None)
     return torch.zeros(call.kwargs["batch_size"], 1, 1, width, dtype=torch.int32, device=call.kwargs.get("device"))
 
 

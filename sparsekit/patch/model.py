@@ -89,16 +89,12 @@ def _head_dim(modules: list[nn.Module]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def original_attention(module: nn.Module, original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function that the model's own file would have called for `original`."""
-    found: Callable[..., tuple[Tensor, Tensor | None]]
+def attention_functions(module: nn.Module) -> tuple[Any, Callable[..., tuple[Tensor, Tensor | None]]]:
+    """What a module's own file chooses its attention function from: the AttentionInterface, and the one for eager."""
     for cls in type(module).__mro__:
         home = sys.modules[cls.__module__]
         if hasattr(home, "eager_attention_forward"):
-            functions = home.ALL_ATTENTION_FUNCTIONS
-            # In every layer of every token: what is registered is had in a third of the time that get_interface takes.
-            found = functions.get(original) or functions.get_interface(original, home.eager_attention_forward)
-            return found
+            return home.ALL_ATTENTION_FUNCTIONS, home.eager_attention_forward
     raise SparsekitError(
         f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?"
     )

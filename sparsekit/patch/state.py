@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +31,27 @@ class Layer:
     patterns: LayerPatterns
     own: str | None  # why the layer keeps its own attention, or None
     window: bool  # a sliding layer of the model, which a rule runs here
+    functions: Any  # the AttentionInterface of the module's file, and its function for eager
+    eager: Callable[..., tuple[Tensor, Tensor | None]]
+    min_queries: int  # of the handle's config, at hand
     ran: str = "not run"
     why: str = ""
     plan: BlockPlan | PlanTotals | None = None
     choice: Choice | None = None
     times: tuple[Any, ...] = ()  # begun, planned, done: seconds, or events of a GPU
+
+
+# Of each sample: the index of its first valid key, and that after its last.
+Bounds = tuple[list[int], list[int]]
+
+
+class DenseCall(NamedTuple):
+    """What the first layer of a call that runs dense found out, for the others."""
+
+    state: object  # the handle's then
+    rows: int  # queries
+    mask: Tensor | None  # the model's own
+    why: str
 
 
 @dataclass
@@ -43,7 +61,7 @@ class Call:
     kwargs: dict[str, Any]  # of the mask function, without the config, which must not be kept alive
     config: weakref.ref[Any]
     original: str
-    geometry: Geometry | None  # None: not a plain causal prompt chunk, nor a plain window
+    bounds: Bounds | None  # None: not a plain causal prompt chunk, nor a plain window
     why: str = ""
     tokens: int = 0  # of the longest sample so far, those that a sliding cache has dropped included
     # What every layer asks, answered once: why it is dense, by a handle's state; masks, by device and rows.
@@ -55,6 +73,22 @@ class Call:
     def window(self) -> bool:
         """Whether it is the mask of sliding layers."""
         return self.kwargs.get("local_size") is not None
+
+    @cached_property
+    def geometry(self) -> Geometry | None:
+        """None without bounds. Made when a layer asks: a prompt that runs dense needs none."""
+        if self.bounds is None:
+            return None
+        dropped = int(self.kwargs.get("kv_offset", 0))
+        starts, ends = ([max(key - dropped, 0) for key in bounds] for bounds in self.bounds)
+        return Geometry.of(
+            int(self.kwargs["q_length"]),
+            int(self.kwargs["kv_length"]),
+            batch=self.kwargs["batch_size"],
+            q_offset=self.kwargs["q_offset"] - dropped,
+            kv_start=starts,
+            kv_end=ends,
+        )
 
     def original_mask(self, device: torch.device, rows: int) -> Tensor | None:
         """The mask that the model's own implementation would have got; built once, and only if a layer asks.
@@ -116,7 +150,10 @@ def forgetter(key: int) -> Callable[[Any], None]:
     return forget
 
 
-def mask_functions() -> Any:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+def masking() -> Any:
+    """transformers.masking_utils. Its import takes seconds, and an import statement microseconds of every token."""
+    return sys.modules["transformers.masking_utils"]
 
-    return ALL_MASK_ATTENTION_FUNCTIONS
+
+def mask_functions() -> Any:
+    return masking().ALL_MASK_ATTENTION_FUNCTIONS
