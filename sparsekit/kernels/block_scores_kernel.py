@@ -35,37 +35,44 @@ __all__ = ["Tile", "antidiagonal_mass_triton", "pooled_means_triton", "pooled_sc
 
 # ---- block means and their products
 
+MEANS = 1  # blocks that a program takes the mean of
+
 
 @triton.jit(do_not_specialize=["q_offset", "q_heads", "k_heads", "rows", "columns"])
 @no_type_check
 def _means(
     p_q, p_k, p_out_q, p_out_k, p_span, q_batch, q_head, q_token, k_batch, k_head, k_token,
-    q_offset, q_heads, k_heads, rows, columns, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    q_offset, q_heads, k_heads, rows, columns,
+    BLOCK: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one block of one head, of q or of k: float32, over the positions that exist.
+    """The means of PER blocks of one head, of q or of k: float32, over the positions that exist.
 
-    Neighbours take the heads of one block: where tokens lie outermost, their rows are neighbours too.
+    Neighbours take the heads of the same blocks: where tokens lie outermost, their rows are neighbours too.
     """
-    per_sample = q_heads * rows + k_heads * columns
+    q_items = q_heads * tl.cdiv(rows, PER)
+    per_sample = q_items + k_heads * tl.cdiv(columns, PER)
     i_sample = tl.program_id(0) // per_sample
     i_item = tl.program_id(0) % per_sample
     q_first = tl.load(p_span + i_sample * 4)
     q_end = tl.load(p_span + i_sample * 4 + 1)
     start = tl.load(p_span + i_sample * 4 + 3)
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, PER * BLOCK)
+    part = tl.arange(0, PER)
     column = tl.arange(0, DP)
-    if i_item < q_heads * rows:
+    if i_item < q_items:
         i_head = i_item % q_heads
-        i_block = i_item // q_heads
+        i_block = i_item // q_heads * PER
+        blocks = rows
         pos = (q_first // BLOCK + i_block) * BLOCK + lane
         low = q_first
         p_row = p_q + _offset(i_sample, i_head, start - q_offset, q_batch, q_head, q_token)
         step = q_token
         p_out = p_out_q + ((i_sample * q_heads + i_head) * rows + i_block).to(tl.int64) * D
     else:
-        i_item -= q_heads * rows
+        i_item -= q_items
         i_head = i_item % k_heads
-        i_block = i_item // k_heads
+        i_block = i_item // k_heads * PER
+        blocks = columns
         pos = i_block * BLOCK + lane
         low = 0
         p_row = p_k + _offset(i_sample, i_head, start, k_batch, k_head, k_token)
@@ -74,8 +81,10 @@ def _means(
     exists = (pos >= low) & (pos < q_end)
     p_tile = p_row + pos.to(tl.int64)[:, None] * step + column[None, :]
     b_x = tl.load(p_tile, mask=exists[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-    count = tl.maximum(tl.sum(exists.to(tl.float32)), 1.0)
-    tl.store(p_out + column, tl.sum(b_x, 0) / count, mask=column < D)
+    total = tl.sum(tl.reshape(b_x, (PER, BLOCK, DP)), 1)
+    count = tl.sum(tl.reshape(exists.to(tl.float32), (PER, BLOCK)), 1)
+    there = (i_block + part < blocks)[:, None] & (column < D)[None, :]
+    tl.store(p_out + part[:, None] * D + column[None, :], total / tl.maximum(count, 1.0)[:, None], mask=there)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "first_row", "n_rows", "rows"])
@@ -284,9 +293,16 @@ def _check(q: Tensor, k: Tensor) -> None:
 
 
 def pooled_means_triton(
-    q: Tensor, k: Tensor, geometry: Geometry, grid: BlockGrid, block_tokens: int, warps: int | None = None
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    grid: BlockGrid,
+    block_tokens: int,
+    per: int | None = None,
+    warps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_scores.pooled_means`, q and k in one launch; `warps` a block, default one for 64 tokens."""
+    """`block_scores.pooled_means`, q and k in one launch. `per`: blocks a program; `warps`: by default one for 64
+    tokens."""
     _check(q, k)
     samples, heads, _, dim = q.shape
     key_heads = k.shape[1]
@@ -294,8 +310,10 @@ def pooled_means_triton(
     out_k = torch.empty(samples, key_heads, grid.columns, dim, dtype=torch.float32, device=q.device)
     steps = (*q.stride()[:3], *k.stride()[:3])
     numbers = (geometry.q_offset, heads, key_heads, grid.rows, grid.columns)
-    options = {"BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "num_warps": warps or max(block_tokens // 64, 1)}
-    programs = samples * (heads * grid.rows + key_heads * grid.columns)
+    per = MEANS if per is None else per
+    warps = warps or max(per * block_tokens // 64, 1)
+    options = {"BLOCK": block_tokens, "PER": per, "D": dim, "DP": _padded(dim), "num_warps": warps}
+    programs = samples * (heads * triton.cdiv(grid.rows, per) + key_heads * triton.cdiv(grid.columns, per))
     with on_device(q.device):
         launch(_means, programs, (q, k, out_q, out_k, grid.spans, *steps, *numbers), options, steps)
     return out_q, out_k

@@ -426,30 +426,32 @@ def _count_entries(
         tl.store(p_count, 0)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words"])
+@triton.jit(do_not_specialize=["heads", "rows", "bit_rows", "words", "all_rows"])
 @no_type_check
 def _write_entries(
-    p_bits, p_span, p_causal, p_row, p_entry, heads, rows, bit_rows, words,
+    p_bits, p_span, p_causal, p_row, p_entry, heads, rows, bit_rows, words, all_rows,
     BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+    PER: tl.constexpr,
 ):  # fmt: skip
-    """The entries of a plan row, ascending: a lane a word, whose place is the running sum of bits before it."""
-    i_row = tl.program_id(0)
-    at = tl.load(p_row + i_row)
-    if tl.load(p_row + i_row + 1) > at:
-        TILE: tl.constexpr = BLOCK // FACTOR
+    """The entries of PER plan rows, ascending: a lane a word, whose place is the running sum of bits before it."""
+    TILE: tl.constexpr = BLOCK // FACTOR
+    block = tl.arange(0, WORDS) * (32 * BLOCK)
+    for i in tl.static_range(PER):
+        i_row = tl.minimum(tl.program_id(0) * PER + i, all_rows - 1)
+        at = tl.load(p_row + i_row)
+        lists = tl.load(p_row + i_row + 1) > at
         i_sample, i_tile, start, q_first, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
-        limit = tl.load(p_causal + i_sample * rows + i_tile) * TILE
+        limit = tl.where(lists, tl.load(p_causal + i_sample * rows + i_tile) * TILE, 0)
         low = tl.maximum(start, q_first)
         union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
         count = _ones(union)
         p_place = p_entry + at + FACTOR * (tl.cumsum(count, 0) - count)
-        block = tl.arange(0, WORDS) * (32 * BLOCK)
         for bit in tl.static_range(32):
             on = ((union >> bit) & 1) != 0
-            for i in tl.static_range(FACTOR):
-                key = block + (bit * BLOCK + i * TILE)
+            for j in tl.static_range(FACTOR):
+                key = block + (bit * BLOCK + j * TILE)
                 entry = (key << 2) | (key + TILE - 1 > low).to(tl.int32)
-                tl.store(p_place + i, entry, mask=on & (key < limit))
+                tl.store(p_place + j, entry, mask=on & (key < limit))
             p_place += FACTOR * on.to(tl.int32)
 
 
@@ -542,7 +544,7 @@ def top_p_bits_triton(
     return bits
 
 
-ROWS_COUNTED = 4  # by a program
+ROWS_COUNTED, ROWS_WRITTEN = 4, 2  # by a program
 CHUNK, CHUNKS = 2048, 4  # columns that a program of the radix select looks at: so many at once, so often
 
 
@@ -583,8 +585,8 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
             "WORDS": triton.next_power_of_2(words), "num_warps": 1,
         }  # fmt: skip
         args = (bits, grid.spans, grid.causal, counts, dense.view(torch.uint8), *numbers)
-        per = {"PER": ROWS_COUNTED}
-        launch(_count_entries, -(-programs // ROWS_COUNTED), (*args, programs), {**options, **per})
+        options["PER"] = ROWS_COUNTED
+        launch(_count_entries, -(-programs // ROWS_COUNTED), (*args, programs), options)
         if room > limit:
             causal = grid.causal[:, None].expand(samples, heads, plan.rows)
             fits = rows_that_fit(counts[1:], causal, limit)
@@ -593,5 +595,7 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
             room = limit
         row_ptr = counts.cumsum(0, dtype=torch.int32)
         entries = torch.zeros(room, dtype=torch.int32, device=device)
-        launch(_write_entries, programs, (bits, grid.spans, grid.causal, row_ptr, entries, *numbers), options)
+        options["PER"] = ROWS_WRITTEN
+        args = (bits, grid.spans, grid.causal, row_ptr, entries, *numbers)
+        launch(_write_entries, -(-programs // ROWS_WRITTEN), (*args, programs), options)
     return BlockPlan(plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense)
