@@ -45,13 +45,13 @@ def test_a_slower_door_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from sparsekit.patch import mask
 
-    real = mask.is_for_others
+    real = mask.is_own
 
     def slow(*args: Any) -> bool:
         time.sleep(0.005)
         return real(*args)
 
-    monkeypatch.setattr(mask, "is_for_others", slow)
+    monkeypatch.setattr(mask, "is_own", slow)
     decode = bench_overhead(shape="tiny", **SMALL)[1]
     assert decode["ms"] > decode["stock_ms"] + 4
     assert decode["ratio_low"] > 1.2

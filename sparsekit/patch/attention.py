@@ -17,8 +17,8 @@ from sparsekit.kernels import Softmax, attend, choose_call, preferred_tile
 from sparsekit.kernels.totals import plan_totals
 from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.mask import call_of, descriptor_width
-from sparsekit.patch.model import attention_functions
-from sparsekit.patch.state import LAYERS, Call, DenseCall, Layer
+from sparsekit.patch.model import own_attention
+from sparsekit.patch.state import LAYERS, Attention, Call, DenseCall, Layer
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
 KEPT_PLAN_BYTES = 1 << 24
@@ -27,30 +27,27 @@ KEPT_PLAN_BYTES = 1 << 24
 MISSING_FEATURES = ("position_bias", "sinks", "indices", "block_indices", "cache", "cu_seq_lens_q")
 
 
-def make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def make_attention(original: str) -> Attention:
     """f for models whose own implementation is `original`.
 
     It is called in every layer of every token, and what it does there is to stay within a few microseconds: decoding,
     and all layers but the first of a prompt that runs dense, leave it at once.
     """
-    in_interface = original != "eager"  # of which each file has its own
 
     def sparsekit_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         layer = LAYERS.get(id(module))
-        functions, eager = (layer.functions, layer.eager) if layer is not None else attention_functions(module)
-        own = functions[original] if in_interface else functions.get(original, eager)
         if layer is not None:
             if query.size(2) < layer.min_queries:
                 if attention_mask is None or getattr(attention_mask, "dtype", None) is not torch.int32:  # as in _run
-                    return own(module, query, key, value, attention_mask, **kwargs)
+                    return layer.attend(module, query, key, value, attention_mask, **kwargs)
             else:
                 dense = getattr(attention_mask, "sparsekit_dense", None)
                 if dense is not None and dense.state is layer.handle._state and dense.rows == query.size(2):
                     layer.ran, layer.why = ("own", layer.own) if layer.own else ("dense", dense.why)
                     layer.plan, layer.choice, layer.times = None, None, ()
-                    return own(module, query, key, value, dense.mask, **kwargs)
+                    return layer.attend(module, query, key, value, dense.mask, **kwargs)
         if torch.compiler.is_compiling() and descriptor_width(attention_mask):
             return attention_in_graph(outside, module, query, key, value, attention_mask, kwargs)
         call = call_of(module, attention_mask)
@@ -60,7 +57,8 @@ def make_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]
                 return out
         if call is not None:
             attention_mask = call.original_mask(query.device, query.shape[2])
-        return own(module, query, key, value, attention_mask, **kwargs)
+        attend = layer.attend if layer is not None else own_attention(module, original)
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
     outside = torch.compiler.disable(
         sparsekit_attention, reason="sparsekit: gradients, attention matrices or a copied layer"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekit.config import ResolvedConfig, SparseConfig, load
 from sparsekit.geometry import Geometry
 from sparsekit.patch.door import open_door
-from sparsekit.patch.model import attention_functions, attention_modules, facts_of, switch
+from sparsekit.patch.model import attention_modules, facts_of, own_attention, switch
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import DOORS, HANDLES, LAYERS, NAMES, Call, Layer, forgetter
 
@@ -42,6 +42,8 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     facts = facts_of(model, text_config, modules)
     resolved = config.resolve(facts)
     own, windows = resolved.own_layers(text_config), resolved.window_layers(text_config)
+    for module in modules:
+        own_attention(module, "eager")  # or raises
 
     previous = HANDLES.get(model)
     if previous is not None:
@@ -59,7 +61,7 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
             resolved.layers[index],
             own.get(index),
             index in windows,
-            *attention_functions(module),
+            own_attention(module, DOORS[id(text_config)].original),
             config.min_queries,
         )
     handle._modules = [LAYERS[id(module)].module for module in modules]
@@ -167,6 +169,22 @@ class Handle:
             if layer is not None:
                 rows.append(report_layer(layer))
         return Report(tuple(rows), switched_off)
+
+    def _renew(self, original: str) -> None:
+        """Once a forward: the model's own function may have been registered anew."""
+        for ref in self._modules:
+            module = ref()
+            layer = LAYERS.get(id(module))
+            if module is None or layer is None:
+                continue
+            now = own_attention(module, original)
+            if now is layer.attend:  # so it is in the others
+                return
+            layer.attend = now
+
+    def _keeps_own(self, mask: Mapping[str, Any]) -> bool:
+        """Whether the call of these arguments of a mask function runs sparse in no layer: decoding, or all paused."""
+        return self._paused > 0 or self._decodes(mask)
 
     def _dense_because(self, call: Call) -> str:
         """Why this call runs the model's own attention in every layer, or nothing; found once a call."""

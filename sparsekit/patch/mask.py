@@ -17,14 +17,19 @@ COMPILED_WIDTH = 7
 
 def make_mask(original: str) -> Callable[..., Tensor | None]:
     """g for models whose own implementation is `original`."""
+    functions = mask_functions()
 
     def sparsekit_mask(**kwargs: Any) -> Tensor | None:
         door = DOORS.get(id(kwargs.get("config")))
-        if door is None or is_for_others(kwargs, door):
-            return mask_functions()[original](**kwargs)
+        if door is None:
+            return functions[original](**kwargs)
+        for handle in door.handles:
+            handle._renew(original)
         if is_own(kwargs, door):
             door.calls.clear()
-            return mask_functions()[original](**kwargs)
+            return functions[original](**kwargs)
+        if is_for_others(kwargs, door):
+            return functions[original](**kwargs)
         del kwargs["config"]
         kwargs["q_offset"] = int(kwargs["q_offset"])  # a StaticCache counts on in its own tensor, layer by layer
         call = Call(kwargs, door.config, original, *read_call(kwargs))
@@ -45,7 +50,8 @@ def is_for_others(kwargs: Mapping[str, Any], door: Door) -> bool:
 
 def is_own(kwargs: Mapping[str, Any], door: Door) -> bool:
     """A call that no layer runs sparse: decoding, or everything paused."""
-    return all(handle._paused or handle._decodes(kwargs) for handle in door.handles)
+    handles = door.handles
+    return handles[0]._keeps_own(kwargs) if len(handles) == 1 else all(each._keeps_own(kwargs) for each in handles)
 
 
 def _is_plain(kwargs: Mapping[str, Any]) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekit.config import ModelFacts
 from sparsekit.errors import SparsekitError
+from sparsekit.patch.state import Attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,12 +89,13 @@ def _head_dim(modules: list[nn.Module]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def attention_functions(module: nn.Module) -> tuple[Any, Callable[..., tuple[Tensor, Tensor | None]]]:
-    """What a module's own file chooses its attention function from: the AttentionInterface, and the one for eager."""
+def own_attention(module: nn.Module, original: str) -> Attention:
+    """The function that the module's own file would have called for `original`."""
     for cls in type(module).__mro__:
         home = sys.modules[cls.__module__]
         if hasattr(home, "eager_attention_forward"):
-            return home.ALL_ATTENTION_FUNCTIONS, home.eager_attention_forward
+            found: Attention = home.ALL_ATTENTION_FUNCTIONS.get_interface(original, home.eager_attention_forward)
+            return found
     raise SparsekitError(
         f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?"
     )

@@ -21,19 +21,20 @@ from sparsekit.plan import BlockPlan, PlanTotals
 if TYPE_CHECKING:
     from sparsekit.patch.handle import Handle
 
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
-@dataclass
+
+@dataclass(slots=True)
 class Layer:
-    """One attention module of a patched model."""
+    """One attention module of a patched model. Slots, because every layer of every token reads it."""
 
     handle: Handle
     module: weakref.ref[nn.Module]
     patterns: LayerPatterns
     own: str | None  # why the layer keeps its own attention, or None
     window: bool  # a sliding layer of the model, which a rule runs here
-    functions: Any  # the AttentionInterface of the module's file, and its function for eager
-    eager: Callable[..., tuple[Tensor, Tensor | None]]
-    min_queries: int  # of the handle's config, at hand
+    attend: Attention  # the model's own function
+    min_queries: int  # of the handle's config
     ran: str = "not run"
     why: str = ""
     plan: BlockPlan | PlanTotals | None = None
