@@ -36,13 +36,22 @@ def row_groups(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def pooled_means(
-    q: Tensor, k: Tensor, geometry: Geometry, grid: BlockGrid, block_tokens: int, *, impl: str | None = None
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    grid: BlockGrid,
+    block_tokens: int,
+    *,
+    half: bool = False,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean query and mean key of every block, over the positions that exist: true counts at both ends.
 
     Args:
         q: (B, H, Q, D). k: (B, G, K, D). Any strides, the last 1.
         grid: `block_grid(geometry, block_tokens, B, device)`.
+        half: on CUDA, float16: the 11 bits of a factor that tf32 keeps, in half the bytes. A finite mean beyond its
+            range becomes its largest.
 
     Returns:
         float32 (B, H, Rb, D) and (B, G, C, D); 0 where a block holds nothing. Keys after a sample's last query are not
@@ -51,7 +60,7 @@ def pooled_means(
     if runs_triton(q.device, impl):
         from sparsekit.kernels.block_scores_kernel import pooled_means_triton
 
-        return pooled_means_triton(q, k, geometry, grid, block_tokens)
+        return pooled_means_triton(q, k, geometry, grid, block_tokens, half)
     mean_q = q.new_zeros(*q.shape[:2], grid.rows, q.shape[3], dtype=torch.float32)
     mean_k = k.new_zeros(*k.shape[:2], grid.columns, k.shape[3], dtype=torch.float32)
     for b, span in enumerate(geometry.spans):
@@ -86,7 +95,7 @@ def pooled_scores(
     Args:
         q_means, k_means: of `pooled_means`.
         first_row, n_rows: the pattern rows wanted, default all.
-        exact: on CUDA, False multiplies in tf32.
+        exact: on CUDA, False multiplies float32 means in tf32.
 
     Returns:
         float32 (B, H, n_rows, C). Columns ahead of a row (`grid.lengths`) are -inf on the torch path, and hold anything
@@ -99,7 +108,7 @@ def pooled_scores(
         return pooled_scores_triton(q_means, k_means, grid, block_tokens, first_row, n_rows, exact)
     rows = slice(first_row, first_row + n_rows)
     grouped = q_means[:, :, rows].unflatten(1, (k_means.shape[1], -1))
-    scores = (grouped @ k_means[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    scores = (grouped.float() @ k_means[:, :, None].float().transpose(-1, -2)).flatten(1, 2)
     ahead = torch.arange(grid.columns, device=scores.device) >= grid.lengths[:, :, rows, None]
     return scores.masked_fill(ahead, float("-inf"))
 

@@ -36,6 +36,7 @@ __all__ = ["Tile", "antidiagonal_mass_triton", "pooled_means_triton", "pooled_sc
 # ---- block means and their products
 
 MEANS = 1  # blocks that a program takes the mean of
+HALF_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit(do_not_specialize=["q_offset", "q_heads", "k_heads", "rows", "columns"])
@@ -43,9 +44,9 @@ MEANS = 1  # blocks that a program takes the mean of
 def _means(
     p_q, p_k, p_out_q, p_out_k, p_span, q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_offset, q_heads, k_heads, rows, columns,
-    BLOCK: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The means of PER blocks of one head, of q or of k: float32, over the positions that exist.
+    """The means of PER blocks of one head, of q or of k, over the positions that exist: float32, or HALF float16.
 
     Neighbours take the heads of the same blocks: where tokens lie outermost, their rows are neighbours too.
     """
@@ -84,7 +85,12 @@ def _means(
     total = tl.sum(tl.reshape(b_x, (PER, BLOCK, DP)), 1)
     count = tl.sum(tl.reshape(exists.to(tl.float32), (PER, BLOCK)), 1)
     there = (i_block + part < blocks)[:, None] & (column < D)[None, :]
-    tl.store(p_out + part[:, None] * D + column[None, :], total / tl.maximum(count, 1.0)[:, None], mask=there)
+    mean = total / tl.maximum(count, 1.0)[:, None]
+    if HALF:
+        size = tl.abs(mean)
+        largest = tl.where(mean > 0, HALF_MAX, -HALF_MAX)
+        mean = tl.where((size > HALF_MAX) & (size < float("inf")), largest, mean)
+    tl.store(p_out + part[:, None] * D + column[None, :], mean, mask=there)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "first_row", "n_rows", "rows"])
@@ -278,6 +284,7 @@ def tile_for(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
 
 
 SCORES = Tile(128, 128, 32, 8, 3)
+HALF_SCORES = Tile(64, 128, 128, 4, 1)
 EXACT_SCORES = Tile(64, 64, 32, 4, 2)  # three tf32 products a logit, of factors split in two
 
 
@@ -298,6 +305,7 @@ def pooled_means_triton(
     geometry: Geometry,
     grid: BlockGrid,
     block_tokens: int,
+    half: bool,
     per: int | None = None,
     warps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -306,13 +314,16 @@ def pooled_means_triton(
     _check(q, k)
     samples, heads, _, dim = q.shape
     key_heads = k.shape[1]
-    out_q = torch.empty(samples, heads, grid.rows, dim, dtype=torch.float32, device=q.device)
-    out_k = torch.empty(samples, key_heads, grid.columns, dim, dtype=torch.float32, device=q.device)
+    dtype = torch.float16 if half else torch.float32
+    out_q = torch.empty(samples, heads, grid.rows, dim, dtype=dtype, device=q.device)
+    out_k = torch.empty(samples, key_heads, grid.columns, dim, dtype=dtype, device=q.device)
     steps = (*q.stride()[:3], *k.stride()[:3])
     numbers = (geometry.q_offset, heads, key_heads, grid.rows, grid.columns)
     per = MEANS if per is None else per
     warps = warps or max(per * block_tokens // 64, 1)
-    options = {"BLOCK": block_tokens, "PER": per, "D": dim, "DP": _padded(dim), "num_warps": warps}
+    options = {
+        "BLOCK": block_tokens, "PER": per, "D": dim, "DP": _padded(dim), "HALF": half, "num_warps": warps,
+    }  # fmt: skip
     programs = samples * (heads * triton.cdiv(grid.rows, per) + key_heads * triton.cdiv(grid.columns, per))
     with on_device(q.device):
         launch(_means, programs, (q, k, out_q, out_k, grid.spans, *steps, *numbers), options, steps)
@@ -329,12 +340,15 @@ def pooled_scores_triton(
     exact: bool,
     tile: Tile | None = None,
 ) -> Tensor:
-    """`block_scores.pooled_scores`; `exact`: with float32's own error, else tf32, finer than bfloat16."""
+    """`block_scores.pooled_scores`; `exact`: float32 means with float32's own error, else in tf32."""
     samples, heads, rows, dim = q_means.shape
     columns, device = k_means.shape[2], q_means.device
     out = torch.empty(samples, heads, n_rows, columns, dtype=torch.float32, device=device)
     capability = _capability(device)
-    tile = (EXACT_SCORES if exact else SCORES) if tile is None else tile
+    half = q_means.dtype == torch.float16
+    exact = exact and not half
+    if tile is None:
+        tile = HALF_SCORES if half else EXACT_SCORES if exact else SCORES
     fast = "tf32" if capability[0] >= 8 else "ieee"
     options = {
         "BLOCK": block_tokens, "BM": tile.m, "BN": tile.n, "BK": min(tile.k, dim & -dim), "D": dim,

@@ -45,11 +45,10 @@ class BlockTopK(DynamicPattern):
         if self.top_k >= grid.columns:
             return dense_plan(grid.plan)
         lengths = head_lengths(geometry, self.block_tokens, samples, heads, q.device)
-        means = pooled_means(q, k, geometry, grid, self.block_tokens)
-        exact = q.dtype == torch.float32
+        means = pooled_means(q, k, geometry, grid, self.block_tokens, half=q.dtype != torch.float32)
 
         def best(first: int, rows: int) -> Tensor:
-            scores = pooled_scores(*means, grid, self.block_tokens, first, rows, exact=exact)
+            scores = pooled_scores(*means, grid, self.block_tokens, first, rows)
             part = lengths[:, :, first : first + rows]
             return topk_bits(
                 scores, self.top_k, lengths=part, force_first=self.force_sink, force_last=self.force_diagonal

@@ -71,9 +71,10 @@ def main() -> None:
     for block_tokens in (64, 128):
         q, k = _inputs(geometry, torch.bfloat16, 128)
         grid = block_grid(geometry, block_tokens, 1, CPU)
-        means = block_scores_kernel.pooled_means_triton(q, k, geometry, grid, block_tokens)
-        for exact in (False, True):
-            block_scores_kernel.pooled_scores_triton(*means, grid, block_tokens, 0, grid.rows, exact)
+        for half in (False, True):
+            means = block_scores_kernel.pooled_means_triton(q, k, geometry, grid, block_tokens, half)
+            for exact in (False, True):
+                block_scores_kernel.pooled_scores_triton(*means, grid, block_tokens, 0, grid.rows, exact)
         bits = torch.zeros(1, 32, grid.rows, -(-grid.columns // 32), dtype=torch.int32)
         select_kernel.plan_from_bits_triton(bits, grid, block_tokens, 1000, 1000)
     for columns in (100, 1024, 16384):

@@ -123,6 +123,30 @@ def test_pooled(geometry: Geometry, block_tokens: int) -> None:
         assert torch.allclose(got[seen[:, :, 1:]], expected[:, :, 1:][seen[:, :, 1:]], atol=1e-5)
 
 
+def test_half_means() -> None:
+    """float16 keeps 11 bits; what lies beyond its range is its largest, and inf and NaN stay what they are."""
+    geometry = Geometry.of(300)
+    q, k, _ = inputs_for(geometry)
+    grid = block_grid(geometry, 64, 1, CPU)
+    k[:, 0, :64], k[:, 0, 64:128], k[:, 1, :64] = 1e6, torch.inf, torch.nan
+    (_, exact), (halves_q, halves_k) = (
+        pooled_means(q, k, geometry, grid, 64, half=half, impl="triton") for half in (False, True)
+    )
+    assert halves_q.dtype == halves_k.dtype == torch.float16
+    assert torch.allclose(
+        halves_k.float(),
+        exact.clamp(-65504, 65504).where(exact.isfinite(), exact),
+        rtol=2**-11,
+        atol=1e-6,
+        equal_nan=True,
+    )
+    k = k.nan_to_num(posinf=1.0, nan=1.0).clamp(max=3.0)
+    means = pooled_means(q, k, geometry, grid, 64, half=True, impl="triton")
+    expected, got = (pooled_scores(*means, grid, 64, impl=impl) for impl in ("torch", "triton"))
+    seen = expected > -torch.inf
+    assert torch.allclose(got[seen], expected[seen], atol=1e-5)
+
+
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Through pointers, and through the copy engine's descriptors where a call has whole strides; which it was."""

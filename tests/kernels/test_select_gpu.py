@@ -128,6 +128,9 @@ def test_scores(name: str, dtype: torch.dtype) -> None:
             for exact, most in ((True, 1e-5), (False, 2e-3)):  # tf32 keeps 11 bits of each factor
                 got = pooled_scores(*means, grid, block_tokens, exact=exact, impl="triton")
                 assert float((got - scores)[seen].abs().max()) <= most * float(scores[seen].abs().max())
+            halves = pooled_means(q, k, geometry, grid, block_tokens, half=True, impl="triton")
+            got = pooled_scores(*halves, grid, block_tokens, impl="triton")
+            assert float((got - scores)[seen].abs().max()) <= 2e-3 * float(scores[seen].abs().max())
 
 
 @pytest.mark.parametrize("tma", [False, True])
