@@ -18,7 +18,7 @@ from sparsekit.kernels.totals import plan_totals
 from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.mask import call_of, descriptor_width
 from sparsekit.patch.model import own_attention
-from sparsekit.patch.state import LAYERS, Attention, Call, DenseCall, Layer
+from sparsekit.patch.state import LAYERS, Attention, Call, Layer
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
 KEPT_PLAN_BYTES = 1 << 24
@@ -31,7 +31,7 @@ def make_attention(original: str) -> Attention:
     """f for models whose own implementation is `original`.
 
     It is called in every layer of every token, and what it does there is to stay within a few microseconds: decoding,
-    and all layers but the first of a prompt that runs dense, leave it at once.
+    and a prompt that runs dense, leave it at once.
     """
 
     def sparsekit_attention(
@@ -99,9 +99,6 @@ def _run(
     because = handle._dense_because(call)
     if because or not _wants_kernel(layer):
         _note(layer, "dense", because or "dense by config")
-        if because and rows == call.kwargs["q_length"]:
-            own_mask = call.original_mask(q.device, rows)
-            mask.sparsekit_dense = DenseCall(handle._state, rows, own_mask, because)  # type: ignore[union-attr]
         return None
     _check_features(index, layer.patterns, kwargs)
     if k.shape[-1] != v.shape[-1]:

@@ -15,7 +15,7 @@ from sparsekit.geometry import Geometry
 from sparsekit.patch.door import open_door
 from sparsekit.patch.model import attention_modules, facts_of, own_attention, switch
 from sparsekit.patch.report import Report, report_layer
-from sparsekit.patch.state import DOORS, HANDLES, LAYERS, NAMES, Call, Layer, forgetter
+from sparsekit.patch.state import DOORS, HANDLES, LAYERS, NAMES, Call, DenseCall, Layer, forgetter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,7 +171,7 @@ class Handle:
         return Report(tuple(rows), switched_off)
 
     def _renew(self, original: str) -> None:
-        """Once a forward: the model's own function may have been registered anew."""
+        """Once a prompt: the model's own function may have been registered anew."""
         for ref in self._modules:
             module = ref()
             layer = LAYERS.get(id(module))
@@ -192,6 +192,13 @@ class Handle:
         if state not in call.dense_because:
             call.dense_because[state] = self._find_dense_because(call)
         return call.dense_because[state]
+
+    def _dense_call(self, call: Call) -> DenseCall | None:
+        """What every layer of a call that runs dense needs, or None."""
+        because, rows = self._dense_because(call), call.kwargs["q_length"]
+        if not because:
+            return None
+        return DenseCall(self._state, rows, call.original_mask(call.kwargs["device"], rows), because)
 
     def _find_dense_because(self, call: Call) -> str:
         if self._paused:

@@ -23,11 +23,11 @@ def make_mask(original: str) -> Callable[..., Tensor | None]:
         door = DOORS.get(id(kwargs.get("config")))
         if door is None:
             return functions[original](**kwargs)
-        for handle in door.handles:
-            handle._renew(original)
         if is_own(kwargs, door):
             door.calls.clear()
             return functions[original](**kwargs)
+        for handle in door.handles:
+            handle._renew(original)
         if is_for_others(kwargs, door):
             return functions[original](**kwargs)
         del kwargs["config"]
@@ -36,6 +36,8 @@ def make_mask(original: str) -> Callable[..., Tensor | None]:
         descriptor = descriptor_of(call)
         door.calls[descriptor.shape[-1]] = call
         descriptor.sparsekit_call = call  # type: ignore[attr-defined]
+        if len(door.handles) == 1:
+            descriptor.sparsekit_dense = door.handles[0]._dense_call(call)  # type: ignore[attr-defined]
         return descriptor
 
     return sparsekit_mask
@@ -81,7 +83,8 @@ def read_call(kwargs: Mapping[str, Any]) -> tuple[Bounds | None, str, int]:
     dropped = int(kwargs.get("kv_offset", 0))
     if not _is_plain(kwargs):
         return None, "the mask is not plain causal (packed sequences, or a custom mask function)", 0
-    if torch.device(kwargs["device"]).type == "meta":
+    device = kwargs["device"]
+    if (device.type if isinstance(device, torch.device) else torch.device(device).type) == "meta":
         return None, "the meta device holds no data", 0
     if dropped and kwargs.get("local_size") is None:
         return None, "the cache has dropped its first keys", 0

@@ -47,7 +47,7 @@ Bounds = tuple[list[int], list[int]]
 
 
 class DenseCall(NamedTuple):
-    """What the first layer of a call that runs dense found out, for the others."""
+    """What the layers of a call that runs dense need; on the descriptor of a config that one model alone has."""
 
     state: object  # the handle's then
     rows: int  # queries
