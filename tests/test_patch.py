@@ -270,6 +270,35 @@ def test_layers_do_not_ask_twice(
         assert {row.why for row in handle.report().layers} == {"170 tokens, fewer than dense_below_tokens 201"}
 
 
+def test_a_function_registered_anew_is_the_models_own(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every layer has at hand is looked up again with each prompt."""
+    seen: list[int] = []
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def other(module: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module.layer_idx)
+        return stock(module, *args, **kwargs)
+
+    with sparsekit.apply(model, DENSE_BELOW):
+        _logits(model, _ids())
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", other)
+        cache = DynamicCache(config=model.config)
+        _logits(model, _ids(), past_key_values=cache)
+        assert seen == [0, 1, 2, 3]
+        _logits(model, _ids(tokens=1), past_key_values=cache)
+        assert seen == 2 * [0, 1, 2, 3]
+
+
+def test_a_layer_that_keeps_its_own_says_so_in_a_short_prompt(model: PreTrainedModel) -> None:
+    with sparsekit.apply(model, DENSE_BELOW) as handle:
+        first = sparsekit.patch.state.LAYERS[id(model.model.layers[0].self_attn)]
+        first.own = "a reason"
+        _logits(model, _ids())
+        rows = handle.report().layers
+    assert [(row.ran, row.why) for row in rows[:1]] == [("own", "a reason")]
+    assert {row.ran for row in rows[1:]} == {"dense"}
+
+
 def test_what_changes_between_two_layers_is_seen(model: PreTrainedModel) -> None:
     """The answer that layers share holds for one state: pause() and prompt() within a forward give another."""
     with sparsekit.apply(model, DENSE_BELOW) as handle, ExitStack() as stack:
