@@ -95,7 +95,7 @@ def pooled_scores(
     Args:
         q_means, k_means: of `pooled_means`.
         first_row, n_rows: the pattern rows wanted, default all.
-        exact: on CUDA, False multiplies float32 means in tf32.
+        exact: on CUDA, False multiplies float32 means in tf32; float16 ones are multiplied as they are.
 
     Returns:
         float32 (B, H, n_rows, C). Columns ahead of a row (`grid.lengths`) are -inf on the torch path, and hold anything

@@ -35,7 +35,6 @@ __all__ = ["Tile", "antidiagonal_mass_triton", "pooled_means_triton", "pooled_sc
 
 # ---- block means and their products
 
-MEANS = 1  # blocks that a program takes the mean of
 HALF_MAX = tl.constexpr(65504.0)
 
 
@@ -43,37 +42,33 @@ HALF_MAX = tl.constexpr(65504.0)
 @no_type_check
 def _means(
     p_q, p_k, p_out_q, p_out_k, p_span, q_batch, q_head, q_token, k_batch, k_head, k_token,
-    q_offset, q_heads, k_heads, rows, columns,
-    BLOCK: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr,
+    q_offset, q_heads, k_heads, rows, columns, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
-    """The means of PER blocks of one head, of q or of k, over the positions that exist: float32, or HALF float16.
+    """The mean of one block of one head, of q or of k, over the positions that exist: float32, or HALF float16.
 
-    Neighbours take the heads of the same blocks: where tokens lie outermost, their rows are neighbours too.
+    Neighbours take the heads of one block: where tokens lie outermost, their rows are neighbours too.
     """
-    q_items = q_heads * tl.cdiv(rows, PER)
-    per_sample = q_items + k_heads * tl.cdiv(columns, PER)
+    per_sample = q_heads * rows + k_heads * columns
     i_sample = tl.program_id(0) // per_sample
     i_item = tl.program_id(0) % per_sample
     q_first = tl.load(p_span + i_sample * 4)
     q_end = tl.load(p_span + i_sample * 4 + 1)
     start = tl.load(p_span + i_sample * 4 + 3)
-    lane = tl.arange(0, PER * BLOCK)
-    part = tl.arange(0, PER)
+    lane = tl.arange(0, BLOCK)
     column = tl.arange(0, DP)
-    if i_item < q_items:
+    if i_item < q_heads * rows:
         i_head = i_item % q_heads
-        i_block = i_item // q_heads * PER
-        blocks = rows
+        i_block = i_item // q_heads
         pos = (q_first // BLOCK + i_block) * BLOCK + lane
         low = q_first
         p_row = p_q + _offset(i_sample, i_head, start - q_offset, q_batch, q_head, q_token)
         step = q_token
         p_out = p_out_q + ((i_sample * q_heads + i_head) * rows + i_block).to(tl.int64) * D
     else:
-        i_item -= q_items
+        i_item -= q_heads * rows
         i_head = i_item % k_heads
-        i_block = i_item // k_heads * PER
-        blocks = columns
+        i_block = i_item // k_heads
         pos = i_block * BLOCK + lane
         low = 0
         p_row = p_k + _offset(i_sample, i_head, start, k_batch, k_head, k_token)
@@ -82,15 +77,13 @@ def _means(
     exists = (pos >= low) & (pos < q_end)
     p_tile = p_row + pos.to(tl.int64)[:, None] * step + column[None, :]
     b_x = tl.load(p_tile, mask=exists[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-    total = tl.sum(tl.reshape(b_x, (PER, BLOCK, DP)), 1)
-    count = tl.sum(tl.reshape(exists.to(tl.float32), (PER, BLOCK)), 1)
-    there = (i_block + part < blocks)[:, None] & (column < D)[None, :]
-    mean = total / tl.maximum(count, 1.0)[:, None]
+    count = tl.maximum(tl.sum(exists.to(tl.float32)), 1.0)
+    mean = tl.sum(b_x, 0) / count
     if HALF:
         size = tl.abs(mean)
         largest = tl.where(mean > 0, HALF_MAX, -HALF_MAX)
         mean = tl.where((size > HALF_MAX) & (size < float("inf")), largest, mean)
-    tl.store(p_out + part[:, None] * D + column[None, :], mean, mask=there)
+    tl.store(p_out + column, mean, mask=column < D)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "first_row", "n_rows", "rows"])
@@ -306,11 +299,9 @@ def pooled_means_triton(
     grid: BlockGrid,
     block_tokens: int,
     half: bool,
-    per: int | None = None,
     warps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_scores.pooled_means`, q and k in one launch. `per`: blocks a program; `warps`: by default one for 64
-    tokens."""
+    """`block_scores.pooled_means`, q and k in one launch; `warps` a block, default one for 64 tokens."""
     _check(q, k)
     samples, heads, _, dim = q.shape
     key_heads = k.shape[1]
@@ -319,12 +310,9 @@ def pooled_means_triton(
     out_k = torch.empty(samples, key_heads, grid.columns, dim, dtype=dtype, device=q.device)
     steps = (*q.stride()[:3], *k.stride()[:3])
     numbers = (geometry.q_offset, heads, key_heads, grid.rows, grid.columns)
-    per = MEANS if per is None else per
-    warps = warps or max(per * block_tokens // 64, 1)
-    options = {
-        "BLOCK": block_tokens, "PER": per, "D": dim, "DP": _padded(dim), "HALF": half, "num_warps": warps,
-    }  # fmt: skip
-    programs = samples * (heads * triton.cdiv(grid.rows, per) + key_heads * triton.cdiv(grid.columns, per))
+    warps = warps or max(block_tokens // 64, 1)
+    options = {"BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "HALF": half, "num_warps": warps}
+    programs = samples * (heads * grid.rows + key_heads * grid.columns)
     with on_device(q.device):
         launch(_means, programs, (q, k, out_q, out_k, grid.spans, *steps, *numbers), options, steps)
     return out_q, out_k
