@@ -92,7 +92,7 @@ class Call:
         )
 
     def original_mask(self, device: torch.device, rows: int) -> Tensor | None:
-        """The mask that the model's own implementation would have got; built once, and only if a layer asks.
+        """The mask that the model's own implementation would have got; built once, and only where it is asked for.
 
         Its last `rows` rows: some models run their last layers for the last queries alone. No mask then means all keys,
         which is right for one query and not for several.
