@@ -9,26 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsekit.call.geometry import Geometry
     from sparsekit.config import SparseConfig, load
+    from sparsekit.config.costs import explain
     from sparsekit.errors import SparsekitError
-    from sparsekit.explain import explain
-    from sparsekit.functional import attention
-    from sparsekit.geometry import Geometry
     from sparsekit.patch import apply, remove
     from sparsekit.patterns import Pattern
+    from sparsekit.patterns.attention import attention
     from sparsekit.plan import BlockPlan
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockPlan": "plan",
-    "Geometry": "geometry",
+    "Geometry": "call.geometry",
     "Pattern": "patterns",
     "SparseConfig": "config",
     "SparsekitError": "errors",
     "apply": "patch",
-    "attention": "functional",
-    "explain": "explain",
+    "attention": "patterns.attention",
+    "explain": "config.costs",
     "load": "config",
     "remove": "patch",
 }

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax, attend
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import attend
 from sparsekit.patterns import Pattern, StaticPattern, parse_pattern
 from sparsekit.plan import BlockPlan
 

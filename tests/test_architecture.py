@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,14 @@ PACKAGE = Path(sparsekit.__file__).parent
 # Lower rooms first. Rooms on one line do not import one another, except inside their own folder.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"geometry"},
+    {"call"},
     {"plan"},
-    {"flex", "kernels"},
+    {"kernels"},
     {"patterns"},
-    {"functional"},
     {"config", "testing"},
-    {"explain", "convert", "patch"},
+    {"patch"},
     {"models"},
-    {"tasks"},
-    {"evaluate", "bench"},
-    {"calibrate"},
-    {"sweep"},
-    {"harness", "plots"},
-    {"report", "demo"},
+    {"lab"},
     {"cli"},
     {"__main__"},
 ]
@@ -82,9 +77,47 @@ def test_heavy_imports_stay_in_their_rooms(path: Path) -> None:
     for module, line, runs in _imports(path):
         top = module.split(".")[0]
         if top == "triton":
-            assert _room(path) in {"kernels", "bench"}, f"{path}:{line}: triton is for kernels"
+            assert _room(path) in {"kernels", "lab"}, f"{path}:{line}: triton is for kernels"
         if top == "transformers" and runs:
-            assert _room(path) in {"patch", "models", "demo", "cli", "evaluate"}, f"{path}:{line}: transformers here"
+            assert _room(path) in {"patch", "models", "lab", "cli"}, f"{path}:{line}: transformers here"
+
+
+def _module(path: Path) -> str:
+    return ".".join(("sparsekit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def _graph(typing_too: bool) -> dict[str, set[str]]:
+    """Which files of the package each file imports, at any depth of its code."""
+    names = {_module(path) for path in MODULES}
+    graph = {}
+    for path in MODULES:
+        module = _module(path)
+        imported = {name for name, _, runs in _imports(path) if runs or typing_too}
+        imported |= {
+            f"{n.module}.{a.name}"
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.ImportFrom)
+            for a in n.names
+        }
+        graph[module] = (imported & names) - {module, "sparsekit"}
+    return graph
+
+
+def test_no_cycle_of_files() -> None:
+    TopologicalSorter(_graph(typing_too=False)).prepare()
+
+
+def _folder(module: str, *names: str) -> bool:
+    return module.startswith(tuple(f"sparsekit.kernels.{name}" for name in names))
+
+
+def test_the_wings_of_kernels_do_not_know_one_another() -> None:
+    for module, imported in _graph(typing_too=True).items():
+        for name in imported:
+            assert not (_folder(module, "select") and _folder(name, "attend")), f"{module} imports {name}"
+            assert not (_folder(module, "attend") and _folder(name, "select")), f"{module} imports {name}"
+            twin = module.removesuffix("_triton")
+            assert twin == module or name != twin, f"{module} imports {name}, which is its definition"
 
 
 def test_no_room_for_everything() -> None:
@@ -96,7 +129,7 @@ def test_import_is_light() -> None:
     """In a fresh process: neither triton nor transformers, and no public name missing."""
     code = (
         "import sys, sparsekit\n"
-        "import sparsekit.functional, sparsekit.config, sparsekit.testing\n"
+        "import sparsekit.patterns.attention, sparsekit.config, sparsekit.testing\n"
         "for name in sparsekit.__all__:\n"
         "    getattr(sparsekit, name)\n"
         "heavy = {'triton', 'transformers'} & set(sys.modules)\n"

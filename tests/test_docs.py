@@ -11,8 +11,8 @@ import yaml
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.cli import app, describe_patterns
 from sparsekit.config import ModelFacts
-from sparsekit.report import markdown_report
-from sparsekit.sweep import load_question, read_results
+from sparsekit.lab.report import markdown_report
+from sparsekit.lab.sweep import load_question, read_results
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -105,7 +105,7 @@ def test_errors_are_quoted_word_by_word(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_calls_name_tests_that_exist() -> None:
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent / "patch"
     for call, holds, test in _rows((DOCS / "models.md").read_text(), "## Calls"):
         assert re.match(r"(supported|superset|refused)\b", holds), call
         file, name = test.strip("`").split("::")
@@ -122,7 +122,7 @@ def test_the_pages_of_commands_name_every_command() -> None:
 def test_columns_of_explain_are_fields_of_its_json() -> None:
     from dataclasses import fields
 
-    from sparsekit.explain import LayerExplanation
+    from sparsekit.config.costs import LayerExplanation
 
     names = {field.name for field in fields(LayerExplanation)}
     for row in _rows((DOCS / "cli.md").read_text(), "## explain"):

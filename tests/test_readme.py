@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
 from sparsekit import models
-from sparsekit.demo import markdown_table
+from sparsekit.lab.demo import markdown_table
 from sparsekit.patterns import base as registry
 from sparsekit.patterns import pattern_names
 from sparsekit.testing import check_pattern
@@ -57,7 +57,7 @@ def test_the_yaml_is_a_config() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
 def test_the_demo_table_is_of_the_committed_records(page: str) -> None:
-    """`python -m sparsekit.demo docs/results/demo-cpu.jsonl` prints what stands between the marks."""
+    """`python -m sparsekit.lab.demo docs/results/demo-cpu.jsonl` prints what stands between the marks."""
     text = (ROOT / page).read_text()
     [shown] = re.findall(r"<!-- demo table -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert shown == markdown_table(ROOT / "docs/results/demo-cpu.jsonl")

@@ -113,7 +113,7 @@ def _demo(
     ] = None,
 ) -> None:
     """Dense against sparse prefill on a small real model: answers, time, density."""
-    from sparsekit.demo import SETTINGS, run_demo, triangle_from
+    from sparsekit.lab.demo import SETTINGS, run_demo, triangle_from
 
     settings = (*SETTINGS, *map(triangle_from, also_from or ()))
     run_demo(out, samples=samples, seed=seed, device=device, settings=settings, command=command_line())
@@ -145,7 +145,7 @@ def _patterns(as_json: Json = False) -> None:
 def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json = False) -> None:
     """What a config costs at a prompt length, layer by layer. Needs no weights and no GPU."""
     with busy("explaining"):
-        from sparsekit.explain import explain
+        from sparsekit.config.costs import explain
 
         found = explain(config, tokens, _facts(model))
     if as_json:
@@ -182,7 +182,7 @@ def _plots_mask(
 ) -> None:
     """Draw which query-key pairs each pattern of a config keeps."""
     with busy("drawing"):
-        from sparsekit.plots import draw_masks
+        from sparsekit.lab.plots import draw_masks
 
         draw_masks(config, tokens, output, also=also)
     typer.echo(str(output))
@@ -195,7 +195,7 @@ def _convert_minference(
 ) -> None:
     """MInference's JSON file of head patterns."""
     with busy("converting"):
-        from sparsekit.convert import convert_minference
+        from sparsekit.config.convert import convert_minference
 
         convert_minference(file, output)
     typer.echo(str(output))
@@ -210,7 +210,7 @@ def _convert_xattention(
 ) -> None:
     """XAttention's table of thresholds."""
     with busy("converting"):
-        from sparsekit.convert import convert_xattention
+        from sparsekit.config.convert import convert_xattention
 
         convert_xattention(file, output, table=table, stride=stride)
     typer.echo(str(output))
@@ -223,7 +223,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 @bench_app.command("kernel", context_settings=_PASS_ON)
 def _bench_kernel(context: typer.Context) -> None:
     """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first. `--help` lists options."""
-    from sparsekit.bench import kernel
+    from sparsekit.lab.bench import kernel
 
     raise typer.Exit(kernel.main(context.args))
 
@@ -231,7 +231,7 @@ def _bench_kernel(context: typer.Context) -> None:
 @bench_app.command("dynamic", context_settings=_PASS_ON)
 def _bench_dynamic(context: typer.Context) -> None:
     """Dynamic patterns: density, recall, error, cost of estimating and attending. `--help` lists options."""
-    from sparsekit.bench import dynamic_command
+    from sparsekit.lab.bench import dynamic_command
 
     raise typer.Exit(dynamic_command.main(context.args))
 
@@ -239,7 +239,7 @@ def _bench_dynamic(context: typer.Context) -> None:
 @bench_app.command("overhead", context_settings=_PASS_ON)
 def _bench_overhead(context: typer.Context) -> None:
     """Decoding and short prompts with a config applied, against the untouched model. `--help` lists options."""
-    from sparsekit.bench import overhead
+    from sparsekit.lab.bench import overhead
 
     raise typer.Exit(overhead.main(context.args))
 
@@ -247,7 +247,7 @@ def _bench_overhead(context: typer.Context) -> None:
 @bench_app.command("prefill", context_settings=_PASS_ON)
 def _bench_prefill(context: typer.Context) -> None:
     """Time to the first token and peak memory of configs, against the untouched model. `--help` lists options."""
-    from sparsekit.bench import prefill
+    from sparsekit.lab.bench import prefill
 
     raise typer.Exit(prefill.main(context.args))
 

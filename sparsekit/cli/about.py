@@ -45,7 +45,7 @@ def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, .
         SparsekitError: what is wrong with it.
     """
     from sparsekit.config import format_range, load
-    from sparsekit.explain import facts_for
+    from sparsekit.config.costs import facts_for
 
     loaded = load(config)
     resolved = loaded.resolve(facts_for(loaded, model))

@@ -36,9 +36,7 @@ from sparsekit.cli.options import (
     patterns_of,
     words_of,
 )
-from sparsekit.cli.printing import (
-    show,
-)
+from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError
 
 calibrate_app = typer.Typer(
@@ -67,7 +65,7 @@ def _calibrate_probe(
     as_json: Json = False,
 ) -> None:
     """How much the answer depends on each section of each layer's attention: TriangleMix's gradient probe."""
-    from sparsekit.calibrate.probe import Sections, probe
+    from sparsekit.lab.calibrate.probe import Sections, probe
 
     found = probe(
         *load_weights(model, device, dtype),
@@ -81,7 +79,7 @@ def _calibrate_probe(
     )
     said = {**found.to_dict(), "model": model}
     if picture is not None:
-        from sparsekit.plots import draw_probe
+        from sparsekit.lab.plots import draw_probe
 
         draw_probe(said, picture)
     show(said, found.table(), as_json, output)
@@ -110,10 +108,10 @@ def _calibrate_rule(
     dtype: ExactDtype = None,
 ) -> None:
     """Choose layers by a rule, and write the config if it passes the gate."""
-    from sparsekit.calibrate.effects import Judge
-    from sparsekit.calibrate.probe import read_probe
-    from sparsekit.calibrate.prompts import make_prompts
-    from sparsekit.calibrate.rules import apply_rule, write_config
+    from sparsekit.lab.calibrate.effects import Judge
+    from sparsekit.lab.calibrate.probe import read_probe
+    from sparsekit.lab.calibrate.prompts import make_prompts
+    from sparsekit.lab.calibrate.rules import apply_rule, write_config
     from sparsekit.models import facts
     from sparsekit.patterns import parse_pattern
 
@@ -167,8 +165,8 @@ def _calibrate_tune(
     dtype: ExactDtype = None,
 ) -> None:
     """The cheapest mixture of patterns within a budget of divergence from dense, and its config if it passes."""
-    from sparsekit.calibrate.tune import summary, tune
     from sparsekit.config import parse_range
+    from sparsekit.lab.calibrate.tune import summary, tune
 
     loaded = load_weights(model, device, dtype, exact=True)
     found = tune(
@@ -219,7 +217,7 @@ def _calibrate_heads(
     dtype: Dtype = None,
 ) -> None:
     """A pattern, or a threshold, for every head by the error of its output, and the config if it passes the gate."""
-    from sparsekit.calibrate.heads import MINFERENCE_SPACE, search_heads, threshold_ladder
+    from sparsekit.lab.calibrate.heads import MINFERENCE_SPACE, search_heads, threshold_ladder
 
     loaded = load_weights(model, device, dtype)
     spaces: dict[str, Any] = {"minference": MINFERENCE_SPACE, "xattention": threshold_ladder()}
@@ -276,7 +274,7 @@ def _calibrate_curve(
     as_json: Json = False,
 ) -> None:
     """Divergence from dense and scores, against the layer from which a pattern runs: to hold a probe against."""
-    from sparsekit.calibrate.curve import start_layer_curve
+    from sparsekit.lab.calibrate.curve import start_layer_curve
 
     found = start_layer_curve(
         *load_weights(model, device, dtype, exact=True),
@@ -307,7 +305,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Attention sinks: where, how strong, and how many sink tokens the model needs."""
-    from sparsekit.calibrate.sinks import inspect_model
+    from sparsekit.lab.calibrate.sinks import inspect_model
 
     found = inspect_model(
         *load_weights(model, device, dtype),
@@ -321,7 +319,7 @@ def inspect(
     )
     said = {**found.to_dict(), "model": model}
     if picture is not None:
-        from sparsekit.plots import draw_sinks
+        from sparsekit.lab.plots import draw_sinks
 
         draw_sinks(said, picture)
     show(said, found.table(), as_json, output)
@@ -339,7 +337,7 @@ def _gate_and_write(
     back: bool,
     records: Path | None,
 ) -> None:
-    from sparsekit.calibrate.gate import gate, give_back, write_gated
+    from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
 
     for again in (back, False):
         lengths = numbers_of(tokens, "--gate-tokens")

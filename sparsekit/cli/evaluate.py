@@ -20,11 +20,7 @@ from sparsekit.cli.options import (
     numbers_of,
     words_of,
 )
-from sparsekit.cli.printing import (
-    busy,
-    print_json,
-    print_table,
-)
+from sparsekit.cli.printing import busy, print_json, print_table
 from sparsekit.errors import SparsekitError
 
 
@@ -50,9 +46,9 @@ def eval_(
 ) -> None:
     """Scores, divergence from dense, time to first token and density of configs on tasks, ours or lm-eval's."""
     from sparsekit.config import load
-    from sparsekit.evaluate import evaluate
-    from sparsekit.harness import records_kept
-    from sparsekit.sweep.results import replacing
+    from sparsekit.lab.evaluate import evaluate
+    from sparsekit.lab.lm_eval import records_kept
+    from sparsekit.lab.sweep.results import replacing
 
     chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
     if len(chosen) < len(configs):
@@ -131,7 +127,12 @@ def _eval_by_lm_eval(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from sparsekit.harness import LmEvalTasks, ran_dense, run_lm_eval, table
+    from sparsekit.lab.lm_eval import (
+        LmEvalTasks,
+        ran_dense,
+        run_lm_eval,
+        table,
+    )
 
     with busy("looking for tasks"):
         tasks = LmEvalTasks(names, include)
@@ -171,8 +172,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Do the runs of a question that are still missing; killed at any point, the same command goes on."""
-    from sparsekit.sweep import best, load_question, run_sweep
-    from sparsekit.sweep.best import overview, parse_rule
+    from sparsekit.lab.sweep import best, load_question, run_sweep
+    from sparsekit.lab.sweep.best import overview, parse_rule
 
     _check_sweep_options(context, executor)
     question, devices = load_question(file), words_of(device)
@@ -242,7 +243,7 @@ def _check_sweep_options(context: typer.Context, executor: str) -> None:
 
 
 def _say_found(plan: Any, tried: int, records: list[dict[str, Any]]) -> None:
-    from sparsekit.sweep import front
+    from sparsekit.lab.sweep import front
 
     few = "" if tried == plan.trials else f" of {plan.trials}: nothing else that fulfils the constraints was suggested"
     typer.echo(f"{tried} configs tried{few}")
@@ -266,7 +267,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="Its heading; default the question.")] = None,
 ) -> None:
     """One page of results: scores against time and density, depths, layers, gradients, configs, tables, filters."""
-    from sparsekit.report import write_report
+    from sparsekit.lab.report import write_report
 
     with busy("writing"):
         remarks = write_report(results, output, title=title)

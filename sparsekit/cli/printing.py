@@ -16,7 +16,7 @@ from sparsekit.errors import writable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsekit.explain import Explanation
+    from sparsekit.config.costs import Explanation
 
 # Tables that are piped into a file keep their columns; on a terminal they fit its width.
 PIPE_WIDTH = 200

@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
-from sparsekit.functional import plan_heads
-from sparsekit.kernels import Softmax, attend, choose_call, preferred_tile
-from sparsekit.kernels.totals import plan_totals
+from sparsekit.kernels import attend, choose_call, preferred_tile
+from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.mask import call_of, descriptor_width
 from sparsekit.patch.model import own_attention
-from sparsekit.patch.state import LAYERS, Attention, Call, Layer
+from sparsekit.patch.state import (
+    LAYERS,
+    Attention,
+    Call,
+    Layer,
+)
+from sparsekit.patterns.attention import plan_heads
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
 KEPT_PLAN_BYTES = 1 << 24

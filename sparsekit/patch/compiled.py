@@ -9,8 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
-from sparsekit.patch.mask import COMPILED_WIDTH, descriptor_of, is_for_others, is_own, read_call
-from sparsekit.patch.state import DOORS, LAYERS, Call, mask_functions, masking
+from sparsekit.patch.mask import (
+    COMPILED_WIDTH,
+    descriptor_of,
+    is_for_others,
+    is_own,
+    read_call,
+)
+from sparsekit.patch.state import (
+    DOORS,
+    LAYERS,
+    Call,
+    mask_functions,
+    masking,
+)
 
 # Arguments that the custom op passes on, or that change nothing in an attention function.
 OP_ARGUMENTS = {"scaling", "softcap", "s_aux", "sliding_window", "position_ids", "is_causal", "dropout"} | {

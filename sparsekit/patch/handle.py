@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sparsekit.call.geometry import Geometry
 from sparsekit.config import ResolvedConfig, SparseConfig, load
-from sparsekit.geometry import Geometry
 from sparsekit.patch.door import open_door
-from sparsekit.patch.model import attention_modules, facts_of, own_attention, switch
+from sparsekit.patch.model import (
+    attention_modules,
+    facts_of,
+    own_attention,
+    switch,
+)
 from sparsekit.patch.report import Report, report_layer
-from sparsekit.patch.state import DOORS, HANDLES, LAYERS, NAMES, Call, DenseCall, Layer, forgetter
+from sparsekit.patch.state import (
+    DOORS,
+    HANDLES,
+    LAYERS,
+    NAMES,
+    Call,
+    DenseCall,
+    Layer,
+    forgetter,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
-from sparsekit.patch.state import DOORS, Bounds, Call, Door, mask_functions, masking
+from sparsekit.patch.state import (
+    DOORS,
+    Bounds,
+    Call,
+    Door,
+    mask_functions,
+    masking,
+)
 
 # Width of the descriptors of a compiled model's calls; one more for those of sliding layers.
 COMPILED_WIDTH = 7

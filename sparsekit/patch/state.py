@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsekit.call.geometry import Geometry
 from sparsekit.config import LayerPatterns
-from sparsekit.geometry import Geometry
 from sparsekit.kernels import Choice
 from sparsekit.plan import BlockPlan, PlanTotals
 

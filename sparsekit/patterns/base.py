@@ -16,10 +16,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from sparsekit.call.geometry import Geometry, Span
+from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.geometry import Geometry, Span
-from sparsekit.kernels.softmax import Softmax
-from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
+from sparsekit.plan import (
+    BlockPlan,
+    TokenRule,
+    dense_plan,
+    plan_from_block_mask,
+    plan_from_rule,
+)
 
 __all__ = ["DynamicPattern", "Pattern", "StaticPattern", "parse_pattern", "pattern_class", "pattern_names"]
 

@@ -8,10 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.geometry import Geometry
-from sparsekit.kernels.block_scores import pooled_means, pooled_scores, row_groups
-from sparsekit.kernels.select import block_grid, head_lengths, join_rows, plan_from_block_bits, topk_bits
-from sparsekit.kernels.softmax import Softmax
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.bits import join_rows
+from sparsekit.kernels.select.block_scores import pooled_means, pooled_scores, row_groups
+from sparsekit.kernels.select.blocks import plan_from_block_bits
+from sparsekit.kernels.select.grid import block_grid, head_lengths
+from sparsekit.kernels.select.topk import topk_bits
 from sparsekit.patterns.base import DynamicPattern
 from sparsekit.plan import BlockPlan, dense_plan
 

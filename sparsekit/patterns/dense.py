@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparsekit.geometry import Span
+from sparsekit.call.geometry import Span
 from sparsekit.patterns.base import StaticPattern
 from sparsekit.plan import TokenRule
 

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from sparsekit.geometry import Geometry
-from sparsekit.kernels.flex_blocks import BLOCK, Budgets, flex_bits
-from sparsekit.kernels.last_queries import last_query_sums
-from sparsekit.kernels.select import plan_from_block_bits
-from sparsekit.kernels.softmax import Softmax
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.blocks import plan_from_block_bits
+from sparsekit.kernels.select.flexprefill import flex_bits
+from sparsekit.kernels.select.grid import BLOCK, Budgets
+from sparsekit.kernels.select.last_queries import last_query_sums
 from sparsekit.patterns.base import DynamicPattern
 from sparsekit.plan import BlockPlan, dense_plan
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.geometry import Span
+from sparsekit.call.geometry import Span
 from sparsekit.patterns.base import StaticPattern
 from sparsekit.plan import TokenRule
 

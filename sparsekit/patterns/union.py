@@ -10,10 +10,16 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor
 
-from sparsekit.geometry import Geometry, Span
-from sparsekit.kernels.join import join_plans
-from sparsekit.kernels.softmax import Softmax
-from sparsekit.patterns.base import DynamicPattern, Pattern, StaticPattern, parse_pattern, static_plan
+from sparsekit.call.geometry import Geometry, Span
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.join import join_plans
+from sparsekit.patterns.base import (
+    DynamicPattern,
+    Pattern,
+    StaticPattern,
+    parse_pattern,
+    static_plan,
+)
 from sparsekit.plan import BlockPlan, TokenRule
 
 __all__ = ["DynamicUnion", "Union"]

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.geometry import Geometry
-from sparsekit.kernels.last_queries import MAX_QUERIES, last_query_sums
-from sparsekit.kernels.select import topk_indices_mask
-from sparsekit.kernels.slash_plan import plan_from_vertical_slash
-from sparsekit.kernels.softmax import Softmax
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.last_queries import MAX_QUERIES, last_query_sums
+from sparsekit.kernels.select.slash import plan_from_vertical_slash
+from sparsekit.kernels.select.topk import topk_indices_mask
 from sparsekit.patterns.base import DynamicPattern
 from sparsekit.plan import BlockPlan, dense_plan, upload
 

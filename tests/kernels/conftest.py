@@ -1,14 +1,10 @@
-"""Makes `kernel_cases`, the plans and the comparison that CPU and GPU tests share, importable from the tests here."""
+"""Shares the interpreter's tests out among its processes."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax, attend
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import attend
 from sparsekit.plan import (
     CAUSAL,
     FLAG_BITS,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError, attention
-from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
 from sparsekit.patterns import BlockTopK, parse_pattern
 from sparsekit.plan import BlockPlan
 from sparsekit.testing import inputs_for

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError, attention
-from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax
-from sparsekit.kernels.flex_blocks import Budgets, fewest_tokens, flex_bits, js_distance, mass_codes, mass_threshold
-from sparsekit.kernels.last_queries import last_query_sums
-from sparsekit.kernels.select import unpack_bits
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.bits import unpack_bits
+from sparsekit.kernels.select.flexprefill import (
+    fewest_tokens,
+    flex_bits,
+    js_distance,
+    mass_codes,
+    mass_threshold,
+)
+from sparsekit.kernels.select.grid import Budgets
+from sparsekit.kernels.select.last_queries import last_query_sums
 from sparsekit.patterns import FlexPrefill, parse_pattern
 from sparsekit.plan import BlockPlan
 from sparsekit.testing import GEOMETRIES, check_pattern, inputs_for

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from sparsekit import SparsekitError
-from sparsekit.geometry import Geometry, Span
-from sparsekit.kernels import Softmax
+from sparsekit.call.geometry import Geometry, Span
+from sparsekit.call.softmax import Softmax
 from sparsekit.patterns import (
     S2O,
     AShape,

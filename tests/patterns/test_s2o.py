@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparsekit import SparsekitError, attention
-from sparsekit.geometry import Geometry
+from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import attend
+from sparsekit.kernels.select import ranking
 from sparsekit.patterns import S2O, parse_pattern, s2o
 from sparsekit.plan import BlockPlan
 
@@ -152,6 +153,7 @@ def test_groups_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = plan_of(pattern, inputs, geometry)
         for scratch in (1, 20_000, 60_000):
             monkeypatch.setattr(s2o, "SCRATCH_BYTES", scratch)
+            monkeypatch.setattr(ranking, "SCRATCH_BYTES", scratch)
             other = plan_of(pattern, inputs, geometry)
             for name in ("q_index", "keys", "key_ptr"):
                 assert torch.equal(plan.tensors[f"ranked.{name}"], other.tensors[f"ranked.{name}"]), name
@@ -165,9 +167,9 @@ def test_groups_fit_the_scratch() -> None:
         counts = torch.tensor([min(max(row[0] - 64, 0), cap) for row in firsts])
         ptr = [0, *counts.cumsum(0).tolist()]
         seen: list[int] = []
-        for a, b, most in s2o._groups(firsts, ptr, heads):
+        for a, b, most in ranking._groups(firsts, ptr, heads):
             assert most == max(counts[a:b].tolist())
-            assert heads * (b - a) * firsts[b - 1][0] * 4 <= s2o.SCRATCH_BYTES
+            assert heads * (b - a) * firsts[b - 1][0] * 4 <= ranking.SCRATCH_BYTES
             assert len({int(counts[i]) < firsts[i][0] - 64 for i in range(a, b)}) == 1
             seen += range(a, b)
         assert seen == list(range(1, 256))

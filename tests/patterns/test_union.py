@@ -11,8 +11,8 @@ from join_cases import TRIANGLE, random_plan
 from torch import Tensor
 
 from sparsekit import SparsekitError
-from sparsekit.geometry import Geometry, Span
-from sparsekit.kernels import Softmax
+from sparsekit.call.geometry import Geometry, Span
+from sparsekit.call.softmax import Softmax
 from sparsekit.patterns import (
     AShape,
     BlockTopK,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekit import SparsekitError, attention
-from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax
-from sparsekit.kernels.select import pack_bits
-from sparsekit.kernels.slash_plan import plan_from_vertical_slash
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.bits import pack_bits
+from sparsekit.kernels.select.slash import plan_from_vertical_slash
 from sparsekit.patterns import VerticalSlash, parse_pattern
 from sparsekit.plan import BlockPlan
 from sparsekit.testing import GEOMETRIES, check_pattern, inputs_for
@@ -242,7 +242,7 @@ def test_rows_that_do_not_fit_run_dense() -> None:
 @pytest.mark.parametrize(("block_q", "small", "fits"), [(64, 1 << 23, True), (64, 0, False), (128, 0, True)])
 def test_narrow_rows_have_room_for_half(block_q: int, small: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompts in rows of 64 queries: what lists more than half of what it might runs dense, the densest first."""
-    monkeypatch.setattr("sparsekit.kernels.slash_plan.SMALL", small)
+    monkeypatch.setattr("sparsekit.kernels.select.slash.SMALL", small)
     geometry = Geometry.of(1000, block_q=block_q, block_kv=64)
     chosen = torch.zeros(2, 1, 2, 1024, dtype=torch.bool)
     chosen[1, 0, 0, :1000:64] = True  # all tiles

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError, attention
-from sparsekit.geometry import Geometry
-from sparsekit.kernels import Softmax
-from sparsekit.kernels.block_scores import antidiagonal_mass
-from sparsekit.kernels.select import block_grid
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.select.block_scores import antidiagonal_mass
+from sparsekit.kernels.select.grid import block_grid
 from sparsekit.patterns import XAttention, parse_pattern
 from sparsekit.plan import BlockPlan
 from sparsekit.testing import inputs_for

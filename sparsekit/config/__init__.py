@@ -1,0 +1,25 @@
+"""The YAML that says which layer and head runs what; what it costs (`costs`); other projects' files (`convert`)."""
+
+from __future__ import annotations
+
+from sparsekit.config.schema import (
+    LayerPatterns,
+    ModelFacts,
+    ResolvedConfig,
+    SparseConfig,
+    format_range,
+    load,
+    parse_range,
+    parse_yaml,
+)
+
+__all__ = [
+    "LayerPatterns",
+    "ModelFacts",
+    "ResolvedConfig",
+    "SparseConfig",
+    "format_range",
+    "load",
+    "parse_range",
+    "parse_yaml",
+]

@@ -1,0 +1,1 @@
+"""plan -> output: the implementations of attention over a plan."""

@@ -1,0 +1,1031 @@
+"""Device code of the Hopper form (sm_90), in Gluon. `hopper.py` says what it covers, plans the launch and launches it.
+
+One persistent kernel, three roles a block: a producer warp (work counter, TMA loads of Q, K and V) and two consumer
+warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
+i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, half of one, or
+PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the 128-byte swizzle stores a
+tile: pieces of several entries in the right order are one tile.
+
+A work item is 8 int32 (the names below are its columns):
+    ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
+    HEAD    sample * H + query head.
+    START   listed: index into entries; dense: the first step to run, from which the others go down to 0.
+    COUNT   steps over entries, plus steps over single columns << COLUMN_SHIFT. 0: nothing to do, skip.
+    KV      key index of position 0.
+    KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; EMPTY for a row that keeps nothing; how
+            many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT; NARROW: before all steps comes one
+            of NARROW_KEYS keys from position 0 on, of which the rule's sinks are kept; how many entries of a listed
+            item's last step are missing, << MISSING_SHIFT.
+    SLOT    place of a partial result in the workspace, or -1.
+    PLAN    the plan's row, for token bits.
+
+HALVES: the plan has rows of 64 queries, two to an item, and a step that one of them needs alone is passed by the other
+consumer: it frees the buffers and computes nothing. Then the last two columns are (halves.py makes the list so)
+    SLOT    how many first steps both need, | how many pairs of steps follow, of which the first half needs one and the
+            second half the next, << PAIRS_SHIFT; of the steps after these, which only one half needs, the other hides
+            all keys. Negative where that one is the second. So nobody passes two steps in a row, nor the first one.
+    PLAN    the first half's row, or the only half's, << 1; 1 where the next row is the second half's.
+"""
+
+# Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against; a branch that is chosen
+# when compiling needs its else, and what ruff calls a list is a compile-time shape.
+# ruff: noqa: E741, RET505, RUF005, SIM102, SIM108
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparsekit.kernels.attend.hopper.halves_device import NOWHERE
+
+__all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
+
+ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(8))
+ITEM = gl.constexpr(8)
+# What the producer mails to the consumers: an item, and what else they would wait for at a tile's start, as loads from
+# global memory: the row's token rule and its first two steps.
+SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1 = (gl.constexpr(i) for i in range(8, 13))
+MAIL = gl.constexpr(16)
+DENSE = gl.constexpr(1 << 16)
+EMPTY = gl.constexpr(1 << 17)
+DIAGONAL_SHIFT = gl.constexpr(18)
+NARROW = gl.constexpr(1 << 20)
+MISSING_SHIFT = gl.constexpr(21)
+COLUMN_SHIFT = gl.constexpr(20)
+PAIRS_SHIFT = gl.constexpr(16)
+NARROW_KEYS = gl.constexpr(16)
+CHUNK = gl.constexpr(64)  # columns of a row that the 128-byte swizzle keeps together, in 16-bit elements
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+# The running maximum starts here: below any logit, and finite, so that `-inf - maximum` is never NaN.
+FLOOR = gl.constexpr(-1.0e30)
+FAR = gl.constexpr(1 << 30)  # beyond any position
+
+# Renamed in Triton 3.8.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+# Public from Triton 3.8 on.
+REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+def _rescale_asm(n):
+    """acc *= alpha on n registers, skipped by warps in which every alpha is 1 (operands n.. are acc, 2n.. alpha).
+
+    In the wgmma accumulator layout a thread holds two rows: registers 0, 1 are row r, registers 2, 3 are row r + 8.
+    """
+    mul = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    skip = f"setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 q, ${2 * n + 2}, 0f3F800000, p; "
+    return "{ .reg .pred p, q; " + skip + "vote.sync.any.pred p, q, 0xffffffff; @!p bra.uni DONE; " + mul + " DONE: }"
+
+
+def _rescale_constraints(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+RESCALE_64, CONSTRAINTS_64 = gl.constexpr(_rescale_asm(64)), gl.constexpr(_rescale_constraints(64))
+RESCALE_32, CONSTRAINTS_32 = gl.constexpr(_rescale_asm(32)), gl.constexpr(_rescale_constraints(32))
+
+
+@gluon.jit
+def _rescale(acc, alpha, LO: gl.constexpr):
+    a = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LO)), 1)
+    full = gl.zeros_like(acc) + a
+    if acc.shape[1] >= 128:
+        return gl.inline_asm_elementwise(
+            RESCALE_64, CONSTRAINTS_64, [acc, full], dtype=gl.float32, is_pure=False, pack=64
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            RESCALE_32, CONSTRAINTS_32, [acc, full], dtype=gl.float32, is_pure=False, pack=32
+        )
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    wrap = ((slot + 1) == SLOTS).to(gl.int32)
+    return (slot + 1) * (1 - wrap), phase ^ wrap
+
+
+@gluon.jit
+def _send(mail, i, x):
+    mail.index(i).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + x)
+
+
+@gluon.jit
+def _receive(mail, i):
+    return gl.max(mail.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr):
+    """Step i of an item: `position of its first key * 4 + flags`."""
+    dense = (start - i) * (4 * BN) + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
+    if not LISTED:
+        return dense
+    else:
+        is_dense = (kind & DENSE) != 0
+        at = p_entries + start + i // SPLIT_ENTRY
+        entry = gl.load(at, mask=(i < count) & (is_dense == 0), other=0) + (i % SPLIT_ENTRY) * (4 * BN)
+        return gl.where(is_dense, dense, entry)
+
+
+@gluon.jit
+def _part(p_entries, start, i, part, count, kind, BN: gl.constexpr, PARTS: gl.constexpr):
+    """Entry `part` of step i, where a step is PARTS entries; `NOWHERE` where the last step has fewer."""
+    is_dense = (kind & DENSE) != 0
+    dense = ((start - i) * BN + part * (BN // PARTS)) * 4 + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
+    at = i * PARTS + part
+    listed = (at < count * PARTS - ((kind >> MISSING_SHIFT) & 3)) & (is_dense == 0)
+    return gl.where(is_dense, dense, gl.load(p_entries + start + at, mask=listed, other=NOWHERE))
+
+
+@gluon.jit
+def _parts_flags(p_entries, start, i, count, kind, BN: gl.constexpr, PARTS: gl.constexpr):
+    """All flags of the entries of step i."""
+    flags = 0
+    for part in gl.static_range(PARTS):
+        flags = flags | _part(p_entries, start, i, part, count, kind, BN, PARTS)
+    return flags & 3
+
+
+@gluon.jit
+def _mask_parts(
+    s, query, low, sink, p_entries, start, i, count, kind, L: gl.constexpr, RULE: gl.constexpr, PARTS: gl.constexpr
+):
+    """`_mask` of a step of several entries, read again: few steps have a flag."""
+    ROWS: gl.constexpr = s.shape[1] // PARTS
+    lane = gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+    key = lane * 0 - 1
+    for part in gl.static_range(PARTS):
+        e = _part(p_entries, start, i, part, count, kind, s.shape[1], PARTS)
+        key = gl.where((lane // ROWS == part) & ((e & 1) != 0), (e >> 2) + lane - part * ROWS, key)
+    s = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
+    if RULE:
+        near = lane * 0 + FAR
+        for part in gl.static_range(PARTS):
+            e = _part(p_entries, start, i, part, count, kind, s.shape[1], PARTS)
+            at = (e >> 2) + lane - part * ROWS
+            near = gl.where((lane // ROWS == part) & ((e & 2) != 0) & (at >= sink), at, near)
+        s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr):
+    """-inf where causality or the token rule drops the pair, each where the step's flags ask for it.
+
+    s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The
+    valid key length needs no test of its own: it only ever cuts off keys after the last valid query.
+    """
+    if (flags & 1) != 0:
+        key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+        s = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
+    if RULE:
+        if (flags & 2) != 0:
+            key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+            near = gl.where(key < sink, FAR, key)
+            s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _mask_step(
+    s, query, low, sink, e, p_entries, start, i, count, kind,
+    L: gl.constexpr, RULE: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        return _mask_parts(s, query, low, sink, p_entries, start, i, count, kind, L, RULE, PARTS)
+    else:
+        return _mask(s, query, low, sink, e >> 2, e, L, RULE)
+
+
+@gluon.jit
+def _first_rows(buffer, ROWS: gl.constexpr):
+    """(ROWS, D): what `_load_part` put first into a buffer (1, 1, BN, D)."""
+    D: gl.constexpr = buffer.shape[3]
+    SHAPE: gl.constexpr = [buffer.shape[2] // ROWS, 1, 1, ROWS, D]
+    if REINTERPRET:
+        tiles = buffer.reinterpret(buffer.dtype, SHAPE, buffer.layout)
+    else:
+        tiles = buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
+    return tiles.index(0).reshape([ROWS, D])
+
+
+@gluon.jit
+def _mask_columns(s, query, p_tokens, p_bits, column0, columns, L: gl.constexpr):
+    """-inf where a single column lies after the query, or the row's bit says that it needs the column no more."""
+    lane = gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+    key = gl.load(p_tokens + column0 + lane, mask=column0 + lane < columns, other=2147483647)
+    for i in gl.static_range(s.shape[1] // 32):
+        # A word is one number for all threads, and which lanes it serves is known when compiling: no registers.
+        word = gl.load(p_bits + column0 // 32 + i, mask=column0 + i * 32 < columns, other=0)
+        key = gl.where((lane // 32 == i) & (((word >> (lane & 31)) & 1) == 0), 2147483647, key)
+    return gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
+
+
+@gluon.jit
+def _cap(s, cap_scale, CAP: gl.constexpr):
+    """tanh(scale / softcap * s) where there is a soft-cap; `cap_scale` is 2 log2(e) scale / softcap."""
+    if CAP:
+        return 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_scale))
+    else:
+        return s
+
+
+@gluon.jit
+def _by_eight(x):
+    # Columns 8j + c: the reduction over j stays inside a thread, and runs as four independent chains.
+    return x.reshape([x.shape[0], x.shape[1] // 8, 8])
+
+
+@gluon.jit
+def _row_max(s, L: gl.constexpr):
+    return gl.convert_layout(gl.max(gl.max(_by_eight(s), 1), 1), gl.SliceLayout(1, L))
+
+
+@gluon.jit
+def _load_keys(desc, at, full, buffer):
+    mbarrier.expect(full, desc.block_type.nbytes)
+    _tma_load(desc, at, full, buffer)
+
+
+@gluon.jit
+def _load_part(desc, sample, head, key, part, full, buffer, PARTS: gl.constexpr):
+    """Box `part` of a buffer (1, 1, BN, D) of PARTS boxes, a chunk of columns at a time; the caller expects the bytes.
+
+    PARTS may also be more than are loaded: then the boxes are the first rows of a smaller tile of the same layout.
+    """
+    ROWS: gl.constexpr = desc.block_type.shape[2]
+    CHUNKS: gl.constexpr = buffer.shape[3] // CHUNK
+    SHAPE: gl.constexpr = [buffer.shape[2] // ROWS * CHUNKS, 1, 1, ROWS, CHUNK]
+    if REINTERPRET:
+        pieces = buffer.reinterpret(buffer.dtype, SHAPE, desc.layout)
+    else:
+        pieces = buffer._reinterpret(buffer.dtype, SHAPE, desc.layout)
+    for chunk in gl.static_range(CHUNKS):
+        _tma_load(desc, [sample, head, key, chunk * CHUNK], full, pieces.index(chunk * PARTS + part))
+
+
+@gluon.jit
+def _load_entries(
+    d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS: gl.constexpr,
+):  # fmt: skip
+    """K and V of step i: entry `e`, or the PARTS entries in `p_entries`."""
+    BN: gl.constexpr = k.shape[2]
+    if PARTS == 1:
+        mbarrier.wait(k_free, phase ^ 1)
+        _load_keys(d_k, [sample, key_head, kv_start + (e >> 2), 0], k_full, k)
+        mbarrier.wait(v_free, phase ^ 1)
+        _load_keys(d_v, [sample, key_head, kv_start + (e >> 2), 0], v_full, v)
+    elif (kind & DENSE) != 0:
+        key = kv_start + (start - i) * BN
+        mbarrier.wait(k_free, phase ^ 1)
+        _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
+        mbarrier.wait(v_free, phase ^ 1)
+        _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
+    else:
+        mbarrier.wait(k_free, phase ^ 1)
+        mbarrier.expect(k_full, d_k.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
+            _load_part(d_part_k, sample, key_head, key, part, k_full, k, PARTS)
+        mbarrier.wait(v_free, phase ^ 1)
+        mbarrier.expect(v_full, d_v.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
+            _load_part(d_part_v, sample, key_head, key, part, v_full, v, PARTS)
+
+
+@gluon.jit
+def _item(p_items, t, items):
+    p_item = p_items + t * ITEM
+    there = t < items
+    row = gl.load(p_item + ROW, mask=there, other=0)
+    sample_head = gl.load(p_item + HEAD, mask=there, other=0)
+    start = gl.load(p_item + START, mask=there, other=0)
+    count = gl.load(p_item + COUNT, mask=there, other=0)
+    kv_start = gl.load(p_item + KV, mask=there, other=0)
+    kind = gl.load(p_item + KIND, mask=there, other=0)
+    return row, sample_head, start, count, kv_start, kind
+
+
+@gluon.jit
+def _load_step(
+    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, kv_start, sample, key_head, e, pool_head,
+    PARTS: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """K and V of step i, which is entry `e` (PARTS of them in `p_entries`), or single columns from `count` on."""
+    BN: gl.constexpr = k.shape[2]
+    column = i - count
+    if COLUMNS:
+        if column >= 0:
+            mbarrier.wait(k_free, phase ^ 1)
+            _load_keys(d_pool_k, [sample, pool_head, column * BN, 0], k_full, k)
+            mbarrier.wait(v_free, phase ^ 1)
+            _load_keys(d_pool_v, [sample, pool_head, column * BN, 0], v_full, v)
+        else:
+            _load_entries(
+                d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+                p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS,
+            )  # fmt: skip
+    else:
+        _load_entries(
+            d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
+            p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _produce(
+    d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free,
+    mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head,
+    heads_per_plan, heads_per_pool,
+    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = ks.shape[0]
+    Q_STAGES: gl.constexpr = q_full.shape[0]
+    HALF: gl.constexpr = d_q.block_type.shape[2]
+    BN: gl.constexpr = d_k.block_type.shape[2]
+    NARROW_BYTES: gl.constexpr = d_k.block_type.nbytes // BN * NARROW_KEYS
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    m_slot = 0
+    m_phase = 0
+    t = gl.program_id(0)
+    row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
+    while t < items:
+        p_item = p_items + t * ITEM
+        t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
+        if count > 0:
+            listed = count
+            steps = count
+            if COLUMNS:
+                listed = count & ((1 << COLUMN_SHIFT) - 1)
+                steps = listed + (count >> COLUMN_SHIFT)
+            sample = sample_head // heads
+            head = sample_head - sample * heads
+            key_head = head // group
+            pool_head = head // heads_per_pool
+            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
+            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
+            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
+            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
+            q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+            if PARTS > 1:
+                e = _parts_flags(p_entries, start, 0, listed, kind, BN, PARTS)
+                e1 = _parts_flags(p_entries, start, 1, listed, kind, BN, PARTS)
+            else:
+                e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+            _send(mail, m_slot * MAIL + ROW, row)
+            _send(mail, m_slot * MAIL + HEAD, sample_head)
+            _send(mail, m_slot * MAIL + START, start)
+            _send(mail, m_slot * MAIL + COUNT, count)
+            _send(mail, m_slot * MAIL + KV, kv_start)
+            _send(mail, m_slot * MAIL + KIND, kind)
+            _send(mail, m_slot * MAIL + STEP_0, e)
+            _send(mail, m_slot * MAIL + STEP_1, e1)
+            if RULE:
+                p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
+                _send(mail, m_slot * MAIL + SINK, gl.load(p_my_rule))
+                _send(mail, m_slot * MAIL + WINDOW, gl.load(p_my_rule + 1))
+                _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
+            if SPLIT or HALVES:
+                _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+            if COLUMNS:
+                _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
+            mbarrier.arrive(m_full.index(m_slot), count=1)
+            m_slot, m_phase = _next(m_slot, m_phase, 2)
+            if NARROW_FORM:
+                if (kind & NARROW) != 0:
+                    mbarrier.wait(k_free.index(slot), phase ^ 1)
+                    mbarrier.expect(k_full.index(slot), NARROW_BYTES)
+                    _load_part(d_part_k, sample, key_head, kv_start, 0, k_full.index(slot), ks.index(slot), 1)
+                    mbarrier.wait(v_free.index(slot), phase ^ 1)
+                    mbarrier.expect(v_full.index(slot), NARROW_BYTES)
+                    _load_part(d_part_v, sample, key_head, kv_start, 0, v_full.index(slot), vs.index(slot), 1)
+                    slot, phase = _next(slot, phase, STAGES)
+            _load_step(
+                d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, ks.index(slot), vs.index(slot), k_full.index(slot),
+                k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries, start, 0, listed, kind,
+                kv_start, sample, key_head, e, pool_head, PARTS, COLUMNS,
+            )  # fmt: skip
+            slot, phase = _next(slot, phase, STAGES)
+            # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
+            row, sample_head, start1, count, next_kv_start, kind1 = _item(p_items, t, items)
+            for i in range(1, steps):
+                now = e1
+                if PARTS == 1:
+                    e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                _load_step(
+                    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, ks.index(slot), vs.index(slot),
+                    k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
+                    start, i, listed, kind, kv_start, sample, key_head, now, pool_head, PARTS, COLUMNS,
+                )  # fmt: skip
+                slot, phase = _next(slot, phase, STAGES)
+            start = start1
+            kv_start = next_kv_start
+            kind = kind1
+        else:
+            t = items + t * 0  # items without steps are the last ones
+    mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+    _send(mail, m_slot * MAIL + COUNT, 0)
+    mbarrier.arrive(m_full.index(m_slot), count=1)
+    # The last block leaves the counters ready for the next launch.
+    if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(p_counters, 0)
+        gl.store(p_counters + 1, 0)
+
+
+@gluon.jit
+def _advance(
+    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns, hidden,
+    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
+    COLUMNS: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """Step i of a row: Q K^T and softmax of this step, P V of the one before, whose buffer is `before`."""
+    STAGES: gl.constexpr = ks.shape[0]
+    HALF: gl.constexpr = acc.shape[0]
+    D: gl.constexpr = acc.shape[1]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    LO: gl.constexpr = acc.type.layout
+    now = e
+    if not COLUMNS:
+        if PARTS > 1:
+            e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
+        else:
+            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+    zero = gl.zeros([HALF, BN], gl.float32, L)
+    s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_free.index(slot), count=1)
+    s = _cap(s, cap_scale, CAP)
+    if COLUMNS:
+        s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
+    elif LISTED or BN < 2 * HALF:  # else only the first step of a tile crosses the diagonal
+        if (now & 3) != 0:
+            s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
+        if HALVES:
+            s = _hide(s, hidden)
+    m_new = gl.maximum(m, _row_max(s, L) * scale2)
+    # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
+    m_new = gl.where(m_new > m + 8.0, m_new, m)
+    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+    alpha = gl.exp2(m - m_new)
+    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+    l = l * alpha_l + gl.sum(_by_eight(p), 1)
+    # The waits for the next K and V stand here on purpose: they start a new basic block, which keeps ptxas
+    # from moving the wait for P V above the exponentials.
+    slot1, phase1 = _next(slot, phase, STAGES)
+    mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
+    mbarrier.wait(v_full.index(slot), phase)
+    acc = warpgroup_mma_wait(0, deps=(o,))
+    mbarrier.arrive(v_free.index(before), count=1)
+    acc = _rescale(acc, alpha, LO)
+    pb = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
+    return acc, l, m_new, pb, e, slot1, phase1, slot
+
+
+@gluon.jit
+def _pass(
+    e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
+    BN: gl.constexpr, STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """Step i of a row, which the other half needs alone. P V of the step before stays due, and keeps its buffer."""
+    if PARTS > 1:
+        e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
+    else:
+        e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+    mbarrier.arrive(k_free.index(slot), count=1)
+    # A phase that nobody waits for could be taken for the next but one.
+    mbarrier.wait(v_full.index(slot), phase)
+    mbarrier.arrive(v_free.index(slot), count=1)
+    slot1, phase1 = _next(slot, phase, STAGES)
+    mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
+    return e, slot1, phase1
+
+
+@gluon.jit
+def _hide(s, hidden):
+    if hidden:
+        s = gl.full_like(s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _consume(
+    d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+    p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample,
+    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
+    CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
+    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = ks.shape[0]
+    Q_STAGES: gl.constexpr = q_full.shape[0]
+    HALF: gl.constexpr = d_o.block_type.shape[2]
+    D: gl.constexpr = d_o.block_type.shape[3]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    LP: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
+    LN: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NARROW_KEYS, 16]
+    )
+    scale2 = scale * LOG2E
+    zero = gl.zeros([HALF, BN], gl.float32, L)
+    zero_narrow = gl.zeros([HALF, NARROW_KEYS], gl.float32, LN)
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    m_slot = 0
+    m_phase = 0
+    mbarrier.wait(m_full.index(0), 0)
+    count = _receive(mail, COUNT)
+    while count > 0:
+        row = _receive(mail, m_slot * MAIL + ROW)
+        sample_head = _receive(mail, m_slot * MAIL + HEAD)
+        start = _receive(mail, m_slot * MAIL + START)
+        kv_start = _receive(mail, m_slot * MAIL + KV)
+        kind = _receive(mail, m_slot * MAIL + KIND)
+        p_row_bits = p_bits
+        p_row_tokens = p_tokens
+        listed = count
+        steps = count
+        sample = sample_head // heads
+        head = sample_head - sample * heads
+        if COLUMNS:
+            plan_row = _receive(mail, m_slot * MAIL + PLAN)
+            if HALVES:
+                plan_row = (plan_row >> 1) + WHO * (plan_row & 1)
+            p_row_bits = p_bits + plan_row.to(gl.int64) * ((columns + 31) // 32)
+            p_row_tokens = p_tokens + sample * token_sample + head // heads_per_plan * columns
+            listed = count & ((1 << COLUMN_SHIFT) - 1)
+            steps = listed + (count >> COLUMN_SHIFT)
+        both = steps
+        paired = steps
+        rest = 0
+        if HALVES:
+            word = _receive(mail, m_slot * MAIL + SLOT)
+            both = word & ((1 << PAIRS_SHIFT) - 1)
+            paired = both + ((word >> PAIRS_SHIFT) & ((1 << (31 - PAIRS_SHIFT)) - 1)) * 2
+            rest = (word < 0).to(gl.int32)
+        e = _receive(mail, m_slot * MAIL + STEP_0)
+        e1 = _receive(mail, m_slot * MAIL + STEP_1)
+        lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
+        query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
+        sink = 0
+        low = query
+        if RULE:
+            sink = _receive(mail, m_slot * MAIL + SINK)
+            window = _receive(mail, m_slot * MAIL + WINDOW)
+            low = gl.where(query >= _receive(mail, m_slot * MAIL + DENSE_FROM), -1, query - window)
+        acc = gl.zeros([HALF, D], gl.float32, LO)
+        q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
+        mbarrier.wait(q_full.index(q_slot), q_phase)
+        m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
+        l = gl.sum(_by_eight(zero), 1)
+        if NARROW_FORM:
+            if (kind & NARROW) != 0:
+                mbarrier.wait(k_full.index(slot), phase)
+                few = _first_rows(ks.index(slot), NARROW_KEYS).permute((1, 0))
+                s = warpgroup_mma(q, few, zero_narrow, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                mbarrier.arrive(k_free.index(slot), count=1)
+                s = _cap(s, cap_scale, CAP)
+                key = gl.arange(0, NARROW_KEYS, gl.SliceLayout(0, LN))
+                s = gl.where(gl.expand_dims(key < sink, 0), s, float("-inf"))
+                top = gl.maximum(gl.max(s, 1) * scale2, FLOOR)
+                p = gl.exp2(s * scale2 - gl.expand_dims(top, 1))
+                m = gl.convert_layout(top, gl.SliceLayout(1, L))
+                l = gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout)
+                pb = gl.convert_layout(p.to(ks.dtype), LP)
+                mbarrier.wait(v_full.index(slot), phase)
+                acc = warpgroup_mma(pb, _first_rows(vs.index(slot), NARROW_KEYS), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(v_free.index(slot), count=1)
+                slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(k_full.index(slot), phase)
+        s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_free.index(slot), count=1)
+        s = _cap(s, cap_scale, CAP)
+        if COLUMNS:
+            if listed == 0:
+                s = _mask_columns(s, query, p_row_tokens, p_row_bits, 0, columns, L)
+            elif (e & 3) != 0:
+                s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
+        elif (e & 3) != 0:
+            s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
+        if HALVES:
+            s = _hide(s, (both == 0) & (gl.where(paired > 0, 0, rest) != WHO))
+        m_new = gl.maximum(m, _row_max(s, L) * scale2)
+        p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+        if NARROW_FORM:
+            alpha = gl.exp2(m - m_new)
+            alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+            l = l * alpha_l + gl.sum(_by_eight(p), 1)
+            acc = _rescale(acc, alpha, LO)
+        else:
+            l = gl.sum(_by_eight(p), 1)
+        m = m_new
+        pb = gl.convert_layout(p.to(ks.dtype), LP)
+        e = e1
+        before = slot
+        mbarrier.wait(v_full.index(slot), phase)
+        slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(k_full.index(slot), phase, pred=steps > 1)
+        # Two loops, since what masks entries and what masks columns do not fit the registers together.
+        for i in range(1, gl.maximum(listed, 1)):
+            if HALVES:
+                needed = (i < both) | (gl.where(i < paired, (i - both) & 1, rest) == WHO)
+                # Three buffers: one that waits for P V, one that is passed, one for the next step.
+                if needed | (i >= paired) | (STAGES < 3):
+                    acc, l, m, pb, e, slot, phase, before = _advance(
+                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
+                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True,
+                    )  # fmt: skip
+                else:
+                    e, slot, phase = _pass(
+                        e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
+                        BN, STAGES, SPLIT_ENTRY, PARTS, LISTED,
+                    )  # fmt: skip
+            else:
+                acc, l, m, pb, e, slot, phase, before = _advance(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
+                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False,
+                )  # fmt: skip
+        if COLUMNS:
+            for i in range(gl.maximum(listed, 1), steps):
+                acc, l, m, pb, e, slot, phase, before = _advance(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits,
+                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False,
+                )  # fmt: skip
+        if not OUT_IN_Q:
+            mbarrier.arrive(q_free.index(q_slot), count=1)
+        acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+        # Read once more rather than kept in registers through the loop, which has none to spare.
+        row = _receive(mail, m_slot * MAIL + ROW)
+        sample_head = _receive(mail, m_slot * MAIL + HEAD)
+        kind = _receive(mail, m_slot * MAIL + KIND)
+        sample = sample_head // heads
+        head = sample_head - sample * heads
+        part = -1
+        if SPLIT:
+            part = _receive(mail, m_slot * MAIL + SLOT)
+        mbarrier.arrive(m_free.index(m_slot), count=1)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
+        lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
+        total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
+        top = gl.convert_layout(m, gl.SliceLayout(1, LO))
+        # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
+        kept = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+        factor = 1.0 / total
+        if SINKS:
+            z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
+            if SPLIT:  # partial results leave the sink to the merge
+                z = gl.where(part >= 0, float("-inf"), z)
+            highest = gl.maximum(top, z)
+            shrink = gl.exp2(top - highest)
+            total = total * shrink + gl.exp2(z - highest)
+            factor = shrink / total
+            top = highest
+        if not OUT_IN_Q:
+            tma.store_wait(0)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_free.index(before), count=1)
+        result = gl.where(gl.expand_dims(kept, 1), acc * gl.expand_dims(factor, 1), 0.0)
+        whole = part < 0
+        if LSE:
+            lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
+            inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
+            if HALVES:
+                inside = inside & _holds(kind, WHO, HALF)
+            gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
+        if OUT_IN_Q:
+            staging = qs.index(q_slot * 2 + WHO)
+        else:
+            staging = os.index(WHO)
+        if SPLIT:
+            if part >= 0:
+                o_row = part.to(gl.int64) * (2 * HALF) + lane_o  # type: ignore[attr-defined]
+                lse2 = gl.where(kept, top + gl.log2(total), float("-inf"))
+                gl.store(p_part_lse + o_row, lse2)
+                o_d = gl.arange(0, D, gl.SliceLayout(0, LO))
+                gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
+            else:
+                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+        elif HALVES:
+            if _holds(kind, WHO, HALF):
+                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+        else:
+            _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+        if OUT_IN_Q:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(q_slot), count=1)
+        q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+        mbarrier.wait(m_full.index(m_slot), m_phase)
+        count = _receive(mail, m_slot * MAIL + COUNT)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _holds(kind, WHO: gl.constexpr, HALF: gl.constexpr):
+    """Whether a half has valid rows in this item: its other rows may be another item's."""
+    return ((kind & 255) < (WHO + 1) * HALF) & (((kind >> 8) & 255) > WHO * HALF)
+
+
+@gluon.jit
+def _store(d_o, p_out, sample, head, row, result, staging, queries, heads, LO: gl.constexpr, EARLY: gl.constexpr):
+    """result (HALF, D) -> rows [row, row + HALF) of out, of which those before 0 or past the last are left out."""
+    if EARLY:
+        if row < 0:
+            # TMA clips a store past the end, but one that starts before row 0 is an illegal instruction (H100).
+            o_row = row + gl.arange(0, result.shape[0], gl.SliceLayout(1, LO))
+            o_d = gl.arange(0, result.shape[1], gl.SliceLayout(0, LO))
+            o_out = ((sample.to(gl.int64) * queries + o_row) * heads + head) * result.shape[1]
+            inside = gl.expand_dims((o_row >= 0) & (o_row < queries), 1)
+            at = p_out + gl.expand_dims(o_out, 1) + gl.expand_dims(o_d, 0)
+            gl.store(at, result.to(d_o.dtype), mask=inside)
+        else:
+            _store_by_tma(d_o, sample, head, row, result, staging)
+    else:
+        _store_by_tma(d_o, sample, head, row, result, staging)
+
+
+@gluon.jit
+def _store_by_tma(d_o, sample, head, row, result, staging):
+    staging.reshape([result.shape[0], result.shape[1]]).store(result.to(d_o.dtype))
+    fence_async_shared()
+    _tma_store(d_o, [sample, head, row, 0], staging)
+
+
+RUN_TIME_NUMBERS = [
+    "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head",
+    "heads_per_plan", "heads_per_pool", "columns", "token_sample",
+]  # fmt: skip
+POINTERS = [
+    "p_items", "p_entries", "p_counters", "p_rule", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
+    "p_tokens", "p_bits",
+]  # fmt: skip
+
+
+# Nothing is specialised on a value or an alignment, so that a compiled kernel may be launched again with any other call
+# of the same types (hopper.py does, past Triton's own 40 us of argument handling).
+@gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
+def attention(
+    d_q, d_k, d_v, d_o, d_pool_k, d_pool_v, d_part_k, d_part_v,
+    p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan, heads_per_pool,
+    columns, token_sample,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
+    RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr, EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
+    HALVES: gl.constexpr,
+):  # fmt: skip
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
+    ks = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
+    vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
+    if OUT_IN_Q:
+        os = qs
+    else:
+        os = gl.allocate_shared_memory(d_o.dtype, [2] + d_o.block_type.shape, d_o.layout)
+    mail = gl.allocate_shared_memory(gl.int32, [2 * MAIL, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    m_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    m_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(m_full.index(i), count=1)
+        mbarrier.init(m_free.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
+                queries, q_offset, heads_per_plan, columns, token_sample,
+                0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
+                HALVES,
+            )),
+            (_consume, (
+                d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
+                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
+                queries, q_offset, heads_per_plan, columns, token_sample,
+                1, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
+                HALVES,
+            )),
+            (_produce, (
+                d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free,
+                v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group,
+                rule_sample, rule_head, heads_per_plan, heads_per_pool, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS,
+                SPLIT, NARROW_FORM, HALVES,
+            )),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "stride_b", "stride_h", "stride_q"])
+def merge(
+    p_merges, p_part, p_part_lse, p_out, p_lse, p_sinks, heads, queries, stride_b, stride_h, stride_q,
+    D: tl.constexpr, BM: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Partial results of rows split over keys -> out, lse. Program (first slot of a row, BM of its 128 queries).
+
+    p_merges: (slots, 4) int32: row of q, sample * H + head, valid rows low | high << 8, and how many slots from here on
+    belong to the row; 0 in all slots but a row's first.
+    """
+    slot = tl.program_id(0)
+    count = tl.load(p_merges + slot * 4 + 3)
+    if count > 0:
+        row = tl.load(p_merges + slot * 4)
+        sample_head = tl.load(p_merges + slot * 4 + 1)
+        valid = tl.load(p_merges + slot * 4 + 2)
+        lane = tl.program_id(1) * BM + tl.arange(0, BM)
+        o_d = tl.arange(0, D)
+        o_part = slot.to(tl.int64) * 128 + lane
+        top = tl.full([BM], -1.0e30, tl.float32)
+        for i in range(count):
+            top = tl.maximum(top, tl.load(p_part_lse + o_part + i * 128))
+        z = float("-inf")
+        if SINKS:
+            z = tl.load(p_sinks + sample_head % heads).to(tl.float32) * 1.4426950408889634
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        shift = tl.maximum(top, z)
+        for i in range(count):
+            weight = tl.exp2(tl.load(p_part_lse + o_part + i * 128) - shift)
+            total += weight
+            acc += weight[:, None] * tl.load(p_part + (o_part + i * 128)[:, None] * D + o_d[None])
+        kept = (top > -1.0e30) & (lane >= (valid & 255)) & (lane < ((valid >> 8) & 255))
+        if SINKS:
+            total += tl.exp2(z - shift)
+        sample = (sample_head // heads).to(tl.int64)
+        head = (sample_head % heads).to(tl.int64)
+        inside = (row + lane >= 0) & (row + lane < queries)
+        result = tl.where(kept[:, None], acc / total[:, None], 0.0)
+        o_out = sample * stride_b + head * stride_h + (row + lane).to(tl.int64) * stride_q
+        tl.store(p_out + o_out[:, None] + o_d[None], result.to(p_out.dtype.element_ty), mask=inside[:, None])
+        if LSE:
+            lse = tl.where(kept, (shift + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+            tl.store(p_lse + sample_head.to(tl.int64) * queries + row + lane, lse, mask=inside)
+
+
+# Compiled kernels are launched again with other numbers, so none is specialised on.
+LIST_NUMBERS = [
+    "items", "rows", "heads_per_sample", "words", "rule_sample", "rule_head", "q_offset", "last_entry",
+]  # fmt: skip
+GATHER_NUMBERS = [
+    "tokens", "heads", "plan_heads", "plan_sample", "per_key_head", "k_batch", "k_head", "k_token", "v_batch", "v_head",
+    "v_token", "key_limit", "programs",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LIST_NUMBERS)
+def list_items(
+    p_grid, p_rows, p_row_ptr, p_entries, p_dense, p_bits, p_rule, p_items, p_work,
+    items, rows, heads_per_sample, words, rule_sample, rule_head, q_offset, last_entry,
+    STEP: tl.constexpr, BLOCK_KV: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """`hopper._listed` in one launch: PER items of a plan with lists, and the steps of each.
+
+    p_grid: (items, 8) as if every row were dense. p_rows: int64, the plan's row of each.
+    """
+    PARTS: tl.constexpr = STEP // BLOCK_KV if STEP > BLOCK_KV else 1
+    i = tl.program_id(0) * PER + tl.arange(0, PER)
+    there = i < items
+    p_from = p_grid + i * 8
+    row = tl.load(p_from, mask=there, other=0)
+    head = tl.load(p_from + 1, mask=there, other=0)
+    dense_start = tl.load(p_from + 2, mask=there, other=0)
+    dense_steps = tl.load(p_from + 3, mask=there, other=1)
+    kv_start = tl.load(p_from + 4, mask=there, other=0)
+    kind = tl.load(p_from + 5, mask=there, other=0)
+    plan_row = tl.load(p_rows + i, mask=there, other=0)
+    begin = tl.load(p_row_ptr + plan_row, mask=there, other=0)
+    entries = tl.load(p_row_ptr + plan_row + 1, mask=there, other=0) - begin
+    flags = kind & 0xFFFF
+    count = entries
+    if PARTS > 1:
+        flags = flags | ((-entries & (PARTS - 1)) << 21)
+        count = (entries + (PARTS - 1)) // PARTS
+    elif p_rule is not None:
+        at = plan_row // rows
+        p_own = p_rule + at // heads_per_sample * rule_sample + at % heads_per_sample * rule_head
+        sink = tl.load(p_own, mask=there, other=0)
+        window = tl.load(p_own + 1, mask=there, other=0)
+        dense_from = tl.load(p_own + 2, mask=there, other=0)
+        start = row + q_offset - kv_start
+        first = tl.load(p_entries + tl.minimum(begin, last_entry), mask=there, other=0)
+        few = (first == 2) & (sink <= 16) & (entries > 1)
+        narrow = (few & (start - window + 1 >= BLOCK_KV) & (start + 128 <= dense_from)).to(tl.int32)
+        flags = flags | (narrow << 20)
+        begin += narrow
+        count = entries - narrow
+    if BLOCK_KV > STEP:
+        count = count * (BLOCK_KV // STEP)
+    dense = begin < 0
+    if p_dense is not None:
+        dense = tl.load(p_dense + plan_row, mask=there, other=0) != 0
+        count = tl.where(dense, dense_steps, count)
+    work = count
+    if p_bits is not None:
+        last = tl.zeros([PER], tl.int32)
+        for w in range(0, words, WORDS):
+            at_word = w + tl.arange(0, WORDS)
+            inside = there[:, None] & (at_word < words)[None]
+            word = tl.load(p_bits + plan_row[:, None] * words + at_word[None], mask=inside, other=0)
+            last = tl.maximum(last, tl.max(tl.where(word != 0, at_word[None] + 1, 0), 1))
+        columns = (last * 32 + (STEP - 1)) // STEP
+        work = count + columns
+        count = count | (columns << 20)
+    empty = ((kind & (1 << 17)) != 0) | (work == 0)
+    bounded = dense | empty
+    p_to = p_items + i * 8
+    tl.store(p_to, row, mask=there)
+    tl.store(p_to + 1, head, mask=there)
+    tl.store(p_to + 2, tl.where(empty, 0, tl.where(dense, dense_start, begin)), mask=there)
+    tl.store(p_to + 3, tl.where(empty, 1, count), mask=there)
+    tl.store(p_to + 4, kv_start, mask=there)
+    tl.store(p_to + 5, tl.where(bounded, kind, flags) | tl.where(empty, 1 << 17, 0), mask=there)
+    tl.store(p_to + 6, -1, mask=there)
+    tl.store(p_to + 7, plan_row.to(tl.int32), mask=there)
+    tl.store(p_work + i, tl.where(empty, 1, work), mask=there)
+
+
+@triton.jit(do_not_specialize=["items", "processors"])
+def sort_keys(p_work, p_total, p_section, p_key, items, processors, PER: tl.constexpr):
+    """`hopper._sort_keys`: items that would decide the finish, then by section; heaviest first."""
+    i = tl.program_id(0) * PER + tl.arange(0, PER)
+    work = tl.load(p_work + i, mask=i < items, other=0)
+    section = tl.load(p_section + i, mask=i < items, other=0)
+    decides = work.to(tl.int64) * (4 * processors) > tl.load(p_total)
+    key = tl.where(decides, 0, section) - tl.minimum(work, (1 << 24) - 1)
+    key = tl.where(work == 0, 0x7FFFFFFF, key)
+    tl.store(p_key + i, key, mask=i < items)
+
+
+@triton.jit(do_not_specialize=GATHER_NUMBERS)
+def gather_columns(
+    p_k, p_v, p_tokens, p_bounds, p_pool_k, p_pool_v, tokens, heads, plan_heads, plan_sample, per_key_head,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, key_limit, programs, D: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """K and V of single columns -> the pools (B, heads, T, D), for PER columns of one head a program."""
+    i_pair = tl.program_id(0) // programs
+    i_head = i_pair % heads
+    i_sample = i_pair // heads
+    t = tl.program_id(0) % programs * PER + tl.arange(0, PER)
+    inside = t < tokens
+    plan_head = tl.where(plan_heads == 1, 0, i_head)
+    p_own = p_tokens + (i_sample * plan_sample * plan_heads + plan_head).to(tl.int64) * tokens
+    token = tl.load(p_own + t, mask=inside, other=0)
+    kv_start = tl.load(p_bounds + i_sample * 2)
+    last = tl.load(p_bounds + i_sample * 2 + 1)
+    key = tl.minimum(tl.minimum(token, last) + kv_start, key_limit).to(tl.int64)
+    key_head = (i_head // per_key_head).to(tl.int64)
+    d = tl.arange(0, D)
+    mask = inside[:, None]
+    o_k = i_sample.to(tl.int64) * k_batch + key_head * k_head + key * k_token
+    o_v = i_sample.to(tl.int64) * v_batch + key_head * v_head + key * v_token
+    o_pool = (i_pair.to(tl.int64) * tokens + t) * D
+    rows = tl.load(p_k + o_k[:, None] + d[None], mask=mask, other=0.0)
+    tl.store(p_pool_k + o_pool[:, None] + d[None], rows, mask=mask)
+    rows = tl.load(p_v + o_v[:, None] + d[None], mask=mask, other=0.0)
+    tl.store(p_pool_v + o_pool[:, None] + d[None], rows, mask=mask)

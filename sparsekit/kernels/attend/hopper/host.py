@@ -1,0 +1,341 @@
+"""The shared kernel's Hopper form: the same plans at the speed of the best dense kernels, on sm_90.
+
+`device.py` is the device code, in Gluon (part of Triton >= 3.6). Here is what it covers, and the
+launch. Nothing here synchronises with the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
+from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
+from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _halves, _parts, _step_keys, _Work, _works
+from sparsekit.kernels.choose import HALF
+from sparsekit.plan import FLAG_BITS, BlockPlan, upload
+
+__all__ = ["attend_hopper", "compile_form", "covers"]
+
+BLOCK_KV = (32, 64, 128)
+HEAD_SIZES = (64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+LOG2E = 1.4426950408889634
+_Pair = tuple["Tensor | None", "Tensor | None"]
+MERGE_ROWS = 32
+FARTHEST = 1 << (31 - FLAG_BITS)
+COLUMNS_A_PROGRAM = 64
+
+
+def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> str:
+    """Why this call must go to the portable kernel, in one clause; "" where the Hopper form runs it.
+
+    On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap,
+    padding and chunks are covered.
+    """
+    if q.device.type != "cuda" or _capability(q.device.index) != (9, 0):
+        return "needs a CUDA device of compute capability 9.0"
+    missing = gluon_missing()
+    if missing:
+        return missing
+    return _form_missing(q, k, v, plan, softmax)
+
+
+def _form_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
+    """The part of `covers` that looks at the call, not at the machine."""
+    key = ("hopper covers", q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale > 0)
+    reason = plan.memo.get(key)
+    if reason is None:
+        reason = plan.memo[key] = _shape_missing(q, k, v, plan, softmax)
+    if not reason and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return "q, k or v not on a 16-byte boundary, as TMA wants them"
+    return str(reason)
+
+
+def _shape_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
+    if q.dtype not in DTYPES:
+        return f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
+    if q.shape[3] not in HEAD_SIZES:
+        return f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
+    if plan.ranked is not None:
+        return "ranked keys with an early stop"
+    g = plan.geometry
+    halves = (g.block_q, g.block_kv) == (HALF, HALF) and plan.rule is None and g.kv_len < FARTHEST_KEY
+    if not halves and (g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV):
+        allowed = f"128 x {', '.join(map(str, BLOCK_KV))}"
+        return f"tile {g.block_q} x {g.block_kv}: {allowed}; 64 x 64 without a token rule, below {FARTHEST_KEY} keys"
+    if plan.row_ptr is not None and plan.row_ptr.dtype != torch.int32:
+        return f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
+    if g.kv_len >= FARTHEST:
+        return f"{g.kv_len} keys: fewer than {FARTHEST}"
+    if not softmax.scale > 0:
+        return f"softmax scale {softmax.scale}: above 0"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        outer = zip(x.stride()[:3], x.shape[:3], strict=True)
+        if x.stride(3) != 1 or any(n > 1 and (s % 8 or s <= 0) for s, n in outer):
+            return f"{name} with strides {x.stride()}: TMA wants the last one 1 and the others multiples of 8"
+    return ""
+
+
+@lru_cache(maxsize=16)
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    """Triton's driver, whose way to the current stream is torch's own, without 5 us of wrapping."""
+    from triton.runtime import driver
+
+    return driver.active
+
+
+def attend_hopper(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the pairs of `plan`, for calls that `covers` has no word against.
+
+    Args:
+        q: (B, H, Q, D). k, v: (B, G, K, D), float16 or bfloat16, laid out (B, H, Q, D) or (B, Q, H, D); never copied.
+
+    Returns:
+        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+    """
+    if q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return attend_hopper(q, k, v, plan, softmax, return_lse)
+    sinks = softmax.sink_logits
+    stream = _driver().get_current_stream(q.device.index)
+    key = (
+        "hopper launches", q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale,
+        softmax.softcap, None if sinks is None else sinks.dtype, return_lse, stream,
+    )  # fmt: skip
+    launches = plan.memo.get(key)
+    if launches is None:
+        launches = plan.memo[key] = _prepare(q, k, v, plan, softmax, return_lse, stream)
+    batch, heads, q_len, dim = q.shape
+    padded = launches.padded
+    out = (q.new_zeros if padded else q.new_empty)((batch, q_len, heads, dim)).transpose(1, 2)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
+    if padded and lse is not None:
+        lse.fill_(float("-inf"))
+    pool = _pool(k, v, plan) if launches.columns else (None, None)
+    for launch in launches.launches:
+        launch.run(q, k, v, out, lse, pool, sinks, stream)
+    return out, lse
+
+
+# ---- the launch
+@dataclass(frozen=True)
+class _Launches:
+    launches: tuple[_Launch, ...]
+    padded: bool  # some row of q is no query of the plan
+    columns: bool
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch with all that stays the same from call to call: a call puts its own tensors in.
+
+    arguments: the kernel's, those of the call None. boxes: descriptor contents of q, k, v, out, the two pools, and
+    again of k and v in smaller boxes.
+    """
+
+    kernel: Any
+    work: _Work
+    arguments: tuple[Any, ...]
+    descriptor: type
+    boxes: tuple[dict[str, Any] | None, ...]
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None,
+        stream: int,
+    ) -> None:  # fmt: skip
+        arguments, partial = self.fill(q, k, v, out, lse, pool, sinks)
+        self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
+        if self.work.slots:
+            _, heads, q_len, dim = out.shape
+            _device_code().merge[(self.work.slots, BLOCK_Q // MERGE_ROWS)](
+                self.work.merges, *partial, out, lse, sinks, heads, q_len, *out.stride()[:3],
+                D=dim, BM=MERGE_ROWS, LSE=lse is not None, SINKS=sinks is not None,
+            )  # fmt: skip
+
+    def fill(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None
+    ) -> tuple[list[Any], _Pair]:  # fmt: skip
+        """The call's arguments, and its workspace."""
+        arguments = list(self.arguments)
+        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool, k, v), strict=True)):
+            if box is not None:
+                # Past the constructor, whose checks cost 5 us each and were made by `covers`.
+                made: Any = object.__new__(self.descriptor)
+                made.__dict__.update(box, base=x)
+                arguments[i] = made
+        partial = partial_lse = None
+        if self.work.slots:
+            partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
+            partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
+        arguments[OUT_ARGUMENT : OUT_ARGUMENT + 5] = (out, lse, sinks, partial, partial_lse)
+        return arguments, (partial, partial_lse)
+
+
+OUT_ARGUMENT = 12  # place of p_out, which p_lse, p_sinks, p_part and p_part_lse follow
+_FORMS: dict[tuple[Any, ...], Any] = {}
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0
+) -> _Launches:
+    """Work lists, descriptor contents, scalars and compiled kernels of such a call."""
+    g = plan.geometry
+    columns = plan.tokens is not None and plan.token_bits is not None
+    launches = tuple(_launch(q, k, v, plan, softmax, return_lse, work, stream) for work in _works(plan, q, k))
+    return _Launches(launches, any(span.q_end - span.q_first != g.q_len for span in g.spans), columns)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
+) -> _Launch:
+    batch, heads, q_len, dim = q.shape
+    key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
+    step = _step_keys(dim)
+    parts = _parts(plan, step)
+    narrow = plan.rule is not None and parts == 1
+    rule, cap, sinks = plan.rule, softmax.softcap, softmax.sink_logits
+    width, pool_heads = 0, heads if plan.heads == heads else key_heads
+    boxes = [
+        _box(q.shape, q.stride(), q_len, half, q.dtype),
+        _box(k.shape, k.stride(), work.kv_end, step, q.dtype),
+        _box(v.shape, v.stride(), work.kv_end, step, q.dtype),
+        _box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
+        None,
+        None,
+        None,
+        None,
+    ]
+    if parts > 1 or narrow:
+        code = _device_code()
+        rows = plan.block_kv if parts > 1 else int(code.NARROW_KEYS.value)
+        for i, x in enumerate((k, v)):
+            boxes[6 + i] = _box(x.shape, x.stride(), work.kv_end, rows, q.dtype, int(code.CHUNK.value))
+    columns = plan.tokens is not None and plan.token_bits is not None
+    if columns:
+        assert plan.tokens is not None
+        width = plan.tokens.shape[2]
+        shape = (batch, pool_heads, width, dim)
+        boxes[4] = boxes[5] = _box(shape, (pool_heads * width * dim, width * dim, dim, 1), width, step, q.dtype)
+    rule_sample = rule_head = 0
+    if rule is not None:
+        rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
+        rule_head = 3 if rule.shape[1] > 1 else 0
+    early = any(
+        span.q_first // BLOCK_Q * BLOCK_Q + start < g.q_offset
+        for span, start in zip(g.spans, g.kv_start, strict=True)
+        if span.q_end > span.q_first
+    )
+    halves = _halves(plan)
+    stages, q_stages = _buffers(dim, step, halves)
+    flags = (
+        stages, q_stages, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
+        rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, q_stages == 1,
+        narrow, halves,
+    )  # fmt: skip
+    scale = float(softmax.scale)
+    arguments = (
+        *boxes,
+        work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, plan.tokens,
+        plan.token_bits,
+        scale if cap is None else float(cap), 0.0 if cap is None else 2 * LOG2E * scale / cap,
+        len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
+        heads // plan.heads, heads // pool_heads, width, plan.heads * width if plan.samples > 1 else 0,
+        *flags,
+    )  # fmt: skip
+    launch = _Launch(None, work, arguments, _layout(half, dim, q.dtype)[0], tuple(boxes))
+    form = (q.device, q.dtype, dim, step, plan.block_kv, None if sinks is None else sinks.dtype, *flags)
+    if form not in _FORMS:
+        out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
+        lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
+        filled, _ = launch.fill(q, k, v, out, lse, (k, v), sinks)
+        # Compiled once, then launched directly: Triton's own argument handling costs 40 us more a call.
+        # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
+        _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
+    return replace(launch, kernel=_FORMS[form])
+
+
+def _buffers(dim: int, step: int, halves: bool) -> tuple[int, int]:
+    """(K and V buffers each, Q buffers): 64 KiB of K and as much of V, and two tiles of Q; 227 KiB in all.
+
+    At size 256 one tile of Q takes as much, and the result goes where it was; likewise with halves, where a consumer
+    that passes a step wants a third buffer.
+    """
+    if dim == 256:
+        return 2, 1
+    return (3, 1) if halves and dim == 128 else (2 * (128 // dim) * (128 // step), 2)
+
+
+def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
+    """Triton's compiled kernel for such a call, not launched: q, k, v may lie on the CPU where a driver is mocked."""
+    return _prepare(q, k, v, plan, softmax, return_lse).launches[0].kernel
+
+
+@lru_cache(maxsize=64)
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Two int32 zeros that the kernel itself puts back to zero; a pair a stream, since launches of two may overlap."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _layout(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int], Any]:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    block = [1, 1, rows, dim]
+    return TensorDescriptor, block, gl.NVMMASharedLayout.get_default_for(block, element)
+
+
+def _box(
+    shape: Sequence[int], strides: Sequence[int], tokens: int, rows: int, dtype: torch.dtype, width: int | None = None
+) -> dict[str, Any]:
+    """What a TMA descriptor of a tensor (B, heads, N, D) holds: tokens end at `tokens`, boxes are `rows` x `width`."""
+    batch, heads, _, dim = shape
+    _, block, layout = _layout(rows, width or dim, dtype)
+    steps = [s if n > 1 else dim for s, n in zip(strides[:3], shape[:3], strict=True)]
+    contents = {"shape": [batch, heads, tokens, dim], "strides": [*steps, 1], "block_shape": block, "layout": layout}
+    return {**contents, "padding": "zero", "round_f32_to_tf32": False}
+
+
+@lru_cache(maxsize=64)
+def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
+    """int32 (B, 2): kv_start, and the last valid position."""
+    bounds = [(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
+    return upload(torch.tensor(bounds, dtype=torch.int32), device)
+
+
+def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """K and V of the single columns, (B, G or H, T, D): read as tiles by TMA, at the cost of a gather in the kernel.
+
+    Measured on an H100, Triangle + 1024 columns a head at 128K: pool 9.9 ms, gather 10.1 ms in portable Triton.
+    """
+    from sparsekit.kernels.launch import launch
+
+    assert plan.tokens is not None
+    batch, key_heads, kv_len, dim = k.shape
+    tokens = plan.tokens.shape[2]
+    heads = key_heads if plan.heads in (1, key_heads) else plan.heads
+    pool_k, pool_v = (x.new_empty((batch, heads, tokens, dim)) for x in (k, v))
+    args = (
+        k, v, plan.tokens, _key_bounds(plan.geometry, k.device), pool_k, pool_v, tokens, heads, plan.heads,
+        1 if plan.samples > 1 else 0, heads // key_heads, *k.stride()[:3], *v.stride()[:3], kv_len - 1,
+        -(-tokens // COLUMNS_A_PROGRAM),
+    )  # fmt: skip
+    options = {"D": dim, "PER": COLUMNS_A_PROGRAM, "num_warps": 4}
+    launch(_device_code().gather_columns, -(-tokens // COLUMNS_A_PROGRAM) * batch * heads, args, options)
+    return pool_k, pool_v

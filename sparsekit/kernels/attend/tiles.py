@@ -1,0 +1,52 @@
+"""The portable kernel's own tiles, by architecture, head size and element type."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sparsekit.kernels.launch import _padded
+
+__all__ = ["Tile", "tile_for"]
+
+
+class Tile(NamedTuple):
+    """The kernel's own tile, which divides the plan's; `warps` a program, `stages` of software pipelining."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By padded head size and bytes of an element, for compute capability 9.0. H100, bfloat16, 32 heads over 8, best of the
+# tiles that fit, ms: dense at 32K (256: 16K).
+_HOPPER: dict[tuple[int, int], Tile] = {
+    (64, 2): Tile(128, 64, 4, 3),  # 9.97; 2 stages 11.1, 128x128 10.1, 64x64 10.1, 8 warps 10.5; cuDNN 9.64
+    (128, 2): Tile(128, 64, 4, 2),  # 16.1; 8 warps 18.3, 128x128 17.0, 64x64 17.5; cuDNN 14.3
+    (256, 2): Tile(128, 64, 8, 2),  # 7.76; 128x32 9.37, 64x32 10.0; cuDNN 6.15
+    (64, 4): Tile(64, 64, 4, 2),
+    (128, 4): Tile(64, 32, 4, 2),
+    (256, 4): Tile(64, 32, 8, 2),
+}
+# The same for listed rows of few tiles, where a program's start and end weigh: Triangle (8, 512, 128) at 32K.
+_HOPPER_SHORT = _HOPPER | {
+    (128, 2): Tile(64, 64, 4, 3),  # 1.02; 128x64 1.16
+}
+SHORT_ROW_STEPS = 32
+# What every architecture has room for: 64 KiB of shared memory for bfloat16 of head size 128.
+_ANY: dict[tuple[int, int], Tile] = {
+    (64, 2): Tile(128, 64, 4, 2),
+    (128, 2): Tile(64, 64, 4, 2),
+    (256, 2): Tile(64, 32, 8, 2),
+    (64, 4): Tile(64, 32, 4, 2),
+    (128, 4): Tile(32, 32, 4, 2),
+    (256, 4): Tile(16, 16, 4, 2),
+}
+
+
+def tile_for(capability: tuple[int, int], dim: int, dtype: torch.dtype, short_rows: bool = False) -> Tile:
+    """The kernel's tile on an architecture, for a head size and an element type; `short_rows`: few tiles a row."""
+    table = (_HOPPER_SHORT if short_rows else _HOPPER) if capability[0] == 9 else _ANY
+    return table[max(_padded(dim), 64), dtype.itemsize]

@@ -1,0 +1,1 @@
+"""The laboratory: tasks, evaluation, calibration, benches, sweeps and what shows their results."""

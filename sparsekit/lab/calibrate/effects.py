@@ -1,0 +1,167 @@
+"""What a mixture does to the answers: the measurement that tuning and layer search share, kept in records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsekit.config import load
+from sparsekit.errors import SparsekitError
+from sparsekit.lab.calibrate.prompts import Prompt
+from sparsekit.lab.calibrate.records import Records, content_key, fingerprint
+from sparsekit.lab.calibrate.shared import SharedLayers
+from sparsekit.lab.evaluate import (
+    Answer,
+    answer,
+    kl_divergence,
+    mean_interval,
+)
+from sparsekit.patch import Handle, apply
+from sparsekit.patterns import DynamicPattern, Pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Effect", "Judge"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mixture against dense, one value a prompt in each list.
+
+    Attributes:
+        kl: KL of the true answer's tokens from dense, nats a token.
+        score, dense_score: 1 where every token of the true answer is the likeliest one, as greedy decoding needs.
+        same: 1 where the likeliest token is dense's at every place of the true answer.
+        tile_density: of each sparse layer, mean over the longest prompts.
+    """
+
+    kl: tuple[float, ...]
+    score: tuple[float, ...]
+    dense_score: tuple[float, ...]
+    same: tuple[float, ...]
+    tile_density: dict[int, float]
+
+    @property
+    def mean_kl(self) -> float:
+        return mean(self.kl)
+
+    @property
+    def kl_at_most(self) -> float:
+        """The mean, plus its standard error where there are several prompts."""
+        return self.mean_kl + (mean_interval(self.kl)[1] / 1.96 if len(self.kl) > 1 else 0.0)
+
+    @property
+    def lost(self) -> float:
+        """Dense score - score, means."""
+        return mean(self.dense_score) - mean(self.score)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": len(self.kl),
+            "kl": self.mean_kl,
+            "kl_at_most": self.kl_at_most,
+            "score": mean(self.score),
+            "dense_score": mean(self.dense_score),
+            "same": mean(self.same),
+        }
+
+
+class Judge:
+    """Measures mixtures on fixed prompts.
+
+    What is in the records is not measured again; dense layers below the first sparse one run once a prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        records: Records | str | Path | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        self.records = records if isinstance(records, Records) else Records(records)
+        self.measured = 0  # forwards that were really run, dense ones not counted
+        self._weights = fingerprint(model)
+        self._dense: dict[str, Answer] = {}
+        self._shared = SharedLayers(model)
+
+    def effect(self, patterns: Mapping[int, Pattern]) -> Effect:
+        """Of these layers with these patterns, all others dense.
+
+        Raises:
+            SparsekitError: a layer that keeps its own attention, or a pattern that prompts of such a length run dense.
+        """
+        for pattern in dict.fromkeys(patterns.values()):
+            self._check_length(pattern)
+        rows = [self._row(patterns, prompt) for prompt in self.prompts]
+        longest = max(prompt.tokens for prompt in self.prompts)
+        at_longest = [row for row, prompt in zip(rows, self.prompts, strict=True) if prompt.tokens == longest]
+        tiles = {layer: mean(row["tile_density"][str(layer)] for row in at_longest) for layer in patterns}
+        return Effect(
+            tuple(row["kl"] for row in rows),
+            tuple(row["score"] for row in rows),
+            tuple(row["dense_score"] for row in rows),
+            tuple(row["same"] for row in rows),
+            tiles,
+        )
+
+    def _check_length(self, pattern: Pattern) -> None:
+        shortest = min(prompt.tokens for prompt in self.prompts)
+        least = pattern.dense_below(self.model.device) if isinstance(pattern, DynamicPattern) else 0
+        if shortest <= least:
+            raise SparsekitError(
+                f"{pattern} runs dense below {least} tokens on {self.model.device.type}, so prompts of {shortest} say "
+                "nothing of it: take longer ones, or write `dense_below_tokens: 0` into the pattern."
+            )
+
+    def _row(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
+        mixture = {str(layer): patterns[layer].model_dump(mode="json") for layer in sorted(patterns)}
+        place = {"kind": "effect", "model": self._weights, "device": self.model.device.type}
+        key = {**place, "prompt": prompt.key, "layers": mixture}
+        row: dict[str, Any] | None = self.records.get(key)
+        return row if row is not None else self.records.add(key, self._measure(patterns, prompt))
+
+    def _measure(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
+        dense = self._dense_answer(prompt)
+        if not patterns:
+            score = self._exact(dense, prompt)
+            return {"kl": 0.0, "score": score, "dense_score": score, "same": 1.0, "tile_density": {}}
+        config = load({"layers": {str(layer): pattern.to_yaml() for layer, pattern in patterns.items()}})
+        with apply(self.model, config) as handle, self._shared.from_layer(min(patterns), content_key(prompt.key)):
+            got = self._read(prompt, handle)
+            rows = {row.layer: row for row in got.layers}
+        idle = [layer for layer in patterns if rows[layer].ran == "own"]
+        if idle:
+            raise SparsekitError(f"layer {idle[0]} keeps its own attention ({rows[idle[0]].why}): it cannot be sparse.")
+        self.measured += 1
+        return {
+            "kl": max(kl_divergence(dense, got), 0.0),
+            "score": self._exact(got, prompt),
+            "dense_score": self._exact(dense, prompt),
+            "same": float(torch.equal(got.logprobs.argmax(-1), dense.logprobs.argmax(-1))),
+            "tile_density": {str(layer): rows[layer].tile_density for layer in patterns},
+            "ms": {str(layer): rows[layer].ms for layer in patterns},
+        }
+
+    def _dense_answer(self, prompt: Prompt) -> Answer:
+        key = content_key(prompt.key)
+        if key not in self._dense:
+            with self._shared.keep(key):
+                self._dense[key] = self._read(prompt)
+        return self._dense[key]
+
+    def _read(self, prompt: Prompt, handle: Handle | None = None) -> Answer:
+        """The answer's log-probabilities; nothing is decoded beyond the first token."""
+        task = replace(prompt.task, max_new_tokens=1)
+        return answer(self.model, self.tokenizer, task, prompt.sample, handle=handle)
+
+    def _exact(self, got: Answer, prompt: Prompt) -> float:
+        truth = self.tokenizer(f" {prompt.sample.answers[0]}", add_special_tokens=False)["input_ids"]
+        return float(torch.equal(got.logprobs.argmax(-1).cpu(), torch.tensor(truth)))

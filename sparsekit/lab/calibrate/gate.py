@@ -1,0 +1,273 @@
+"""The gate: a config must find needles about as well as dense attention does, at several lengths, or it is not written.
+
+Dense answers the same prompts first. Where dense itself is mostly wrong nothing can be learnt, and the gate says so
+instead of passing. Where the config loses too many answers, layers are given back to dense attention one at a time,
+each time the one that brings back most, until the lost answers are found again: those are the ones to leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from sparsekit.config import (
+    SparseConfig,
+    format_range,
+    load,
+    parse_range,
+)
+from sparsekit.errors import SparsekitError, writable
+from sparsekit.lab.calibrate.progress import progress
+from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
+from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
+from sparsekit.lab.calibrate.rules import model_facts
+from sparsekit.lab.evaluate import Answer, answer, kl_divergence
+from sparsekit.lab.tasks import Task
+from sparsekit.models import facts
+from sparsekit.patch import Handle, apply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Check", "GateReport", "gate", "give_back", "write_gated"]
+
+BLAMED_PROMPTS = 4  # lost answers that layers are blamed by
+
+
+@dataclass(frozen=True)
+class Check:
+    """One task at one length. `verdict`: held, lost (too many answers), or "dense wrong" (nothing can be learnt)."""
+
+    task: str
+    tokens: int
+    samples: int
+    dense: float
+    sparse: float
+    same: float  # share of prompts with the very same text as dense
+    kl: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate found. `give_back` names the layers that lose the answers, where they are lost."""
+
+    config: SparseConfig
+    bound: float
+    checks: tuple[Check, ...]
+    give_back: tuple[int, ...]
+    regained: bool  # whether giving these layers back brought every looked-at answer back
+    made: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        return not self.why()
+
+    def why(self) -> str:
+        """Why it did not pass, in a sentence; nothing where it did."""
+        lost = [c for c in self.checks if c.verdict == "lost"]
+        if lost:
+            worst = max(lost, key=lambda c: c.dense - c.sparse)
+            at = f"{worst.task} at {worst.tokens} tokens: {worst.sparse:.2f}, dense {worst.dense:.2f}"
+            fix = "no single set of layers was found to blame"
+            if self.give_back:
+                layers = format_range(list(self.give_back))
+                fix = f"give layers {layers} back to dense attention" if self.regained else f"layers {layers} lose most"
+            return f"answers are lost beyond the bound of {self.bound}: {at}; {fix}."
+        blind = [n for n in {c.tokens: 0 for c in self.checks} if not self._tells(n)]
+        if blind:
+            worst = max((c for c in self.checks if c.tokens in blind), key=lambda c: c.dense)
+            return (
+                f"dense attention itself is wrong at {', '.join(map(str, blind))} tokens (at best {worst.task}: "
+                f"{worst.dense:.2f}), so nothing can be told there; use shorter prompts or an easier task."
+            )
+        return ""
+
+    def _tells(self, tokens: int) -> bool:
+        return any(c.verdict != "dense wrong" for c in self.checks if c.tokens == tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "gate",
+            "passed": self.passed,
+            "why": self.why(),
+            "bound": self.bound,
+            "checks": [asdict(check) for check in self.checks],
+            "give_back": list(self.give_back),
+            "regained": self.regained,
+            "config": self.config.to_dict(),
+            **self.made,
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        head = ["task", "tokens", "samples", "dense", "sparse", "same text", "KL", "verdict"]
+        rows = []
+        for c in self.checks:
+            shares = [f"{share:.2f}" for share in (c.dense, c.sparse, c.same)]
+            rows.append([c.task, str(c.tokens), str(c.samples), *shares, f"{c.kl:.5f}", c.verdict])
+        return head, rows
+
+
+def gate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SparseConfig | Mapping[str, Any] | str | Path,
+    *,
+    tokens: Sequence[int] = (2048, 4096),
+    samples: int = 16,
+    seed: int = 1000,
+    tasks: Sequence[str | Task] = TASKS,
+    bound: float = 0.1,
+    dense_at_least: float = 0.5,
+    records: str | Path | None = None,
+    quiet: bool = False,
+) -> GateReport:
+    """Needle checks of a config against dense attention; greedy answers, as in use.
+
+    Args:
+        tokens: lengths; the config's `dense_below_tokens` must lie below all of them, or nothing is checked.
+        samples: prompts for each task and length.
+        seed: of the prompts; not one that the config was made with.
+        bound: share of the answers that may be lost against dense, for each task and length.
+        dense_at_least: dense scores below this say nothing.
+        records: a JSONL file of the answers; an interrupted gate goes on from it.
+    """
+    loaded = load(config)
+    loaded.resolve(model_facts(facts(model)))
+    if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
+        raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
+    if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
+        raise SparsekitError(
+            f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
+            "tokens run dense under this config (dense_below_tokens), so they check nothing; give longer ones."
+        )
+    prompts = [
+        prompt
+        for length in tokens
+        for kind in tasks
+        for prompt in make_prompts(model, tokenizer, tasks=[kind], tokens=[length], count=samples, seeds=[seed])
+    ]
+    run = _Gate(model, tokenizer, Records(records))
+    with progress("gate", len(prompts), quiet=quiet) as step:
+        rows = []
+        for prompt in prompts:
+            rows.append(run.row(loaded, prompt))
+            step(1)
+    checks = []
+    for length in tokens:
+        for name in dict.fromkeys(p.task.name for p in prompts):
+            mine = [r for r, p in zip(rows, prompts, strict=True) if (p.tokens, p.task.name) == (length, name)]
+            checks.append(_check(name, length, mine, bound, dense_at_least))
+    lost = {(c.task, c.tokens) for c in checks if c.verdict == "lost"}
+    worst = [
+        prompt
+        for row, prompt in zip(rows, prompts, strict=True)
+        if (prompt.task.name, prompt.tokens) in lost and row["sparse"] < row["dense"]
+    ]
+    blamed, regained = run.blame(loaded, worst[:BLAMED_PROMPTS], quiet) if worst else ([], False)
+    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, measured_on(model))
+
+
+def _check(name: str, tokens: int, rows: Sequence[Mapping[str, Any]], bound: float, dense_at_least: float) -> Check:
+    dense, sparse = mean(row["dense"] for row in rows), mean(row["sparse"] for row in rows)
+    verdict = "lost" if dense - sparse > bound else "held"
+    if dense < dense_at_least:
+        verdict = "dense wrong"
+    same, kl = mean(row["same"] for row in rows), mean(row["kl"] for row in rows)
+    return Check(name, tokens, len(rows), dense, sparse, same, kl, verdict)
+
+
+class _Gate:
+    """Answers of configs, from the records or measured now."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Records) -> None:
+        self.model, self.tokenizer, self.records = model, tokenizer, records
+        self._weights = fingerprint(model)
+
+    def row(self, config: SparseConfig, prompt: Prompt) -> dict[str, Any]:
+        meaning = {name: value for name, value in config.to_dict().items() if name not in ("provenance", "model")}
+        key = {"kind": "gate", "model": self._weights, "device": self.model.device.type, "prompt": prompt.key}
+        key["config"] = meaning
+        found: dict[str, Any] | None = self.records.get(key)
+        return found if found is not None else self.records.add(key, self._measure(config, prompt))
+
+    def _measure(self, config: SparseConfig, prompt: Prompt) -> dict[str, Any]:
+        dense = self._answer(prompt)
+        with apply(self.model, config) as handle:
+            sparse = self._answer(prompt, handle)
+        ran = [row.why for row in sparse.layers if row.ran != "own" and row.pattern != "dense"]
+        if ran and all(ran):
+            raise SparsekitError(f"the gate's prompts do not run the config ({ran[0]}), so they check nothing.")
+        return {
+            "dense": dense.score,
+            "sparse": sparse.score,
+            "same": float(dense.text == sparse.text),
+            "kl": kl_divergence(dense, sparse),
+        }
+
+    def _answer(self, prompt: Prompt, handle: Handle | None = None) -> Answer:
+        return answer(self.model, self.tokenizer, prompt.task, prompt.sample, handle=handle)
+
+    def blame(self, config: SparseConfig, lost: Sequence[Prompt], quiet: bool) -> tuple[list[int], bool]:
+        """(layers whose return to dense brings the lost answers back, whether it brings all back)."""
+        resolved = config.resolve(model_facts(facts(self.model)))
+        own = resolved.own_layers(facts(self.model))
+        sparse = [layer.layer for layer in resolved.layers if not layer.dense and layer.layer not in own]
+        back: list[int] = []
+        with progress("layers to blame", len(sparse), quiet=quiet) as step:
+            while len(back) < len(sparse):
+                step(1)
+                tried = []
+                for layer in sparse:
+                    if layer not in back:
+                        rows = [self.row(give_back(config, [*back, layer]), prompt) for prompt in lost]
+                        gained = mean(row["sparse"] - row["dense"] for row in rows)
+                        tried.append((gained, -mean(row["kl"] for row in rows), layer))
+                gained, _, layer = max(tried)
+                back.append(layer)
+                if gained >= 0:
+                    return sorted(back), True
+        return sorted(back), False
+
+
+def give_back(config: SparseConfig, layers: Sequence[int]) -> SparseConfig:
+    """The config with these layers dense, heads included; its provenance says so."""
+    given, data = set(layers), config.to_dict()
+    for name in ("layers", "heads"):
+        kept = {}
+        for key, value in data.get(name, {}).items():
+            rest = [n for n in parse_range(key) if n not in given]
+            if rest:
+                kept[format_range(rest)] = value
+        data[name] = kept
+    data["layers"] = {**data["layers"], format_range(sorted(given)): "dense"}
+    if not data["heads"]:
+        del data["heads"]
+    data["provenance"] = {**data.get("provenance", {}), "given_back_to_dense": format_range(sorted(given))}
+    return load(data)
+
+
+def write_gated(report: GateReport, path: str | Path) -> SparseConfig:
+    """Write the config that passed, with the gate's results in its provenance, and return it.
+
+    Raises:
+        SparsekitError: it did not pass; nothing is written. The error says why, and which layers to give back.
+    """
+    if not report.passed:
+        raise SparsekitError(f"{str(path)!r} is not written: {report.why()}")
+    said = {
+        "passed": True,
+        "bound_lost_answers": report.bound,
+        "checks": [
+            {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(c).items()} for c in report.checks
+        ],
+        **report.made,
+    }
+    gated = load({**report.config.to_dict(), "provenance": {**report.config.provenance, "gate": said}})
+    with writable(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    gated.dump(path)
+    return gated

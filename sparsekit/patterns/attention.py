@@ -1,0 +1,93 @@
+"""attention(q, k, v, pattern): plan, then attend. And the plan of a layer whose heads run different patterns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import (
+    attend,
+    geometry_for,
+    narrow_tile,
+    preferred_tile,
+)
+from sparsekit.patterns import (
+    Pattern,
+    StaticPattern,
+    parse_pattern,
+    static_plan,
+)
+from sparsekit.plan import BlockPlan, stack_heads
+
+__all__ = ["attention", "plan_heads", "static_plan_heads", "tiled_for"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | str | Mapping[str, Any],
+    *,
+    geometry: Geometry | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of q (B, H, Q, D) over k, v (B, G, K, D) under a pattern.
+
+    `pattern` is a Pattern, a name, or a mapping as in YAML. Without `geometry` the queries are the last Q of the K
+    keys, and the prompt ends with them. The rest is `sparsekit.kernels.attend`'s, results and errors too.
+
+    >>> import torch, sparsekit
+    >>> q, k, v = torch.randn(1, 4, 1000, 64), torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
+    >>> sparsekit.attention(q, k, v, {"name": "triangle", "window_tokens": 128}).shape
+    torch.Size([1, 4, 1000, 64])
+    """
+    pattern = parse_pattern(pattern)
+    geometry = tiled_for(pattern, geometry_for(q, k), q) if geometry is None else geometry
+    softmax = Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap, sink_logits)
+    plan = pattern.plan(q, k, geometry, softmax)
+    return attend(
+        q, k, v, plan, scale=scale, softcap=softcap, sink_logits=sink_logits, impl=impl, return_lse=return_lse
+    )
+
+
+def tiled_for(pattern: Pattern, geometry: Geometry, q: Tensor) -> Geometry:
+    """The geometry in the tile of a pattern that is alone in its layer: narrower rows than the device's, if it asks."""
+    if pattern.narrow and (geometry.block_q, geometry.block_kv) == preferred_tile(q.device):
+        return geometry.with_tile(*narrow_tile(q))
+    return geometry
+
+
+def plan_heads(
+    patterns: Sequence[Pattern],
+    pattern_of_head: Sequence[int],
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    softmax: Softmax,
+) -> BlockPlan:
+    """The plan of a layer in which query head h runs `patterns[pattern_of_head[h]]`; cached where all are static."""
+    if len(patterns) == 1:
+        return patterns[0].plan(q, k, tiled_for(patterns[0], geometry, q), softmax)
+    static = tuple(pattern for pattern in patterns if isinstance(pattern, StaticPattern))
+    if len(static) == len(patterns):
+        return static_plan_heads(static, tuple(pattern_of_head), geometry, q.device)
+    return stack_heads([pattern.plan(q, k, geometry, softmax) for pattern in patterns], pattern_of_head)
+
+
+@lru_cache(maxsize=64)
+def static_plan_heads(
+    patterns: tuple[StaticPattern, ...], pattern_of_head: tuple[int, ...], geometry: Geometry, device: torch.device
+) -> BlockPlan:
+    """`plan_heads` for static patterns, which need no q and k."""
+    return stack_heads([static_plan(pattern, geometry, device) for pattern in patterns], pattern_of_head)

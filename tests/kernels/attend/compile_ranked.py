@@ -1,0 +1,81 @@
+"""Compiles ranked execution for cards that are not here, and prints what each kernel takes. `test_ranked.py` runs it in
+a process of its own, whose Triton must compile."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from test_compile import SHARED, Driver
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.attend import triton_ranked
+from sparsekit.kernels.select import ranking_triton
+from sparsekit.patterns import S2O
+
+MADE: list[dict[str, Any]] = []
+FACTS: dict[str, Any] = {}
+
+
+def _compile(
+    kernel: Any, form: object, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any], flags: dict[str, Any]
+) -> None:
+    """In place of a launch."""
+    made = kernel.warmup(*args, grid=grid, **options, **flags)
+    ptx, capability = made.asm["ptx"], Driver.capability
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = f"--gpu-name=sm_{capability}" + ("a" if capability == 90 else "")
+        command = [get_ptxas(capability).path, "-v", target, str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    MADE.append(
+        {
+            "kernel": kernel.__name__,
+            "capability": capability,
+            **FACTS,
+            "shared": made.metadata.shared,
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "mma": ptx.count("mma.sync"),
+            "ahead": ptx.count("cp.async.c"),
+            "serialised": said.count("(C75"),
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        }
+    )
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    triton_ranked._start = ranking_triton._start = _compile  # type: ignore[assignment]
+    geometry = Geometry.of(2048)
+    for capability, limit in SHARED.items():
+        Driver.capability = capability[0] * 10 + capability[1]
+        triton_ranked._capability = lambda device, found=capability: found  # type: ignore[assignment]
+        for dtype, dim, softmax in (
+            (torch.bfloat16, 128, Softmax(0.1)),
+            (torch.bfloat16, 64, Softmax(0.1, 5.0, torch.zeros(4))),
+            (torch.float16, 96, Softmax(0.1)),
+            (torch.bfloat16, 256, Softmax(0.1)),
+            (torch.float32, 64, Softmax(0.1)),
+            (torch.float32, 256, Softmax(0.1)),
+        ):
+            q = torch.zeros(1, 2048, 4, dim, dtype=dtype).transpose(1, 2)
+            k = torch.zeros(1, 2048, 1, dim, dtype=dtype).transpose(1, 2)
+            plan = S2O().select(q, k, geometry, softmax)
+            assert plan.ranked is not None
+            FACTS.update(dim=dim, dtype=str(dtype), block_q=plan.block_q, limit=limit)
+            triton_ranked.attend_ranked_triton(q, k, k, plan, plan.ranked, softmax, True)
+        ranking_triton.bit_positions_triton(torch.zeros(4, 100, dtype=torch.int32), 50)
+    print(json.dumps(MADE))
+
+
+if __name__ == "__main__":
+    main()

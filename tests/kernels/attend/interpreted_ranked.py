@@ -1,0 +1,156 @@
+"""Ranked execution by the Triton kernel in Triton's interpreter. `test_ranked.py` runs this file in a process of its
+own, because TRITON_INTERPRET must be set before triton is imported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranked_cases import GEOMETRIES, PATTERNS, SINKS, check_ranked, peaked, plan_of, shuffled, unvisited
+from test_select import rows_of
+
+from sparsekit import SparsekitError
+from sparsekit.call.geometry import Geometry
+from sparsekit.kernels import attend, launch
+from sparsekit.kernels.attend import tiles, triton_ranked
+from sparsekit.kernels.select import ranking, ranking_triton
+from sparsekit.kernels.select.bits import pack_bits
+from sparsekit.patterns import S2O
+
+G300 = GEOMETRIES["300"]
+
+
+def test_it_is_interpreted() -> None:
+    assert launch.interpreted()
+
+
+@pytest.mark.parametrize("kind", ["stops", "odd segments"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name: str, kind: str) -> None:
+    geometry = GEOMETRIES[name]
+    inputs = peaked(geometry, heads=2, key_heads=1)
+    check_ranked(plan_of(PATTERNS[kind], inputs, geometry), inputs, "triton")
+
+
+@pytest.mark.parametrize("kind", ["patient", "everything"])
+def test_plans(kind: str) -> None:
+    geometry = Geometry.of(700, block_q=64)
+    inputs = peaked(geometry, heads=2, key_heads=1)
+    check_ranked(plan_of(PATTERNS[kind], inputs, geometry), inputs, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sink_logits": SINKS}, {"scale": 0.4}], ids=str)
+def test_softmax_variants(options: dict[str, object], dtype: torch.dtype) -> None:
+    inputs = peaked(G300, dtype)
+    check_ranked(plan_of(PATTERNS["stops"], inputs, G300), inputs, "triton", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dim", launch.HEAD_SIZES)
+def test_head_sizes(dim: int) -> None:
+    geometry = Geometry.of(200, block_q=128)
+    inputs = peaked(geometry, torch.float16, dim=dim, heads=2, key_heads=1)
+    check_ranked(plan_of(PATTERNS["stops"], inputs, geometry), inputs, "triton")
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (6, 2), (5, 1)])
+def test_heads(heads: int, key_heads: int) -> None:
+    inputs = peaked(G300, heads=heads, key_heads=key_heads)
+    check_ranked(plan_of(PATTERNS["odd segments"], inputs, G300), inputs, "triton")
+
+
+def test_a_key_tile_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float32 of wide heads has it: the stop still speaks of 64 keys."""
+    geometry = Geometry.of(400, block_q=32)
+    inputs = peaked(geometry, dim=32, heads=2, key_heads=1)
+    for part in (16, 32):
+        tile = tiles.Tile(32, part, 4, 2)
+        monkeypatch.setattr(triton_ranked, "tile_of", lambda *args, tile=tile: tile)
+        for kind in ("stops", "patient"):
+            check_ranked(plan_of(PATTERNS[kind], inputs, geometry), inputs, "triton")
+
+
+@pytest.mark.parametrize("check", [1, 7])
+def test_looks_at_the_stop(check: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ranked, "CHECK", check)
+    geometry = Geometry.of(600, block_q=128)
+    inputs = peaked(geometry, heads=2, key_heads=1)
+    check_ranked(plan_of(PATTERNS["stops"], inputs, geometry), inputs, "triton")
+
+
+def test_any_order_of_the_history_without_a_stop() -> None:
+    inputs = peaked(G300)
+    check_ranked(shuffled(plan_of(PATTERNS["everything"], inputs, G300)), inputs, "triton")
+
+
+def test_nan_is_no_reason_to_stop() -> None:
+    geometry = Geometry.of(500, block_q=64)
+    q, k, v = peaked(geometry)
+    plan = plan_of(S2O(segment_tokens=64, tau=0.9), (q, k, v), geometry)
+    q[0, 0, 450] = float("nan")
+    fresh = unvisited(plan)
+    out = attend(q, k, v, fresh, impl="triton")
+    assert isinstance(out, torch.Tensor)
+    assert fresh.ranked is not None
+    assert int(fresh.ranked.visited[0, 0, 7, 0]) == 6
+    assert int(fresh.ranked.visited[0, 1, 7, 0]) < 6
+    out[0, 0, 450] = 0
+    assert bool(out.isfinite().all())
+
+
+def test_dead_cache_rows_are_not_read() -> None:
+    geometry = GEOMETRIES["chunk of a static cache"]
+    q, k, v = peaked(geometry)
+    plan = plan_of(PATTERNS["stops"], (q, k, v), geometry)
+    expected = attend(q, k, v, plan, impl="triton")
+    k[:, :, geometry.kv_end[0] :], v[:, :, geometry.kv_end[0] :] = float("nan"), float("nan")
+    assert torch.equal(attend(q, k, v, plan, impl="triton"), expected)  # type: ignore[arg-type]
+
+
+def test_refusals() -> None:
+    inputs = peaked(G300, heads=4, key_heads=2)
+    plan = plan_of(PATTERNS["stops"], inputs, G300)
+    q, k, v = peaked(G300, heads=8, key_heads=4)
+    with pytest.raises(
+        SparsekitError, match="a ranked plan of 1 samples and 4 heads: want the batch, 1, and the query"
+    ):
+        attend(q, k, v, plan, impl="triton")
+    with pytest.raises(SparsekitError, match=r"k has strides .*needs the last one to be 1"):
+        attend(q[:, :4], k[:, :2].mT.contiguous().mT, v[:, :2], plan, impl="triton")
+
+
+# ---- selection
+
+
+@pytest.mark.parametrize("columns", [1, 31, 700, 5000])
+def test_bit_positions(columns: int) -> None:
+    g = torch.Generator().manual_seed(columns)
+    count = (columns + 1) // 2
+    mask = torch.rand(5, columns, generator=g).argsort(1).argsort(1) < count
+    got = ranking_triton.bit_positions_triton(pack_bits(mask), count)
+    assert torch.equal(got, mask.nonzero()[:, 1].view(5, count).int())
+
+
+def test_the_largest_keys_of_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties, infinities and NaN as the pattern makes them finite, and what lies in the future."""
+    scores = ranking._finite(rows_of(8, 900))
+    scores[:, 800:] = -torch.inf
+    expected = ranking._largest(scores, 300)
+    monkeypatch.setattr(ranking, "runs_triton", lambda device: True)
+    monkeypatch.setattr(
+        ranking, "topk_indices_mask", lambda scores, k, pick=ranking.topk_indices_mask: pick(scores, k, impl="triton")
+    )
+    assert torch.equal(ranking._largest(scores, 300), expected)
+
+
+def test_select_of_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(600, batch=2, kv_start=(0, 77), block_q=64)
+    inputs = peaked(geometry)
+    pattern = S2O(segment_tokens=64, max_tokens=100)
+    expected = plan_of(pattern, inputs, geometry)
+    monkeypatch.setattr(ranking, "runs_triton", lambda device: True)
+    monkeypatch.setattr(
+        ranking, "topk_indices_mask", lambda scores, k, pick=ranking.topk_indices_mask: pick(scores, k, impl="triton")
+    )
+    got = plan_of(pattern, inputs, geometry)
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(got.tensors[name], tensor), name

@@ -1,0 +1,210 @@
+"""The portable Triton kernel in Triton's interpreter, on the CPU. `test_triton_blocks.py` runs this file in a process
+its own, because TRITON_INTERPRET must be set before triton is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    A_SHAPE,
+    GEOMETRIES,
+    TRIANGLE,
+    check,
+    mixed_plan,
+    random_plan,
+    rule_plan,
+    tensors,
+    unaligned_plan,
+    with_columns,
+)
+
+from sparsekit import SparsekitError
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import attend, choose, launch
+from sparsekit.kernels.attend import triton_blocks
+from sparsekit.patterns import Triangle, Union
+from sparsekit.plan import BlockPlan
+
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+G150 = Geometry.of(150, block_q=64, block_kv=64)
+CHUNK = GEOMETRIES["chunk"]
+
+# Plans made by hand, one for each thing a plan can hold; 4 query heads over 2 key heads.
+PLANS: dict[str, Callable[[], BlockPlan]] = {
+    "tiles off the grid": lambda: unaligned_plan(G150, 1),
+    "tiles off the grid in a chunk": lambda: unaligned_plan(CHUNK, 2, step=51),
+    "a plan for each key head": lambda: random_plan(G150, 2),
+    "a plan for each query head": lambda: random_plan(G150, 4),
+    "a plan for each sample": lambda: random_plan(GEOMETRIES["left padding"], 2),
+    "heads with patterns of their own": lambda: mixed_plan(G150),
+    "heads with patterns of their own, padded": lambda: mixed_plan(GEOMETRIES["padded chunk"]),
+    "columns": lambda: with_columns(rule_plan(A_SHAPE, G150), 70),
+    "columns of each head, off the grid": lambda: with_columns(unaligned_plan(CHUNK, 4, step=51), 33),
+    "columns and dense rows": lambda: with_columns(rule_plan(TRIANGLE, G150, 9), 120),
+    "columns alone": lambda: with_columns(_own_tiles_only(G150), 64),
+    "no launch order": lambda: replace(rule_plan(TRIANGLE, G150), order=None, memo={}),
+}
+
+
+def _own_tiles_only(geometry: Geometry) -> BlockPlan:
+    return random_plan(geometry, 1, density=0.0)
+
+
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the copy engine's descriptors, as on compute capability 9.0 and above; without it, through pointers."""
+    monkeypatch.setattr(triton_blocks, "_has_tma", lambda device: True)
+
+
+@pytest.fixture
+def cut_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows cut over keys, as on a card whose processors are many for the work."""
+    monkeypatch.setattr(triton_blocks, "_processors", lambda device: 1000)
+    monkeypatch.setattr(triton_blocks, "MIN_CHUNK_STEPS", 2)
+
+
+def test_it_is_interpreted() -> None:
+    assert launch.interpreted()
+    assert choose("cpu", "triton") == "triton"
+    assert choose("cpu") == "torch"
+
+
+@pytest.mark.parametrize("kind", ["dense", TRIANGLE])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name: str, kind: str) -> None:
+    geometry = GEOMETRIES[name]
+    check(rule_plan(kind, geometry), tensors(geometry, torch.float32, heads=2, key_heads=1), "triton")
+
+
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries_through_descriptors(name: str) -> None:
+    geometry = GEOMETRIES[name]
+    check(rule_plan(TRIANGLE, geometry), tensors(geometry, torch.float16, heads=2, key_heads=1), "triton")
+
+
+def test_unions() -> None:
+    pattern = Union(of=(Triangle(sink_tokens=2, window_tokens=9, last_tokens=5), Triangle(window_tokens=30)))
+    q, k, v = tensors(G150, torch.float32)
+    check(pattern.plan(q, k, G150, Softmax(0.25)), (q, k, v), "triton")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans(name: str) -> None:
+    plan = PLANS[name]()
+    check(plan, tensors(plan.geometry, torch.float32), "triton")
+
+
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("name", ["tiles off the grid in a chunk", "columns and dense rows", "a plan for each sample"])
+def test_plans_through_descriptors(name: str) -> None:
+    plan = PLANS[name]()
+    check(plan, tensors(plan.geometry, torch.float16), "triton")
+
+
+@pytest.mark.usefixtures("cut_rows")
+@pytest.mark.parametrize("options", [{}, {"sink_logits": SINKS[:2]}], ids=["plain", "sinks"])
+@pytest.mark.parametrize("name", ["300", "chunk of a static cache", "left padding", "tile of 256 by 128"])
+def test_rows_cut_over_keys(name: str, options: dict[str, torch.Tensor]) -> None:
+    geometry = GEOMETRIES[name]
+    plans = [rule_plan("dense", geometry), replace(rule_plan(TRIANGLE, geometry, 9), long_rows=2)]
+    if geometry.uniform:
+        plans.append(replace(with_columns(plans[1], 40), long_rows=3))
+    for plan in plans:
+        check(plan, tensors(geometry, torch.float32, heads=2, key_heads=1), "triton", **options)
+        launch = next(value for key, value in plan.memo.items() if key[0] == "block_sparse")
+        assert launch.merge_grid[0] > 0, "no row was cut, so this tests nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sink_logits": SINKS}, {"scale": 0.7}], ids=str)
+def test_softmax_variants(options: dict[str, object], dtype: torch.dtype) -> None:
+    for plan in (rule_plan(TRIANGLE, CHUNK), rule_plan("dense", G150)):
+        check(plan, tensors(plan.geometry, dtype), "triton", twice=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("cut_rows")
+@pytest.mark.parametrize("sinks", [SINKS.repeat_interleave(2)[::2], SINKS[:1].expand(4)], ids=["every second", "one"])
+def test_sink_logits_with_a_stride(sinks: torch.Tensor) -> None:
+    assert sinks.shape == (4,)
+    assert not sinks.is_contiguous()
+    for plan in (rule_plan(TRIANGLE, CHUNK), rule_plan("dense", GEOMETRIES["300"])):
+        check(plan, tensors(plan.geometry, torch.float32), "triton", twice=True, sink_logits=sinks)
+
+
+@pytest.mark.parametrize("dim", launch.HEAD_SIZES)
+def test_head_sizes(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(65, 100, block_q=64, block_kv=64)
+    for tma in (False, True):
+        monkeypatch.setattr(triton_blocks, "_has_tma", lambda device, tma=tma: tma)
+        check(rule_plan(TRIANGLE, geometry, 30), tensors(geometry, torch.float16, dim=dim), "triton")
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (6, 2), (5, 1), (9, 3)])
+def test_heads(heads: int, key_heads: int) -> None:
+    geometry = Geometry.of(65, block_q=64, block_kv=64)
+    inputs = tensors(geometry, torch.float32, heads=heads, key_heads=key_heads)
+    for plan in (rule_plan("dense", geometry), random_plan(geometry, heads), random_plan(geometry, key_heads)):
+        check(plan, inputs, "triton")
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_strides() -> None:
+    """Heads-first, tokens-first, slices of a fused projection, and strides or addresses that descriptors refuse."""
+    geometry, plan = G150, rule_plan(TRIANGLE, G150)
+    q, k, v = tensors(geometry, torch.float16)
+    expected = attend(q, k, v, plan, impl="triton")
+    fused = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)
+    sliced = [x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in fused.split([64, 32, 32], -1)]
+    odd = [torch.nn.functional.pad(x, (0, 3))[..., :16] for x in (q, k, v)]
+    shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in (q, k, v)]
+    for inputs in ([x.contiguous() for x in (q, k, v)], sliced, odd, shifted):
+        assert torch.equal(attend(*inputs, plan, impl="triton"), expected)
+    assert not triton_blocks._steps_fit_tma(odd[0])
+    assert triton_blocks._steps_fit_tma(sliced[0])
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_dead_cache_rows_are_not_read(tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a static cache holds past its last valid key may be anything."""
+    monkeypatch.setattr(triton_blocks, "_has_tma", lambda device: tma)
+    geometry = GEOMETRIES["chunk of a static cache"]
+    q, k, v = tensors(geometry, torch.float32)
+    dead = slice(geometry.kv_end[0], None)
+    for plan in (rule_plan("dense", geometry), rule_plan(TRIANGLE, geometry)):
+        expected = attend(q, k, v, plan, impl="triton")
+        k[:, :, dead], v[:, :, dead] = float("nan"), float("nan")
+        assert torch.equal(attend(q, k, v, plan, impl="triton"), expected)
+
+
+def test_a_result_repeats_bit_for_bit() -> None:
+    plan = rule_plan(TRIANGLE, G150)
+    q, k, v = tensors(G150, torch.float32)
+    assert torch.equal(attend(q, k, v, plan, impl="triton"), attend(q, k, v, plan, impl="triton"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 20}, "head size 20: impl='triton' takes 16, 32"),
+        ({"dtype": torch.float64}, "dtype float64: impl='triton'"),
+        ({"dtype": torch.bfloat16}, "bfloat16: Triton's interpreter computes it wrongly"),
+        ({"stride": True}, r"k has strides \(.*\): impl='triton' needs the last one to be 1"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+    ],
+    ids=str,
+)
+def test_refusals(change: dict[str, object], message: str) -> None:
+    geometry = Geometry.of(65, block_q=64, block_kv=64)
+    dim, dtype = change.get("dim", 16), change.get("dtype", torch.float32)
+    q, k, v = tensors(geometry, dtype, dim=dim)  # type: ignore[arg-type]
+    if "stride" in change:
+        k = k.transpose(2, 3).contiguous().transpose(2, 3)
+    options = {key: change[key] for key in ("scale", "softcap") if key in change}
+    with pytest.raises(SparsekitError, match=message):
+        attend(q, k, v, rule_plan("dense", geometry), impl="triton", **options)  # type: ignore[arg-type]

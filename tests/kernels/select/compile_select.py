@@ -1,0 +1,91 @@
+"""Compiles the kernels of selection and block scores for sm_90, and prints what each takes. `test_select.py` runs it in
+a process of its own, whose Triton must compile."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from test_compile import Driver
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import launch
+from sparsekit.kernels.select import block_scores_triton, blocks_triton, topk_triton
+from sparsekit.kernels.select.grid import block_grid
+
+MADE: list[dict[str, Any]] = []
+CPU = torch.device("cpu")
+
+
+def _compile(
+    kernel: Any, form: object, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any], flags: dict[str, Any]
+) -> None:
+    """In place of a launch."""
+    made = kernel.warmup(*args, grid=grid, **options, **flags)
+    ptx = made.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    MADE.append(
+        {
+            "kernel": kernel.__name__,
+            "shared": made.metadata.shared,
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "tma": ptx.count("cp.async.bulk.tensor"),
+            "serialised": said.count("(C75"),
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        }
+    )
+
+
+def _inputs(geometry: Geometry, dtype: torch.dtype, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q = torch.empty(1, geometry.q_len, 32, dim, dtype=dtype).transpose(1, 2)
+    return q, torch.empty(1, geometry.kv_len, 8, dim, dtype=dtype).transpose(1, 2)
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    launch._start = _compile  # type: ignore[assignment]
+    block_scores_triton._capability = lambda device: (9, 0)  # type: ignore[assignment]
+    geometry = Geometry.of(4096, block_kv=128)
+    for dtype, dim, stride, cap in (
+        (torch.bfloat16, 128, 16, None),
+        (torch.bfloat16, 64, 8, 5.0),
+        (torch.bfloat16, 80, 4, None),
+        (torch.float32, 128, 16, None),
+    ):
+        q, k = _inputs(geometry, dtype, dim)
+        grid = block_grid(geometry, 128, 1, CPU)
+        for tma in (False, True):
+            block_scores_triton._has_tma = lambda device, tma=tma: tma  # type: ignore[assignment]
+            softmax = Softmax(0.1, cap, None if cap is None else torch.zeros(32))
+            block_scores_triton.antidiagonal_mass_triton(q, k, geometry, grid, 128, stride, softmax, 0, grid.rows)
+    for block_tokens in (64, 128):
+        q, k = _inputs(geometry, torch.bfloat16, 128)
+        grid = block_grid(geometry, block_tokens, 1, CPU)
+        for half in (False, True):
+            means = block_scores_triton.pooled_means_triton(q, k, geometry, grid, block_tokens, half)
+            for exact in (False, True):
+                block_scores_triton.pooled_scores_triton(*means, grid, block_tokens, 0, grid.rows, exact)
+        bits = torch.zeros(1, 32, grid.rows, -(-grid.columns // 32), dtype=torch.int32)
+        blocks_triton.plan_from_bits_triton(bits, grid, block_tokens, 1000, 1000)
+    for columns in (100, 1024, 16384):
+        scores, lengths = torch.zeros(2, columns), torch.ones(2, dtype=torch.int32)
+        topk_triton.topk_bits_triton(scores, 100, lengths, True, True)
+        topk_triton.top_p_bits_triton(scores, 0.9, lengths, True, True)
+    topk_triton.topk_indices_mask_triton(torch.zeros(2, 20000), 100)
+    print(json.dumps(MADE))
+
+
+if __name__ == "__main__":
+    main()

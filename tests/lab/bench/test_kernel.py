@@ -1,0 +1,62 @@
+"""bench kernel without a card: what a rate counts, and what is timed apart."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention
+
+from sparsekit.call.geometry import Geometry
+from sparsekit.lab.bench import kernel
+from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
+
+
+@pytest.mark.parametrize("block_kv", [64, 128])
+def test_a_rate_counts_each_row_once(block_kv: int) -> None:
+    """Triangle's first rows are dense as its last ones are, and visit far fewer tiles."""
+    tokens, block_q = 2000, 128
+    geometry = Geometry.of(tokens, block_q=block_q, block_kv=block_kv)
+    plan = plan_from_rule(TokenRule(8, 512, tokens - 128), geometry)
+    assert plan.row_ptr is not None and plan.dense_rows is not None
+    tiles = 0
+    for row, (dense, listed) in enumerate(zip(plan.dense_rows.tolist(), plan.row_ptr.diff().tolist(), strict=True)):
+        tiles += -(-min((row + 1) * block_q, tokens) // block_kv) if dense else listed
+    assert int(plan.dense_rows.sum()) > 1  # the first rows, and the last
+    shape = kernel.Shape(tokens, 6, 2, 64, torch.bfloat16)
+    assert kernel._flops(plan, shape) == tiles * 6 * 4 * block_q * block_kv * 64
+    bits = torch.zeros(6 * plan.rows, 2, dtype=torch.int32)
+    bits[-1] = torch.tensor([7, -1])  # 3 + 32 single columns, in the last head's last row
+    columns = replace(
+        plan,
+        heads=6,
+        row_ptr=torch.nn.functional.pad(plan.row_ptr.diff().repeat(6).cumsum(0), (1, 0)).int(),
+        entries=plan.entries.repeat(6),  # type: ignore[union-attr]
+        dense_rows=plan.dense_rows.repeat(6),
+        tokens=torch.arange(64, dtype=torch.int32).repeat(1, 6, 1),
+        token_bits=bits,
+        memo={},
+    )
+    assert kernel._flops(columns, shape) == (tiles * 6 + 35 / block_kv) * 4 * block_q * block_kv * 64
+    assert kernel._flops(dense_plan(geometry), shape) == 2 * tokens**2 * 64 * 6
+
+
+def test_the_time_of_flexattentions_mask_is_without_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def create(rule: Any, batch: None, heads: None, q_len: int, kv_len: int, *, device: str, _compile: bool) -> None:
+        assert _compile
+        asked.append((q_len, kv_len))
+        if len(asked) == 1:
+            time.sleep(0.3)  # what compiling takes
+
+    monkeypatch.setattr(flex_attention, "create_block_mask", create)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    q = torch.zeros(1, 1, 1, 64)
+    run, extra = kernel._flex("triangle", kernel.Shape(300, 1, 1, 64, torch.float32), q, q, q)
+    assert run is not None
+    assert asked == [(300, 300)] * 2
+    assert 0 <= extra["plan_ms"] < 150

@@ -1,0 +1,85 @@
+"""bench prefill: every config against the model as it is, in one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparsekit import SparsekitError
+from sparsekit.cli import app
+from sparsekit.config import load
+from sparsekit.lab.bench import bench_prefill
+from sparsekit.models import tiny
+from sparsekit.patch import apply
+
+TRIANGLE = """
+version: 1
+dense_below_tokens: 0
+layers:
+  "2-3": {name: triangle, sink_tokens: 8, window_tokens: 32, last_tokens: 16}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "triangle.yaml"
+    path.write_text(TRIANGLE)
+    return str(path)
+
+
+def test_rows_and_file(config: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    model = tiny("llama")
+    rows = bench_prefill(
+        [config], model=model, lengths=[300, 1200], device="cpu", out=str(tmp_path / "rows.jsonl"), show=lines.append
+    )
+    assert rows == [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["tokens"], row["config"]) for row in rows] == [
+        (300, "untouched"), (300, config), (1200, "untouched"), (1200, config)
+    ]  # fmt: skip
+    stock, ours = rows[2:]
+    assert stock["sparse_layers"] == 0 and ours["sparse_layers"] == 2
+    assert stock["tile_density"] == 1 and 0.5 < ours["tile_density"] < 0.9
+    assert not any(key == "density" for row in rows for key in row)  # which is a share of pairs elsewhere
+    assert ours["faster"] == pytest.approx(stock["ms"] / ours["ms"], rel=1e-3)
+    assert len(lines) == 4 and config in lines[1] and "tile density" in lines[1]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_layers_that_kept_every_pair_are_not_counted_as_sparse() -> None:
+    wide = load({"default": {"name": "triangle", "window_tokens": 4096}})
+    [_, row] = bench_prefill([wide], model=tiny("llama"), lengths=[300], rounds=1, device="cpu")
+    assert (row["sparse_layers"], row["tile_density"]) == (0, 1.0)
+
+
+def test_layers_with_a_window_of_their_own_have_no_density() -> None:
+    config = load({"dense_below_tokens": 0, "default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}})
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tiny("gemma3_text", layer_types=kinds, sliding_window=64)
+    with apply(model, config) as handle, torch.inference_mode():
+        model(torch.full((1, 400), 5), use_cache=True)
+        told = [layer.tile_density for layer in handle.report().layers if layer.tile_density is not None]
+    [_, row] = bench_prefill([config], model=model, lengths=[400], rounds=1, device="cpu")
+    assert len(told) == row["sparse_layers"] == 2
+    assert row["tile_density"] == pytest.approx(sum(told) / 2, abs=1e-4) and row["tile_density"] < 1
+    windows = tiny("mistral", sliding_window=32)
+    [_, row] = bench_prefill([config], model=windows, lengths=[400], rounds=1, device="cpu")
+    assert (row["tile_density"], row["sparse_layers"]) == (1, 0)
+
+
+def test_command(config: str) -> None:
+    result = CliRunner().invoke(
+        app, ["bench", "prefill", config, "--shape", "tiny", "--lengths", "200", "--rounds", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "untouched" in result.output and config in result.output
+
+
+def test_faults(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SparsekitError, match=r"llama-3\.1-8b"):
+        bench_prefill([config], shape="llama-3.1-8", device="cpu")
+    assert CliRunner().invoke(app, ["bench", "prefill", "nowhere.yaml", "--shape", "tiny"]).exit_code == 1

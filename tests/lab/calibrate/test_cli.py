@@ -1,0 +1,145 @@
+"""`sparsekit calibrate ...` and `inspect` through the door that a shell uses, on a tiny model; once the real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparsekit import load, models
+from sparsekit.cli import app
+from sparsekit.lab.calibrate import gate as gate_module
+from sparsekit.lab.calibrate.probe import read_probe
+from sparsekit.lab.evaluate import Answer
+
+run = CliRunner()
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHORT = ["--sink-tokens", "4", "--window-tokens", "32", "--last-tokens", "16"]
+GATE = ["--gate-tokens", "512", "--gate-samples", "1", "--dense-below", "100"]
+
+
+@pytest.fixture
+def tiny(smollm2, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Every MODEL is a tiny random one that reads the real tokenizer's prompts."""
+    model = models.tiny("llama", vocab_size=49152)
+    monkeypatch.setattr(models, "load", lambda *_, **__: (model, smollm2[1]))
+    monkeypatch.chdir(tmp_path)
+    return model
+
+
+@pytest.fixture
+def right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer is right."""
+    answer = Answer("1", 1.0, 0.0, 500, torch.zeros(1, 4))
+    monkeypatch.setattr(gate_module._Gate, "_answer", lambda self, prompt: answer)
+    monkeypatch.setattr(
+        gate_module._Gate,
+        "_measure",
+        lambda self, config, prompt: {"dense": 1.0, "sparse": 1.0, "same": 1.0, "kl": 0.0},
+    )
+
+
+def out(*args: str, code: int = 0) -> str:
+    result = run.invoke(app, args)
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_probe_then_rule(tiny, right) -> None:
+    common = ["--samples", "2", "--tokens", "300", *SHORT]
+    table = out("calibrate", "probe", "m", *common, "-o", "probe.json", "--picture", "probe.png")
+    assert "Grad(middle)" in table and len(read_probe("probe.json").layers) == 4
+    assert Path("probe.png").stat().st_size > 10_000
+    found = json.loads(out("calibrate", "probe", "m", *common, "--records", "r.jsonl", "--json"))
+    assert found["samples"] == 2 and len(Path("r.jsonl").read_text().splitlines()) == 2
+
+    pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
+    common = ["--probe", "probe.json", "--pattern", pattern, "-o", "c.yaml", *GATE]
+    assert "written to c.yaml" in out("calibrate", "rule", "m", "--rule", "lowest_k", "--k", "2", *common)
+    config = load("c.yaml")
+    assert sum(not layer.dense for layer in config.resolve().layers) == 2
+    assert config.provenance["rule"] == "lowest_k" and config.provenance["gate"]["passed"]
+    assert config.provenance["command"].startswith("sparsekit")
+    assert "chose no layer" in out("calibrate", "rule", "m", "--rule", "lowest_k", "--k", "0", *common, code=1)
+    search = ["--rule", "search", "--samples", "1", "--tokens", "300", "--budget", "9", "--bound", "0.9"]
+    out("calibrate", "rule", "m", *search, *common)
+    assert sum(not layer.dense for layer in load("c.yaml").resolve().layers) == 4
+
+
+def test_what_fails_the_gate_is_not_written(tiny) -> None:
+    pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
+    rule = ["--rule", "list", "--layers", "1-3", "--pattern", pattern, "-o", "c.yaml"]
+    said = out("calibrate", "rule", "m", *rule, *GATE, code=1)
+    assert said.count("\n") == 1 or "dense attention itself is wrong" in said
+    assert "'c.yaml' is not written: dense attention itself is wrong at 512 tokens" in said
+    assert not Path("c.yaml").exists()
+    Path("d.yaml").write_text(f"layers: {{'3': {pattern}}}\n")
+    gate = ["--gate-tokens", "512", "--gate-samples", "1"]
+    assert "dense attention itself" in out("calibrate", "gate", "m", "d.yaml", *gate, code=1)
+
+
+def test_tune_and_heads(tiny, right) -> None:
+    patterns = "{name: triangle, window_tokens: 64, last_tokens: 16}, {name: a_shape, window_tokens: 64}"
+    short = ["--tokens", "300", "--samples", "1", *GATE]
+    said = out(
+        "calibrate", "tune", "m", "--patterns", patterns, "--budget", "5", "--lost", "0.9", "--verify", "1", *short,
+        "--records", "t.jsonl", "--report", "t.json", "-o", "t.yaml",
+    )  # fmt: skip
+    assert "Attention FLOPs" in said and "written to t.yaml" in said
+    assert len(json.loads(Path("t.json").read_text())["choices"]) >= 4
+    assert load("t.yaml").provenance["by"] == "sparsekit calibrate tune"
+    failed = out("calibrate", "tune", "m", "--patterns", patterns, "--budget", "1e-12", *short, "-o", "u.yaml", code=1)
+    assert "'u.yaml' is not written: no mixture is within the budget" in failed
+
+    said = out("calibrate", "heads", "m", "--patterns", patterns, "--flops", "0.9", *short, "-o", "h.yaml")
+    assert "written to h.yaml" in said and load("h.yaml").provenance["mean_cost"] <= 0.9
+    said = out("calibrate", "heads", "m", "--patterns", "xattention", "--flops", "0.95", *short, "-o", "x.yaml")
+    assert load("x.yaml").provenance["candidates"][0]["name"] == "xattention"
+
+
+def test_inspect(tiny) -> None:
+    Path("c.yaml").write_text("layers: {'2-3': {name: triangle, window_tokens: 64, last_tokens: 16}}\n")
+    common = ["--samples", "1", "--tokens", "300"]
+    said = out("inspect", "m", "--config", "c.yaml", "--gradient", *common, "--picture", "s.png", "-o", "s.json")
+    assert "sink tokens" in said and "c.yaml drops at most" in said and "gradient" in said
+    assert Path("s.png").stat().st_size > 10_000
+    found = json.loads(out("inspect", "m", *common, "--json"))
+    assert len(found["layers"]) == 4 and found["sink_tokens"] == 0
+    assert json.loads(Path("s.json").read_text())["layers"][3]["dropped_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["probe", "m", "--seeds", "a"], "--seeds 'a': whole numbers parted by commas"),
+        (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "256"], "must end in .png"),
+        (["rule", "m", "--rule", "suffix", "-o", "c.yaml"], "needs a probe"),
+        (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "list", "-o", "c.yaml"], "one pattern, which all"),
+        (["tune", "m", "--patterns", "{name: triangle", "-o", "c.yaml"], "--patterns '{name: triangle'"),
+        (["tune", "m", "--patterns", "triangle", "--tokens", "9000", "-o", "c.yaml"], "the model has 4096 positions"),
+    ],
+)
+def test_errors_are_one_line(tiny, args: list[str], message: str) -> None:
+    said = out("calibrate", *args, code=1)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.slow
+def test_the_real_model(smollm2, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M: deep layers' Grad(Middle) is small, key 0 is its sink, and its config passes a short gate."""
+    monkeypatch.setattr(models, "load", lambda *_, **__: smollm2)
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(out("calibrate", "probe", "smollm2-135m", "--samples", "2", "--tokens", "600", "--json"))
+    middle = [layer["gradient"]["middle"] for layer in found["layers"]]
+    assert max(middle[22:]) < 0.12 * max(middle) and middle[29] == 0
+    seen = json.loads(out("inspect", "smollm2-135m", "--samples", "1", "--tokens", "400", "--json"))
+    assert seen["sink_tokens"] >= 1 and "0" in seen["layers"][15]["sinks"]
+    config = str(CONFIGS / "smollm2-135m/trianglemix.yaml")
+    gate = ["--gate-tokens", "1500", "--gate-samples", "1", "--bound", "0.5", "-o", "gated.yaml"]
+    result = run.invoke(app, ["calibrate", "gate", "smollm2-135m", config, *gate])
+    assert result.exit_code == 0, result.output
+    assert load("gated.yaml").provenance["gate"]["checks"][1]["dense"] == 1.0

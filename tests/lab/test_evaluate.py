@@ -1,0 +1,179 @@
+"""evaluate: a record for each task, length and config, in which a config is held against the model's own attention."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+from sparsekit import SparsekitError, load, models
+from sparsekit.cli import app
+from sparsekit.lab import evaluate as evaluate_module
+from sparsekit.lab.evaluate import answer, evaluate
+from sparsekit.lab.sweep.results import ResultFile
+from sparsekit.lab.tasks import prompt_ids, task
+
+TRIANGLE = {"version": 1, "layers": {"2-3": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}}
+DENSE = {"version": 1}
+
+
+@pytest.fixture(scope="module")
+def small(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Random weights under the real tokenizer: what is recorded does not depend on what the model knows."""
+    return models.tiny("llama", vocab_size=49152, max_position_embeddings=1024), smollm2[1]
+
+
+def test_records(small: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    configs = {"model": None, "dense": DENSE, "triangle": TRIANGLE}
+    rows = list(evaluate(*small, configs, tasks=["passkey", "kv_retrieval"], lengths=[400], samples=3, command="x"))
+    assert [(row["task"], row["label"]) for row in rows] == [
+        (t, c) for t in ("passkey", "kv_retrieval") for c in configs
+    ]
+    for own, dense, triangle in (rows[:3], rows[3:]):
+        assert own["kl"] == dense["kl"] == 0 and dense["texts"] == own["texts"]
+        assert triangle["kl"] > 0
+        assert own["density"] == dense["density"] == 1 > triangle["density"] > 0
+        assert triangle["layer_density"][:2] == [1, 1] and max(triangle["layer_density"][2:]) < 0.5
+        assert [layer["layers"] for layer in triangle["resolved"]] == ["0-1", "2-3"]
+        for row in (own, dense, triangle):
+            assert row["score_low"] <= row["score"] <= row["score_high"]
+            assert len(row["scores"]) == len(row["ttft_s_each"]) == len(row["prompt_tokens"]) == 3
+            assert max(row["prompt_tokens"]) <= 400 and row["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_recipe_has_a_warm_up_of_its_own_on_a_card(device: str) -> None:
+    files = sorted(Path(__file__).parents[2].glob("configs/smollm2-135m/*.yaml"))
+    kinds = {evaluate_module._kind_of_prefill(load(str(file)), torch.device(device)) for file in files}
+    assert len(files) > 5 and len(kinds) == (len(files) if device == "cuda" else 1)
+
+
+@pytest.mark.parametrize("name", ["passkey", "needle4", "niah_multikey_2"])
+def test_a_draft_of_the_true_answer_changes_nothing(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], name: str
+) -> None:
+    """Found or not: the text begins alike, and score and log-probabilities are those of plain decoding."""
+    kind = replace(task(name), max_new_tokens=16)
+    for sample in kind.samples(smollm2[1], tokens=400, count=2, seed=1):
+        plain, drafted = answer(*smollm2, kind, sample), answer(*smollm2, kind, sample, stop_when_found=True)
+        assert drafted.score == plain.score
+        assert plain.text.startswith(drafted.text) and (drafted.score == 1 or drafted.text == plain.text)
+        torch.testing.assert_close(drafted.logprobs, plain.logprobs, rtol=0, atol=1e-6)
+    wrong = replace(sample, answers=(plain.text.split()[0][:2] + "999",))  # a draft that is left after some tokens
+    assert answer(*smollm2, kind, wrong, stop_when_found=True).text == plain.text
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_caches_that_cannot_be_shortened(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], family: str, drafted: bool
+) -> None:
+    """Windows and recurrent layers: the answer's log-probabilities are those of one whole forward."""
+    limits = {} if family == "qwen3_next" else {"sliding_window": 64}
+    model = models.tiny(family, vocab_size=49152, max_position_embeddings=1024, **limits)
+    kind = replace(task("needle4"), max_new_tokens=4)
+    [sample] = kind.samples(smollm2[1], tokens=400, count=1, seed=0)
+    got = answer(model, smollm2[1], kind, sample, stop_when_found=drafted)
+    prompt = prompt_ids(smollm2[1], sample)
+    truth = smollm2[1](f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        whole = model(torch.cat([prompt, truth], 1)).logits[0, prompt.shape[1] - 1 : -1]
+    torch.testing.assert_close(got.logprobs, whole.double().log_softmax(-1), rtol=0, atol=1e-4)
+    assert got.text
+
+
+def test_layers_with_a_window_of_their_own_have_no_density(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = models.tiny(
+        "gemma3_text", vocab_size=49152, max_position_embeddings=1024, sliding_window=64, layer_types=kinds
+    )
+    config = {"default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}
+    [row] = evaluate(model, smollm2[1], {"t": config}, tasks=["passkey"], lengths=[400], samples=2)
+    told = [share for share in row["layer_density"] if share is not None]
+    assert [share is None for share in row["layer_density"]] == [True, False] * 2
+    assert row["density"] == pytest.approx(sum(told) / len(told), abs=1e-6) and row["density"] < 0.5
+
+
+def test_only_the_prompt_is_sparse_however_few_queries_are_enough(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    """An answer longer than min_queries is read by the model's own attention, and the record tells of the prompt."""
+    few, many = ({**TRIANGLE, "min_queries": queries} for queries in (2, 64))
+    configs = {"few": few, "many": many}
+    for name in ("kv_retrieval", "needle4"):
+        a, b = evaluate(*small, configs, tasks=[name], lengths=[400], samples=2)
+        assert (a["kl"], a["texts"], a["layer_density"]) == (b["kl"], b["texts"], b["layer_density"])
+
+
+def test_perplexity_of_what_follows(small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The sun rose over a town that nobody had drawn on any map. " * 200)
+    rows = list(
+        evaluate(
+            *small, {"model": None, "triangle": TRIANGLE}, tasks=["perplexity"], lengths=[500], samples=2,
+            corpus=str(tmp_path),
+        )
+    )  # fmt: skip
+    own, triangle = rows
+    assert own["perplexity"] > 1 and own["nll"] > 0
+    assert own["nll"] != triangle["nll"] and abs(own["nll"] - triangle["nll"]) < 1
+    assert own["nll_last_rows"] > 0 and triangle["density"] < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lengths": [4096]}, "tokens = 4096: .* has 1024 positions"),
+        ({"samples": 0}, "samples = 0: at least one"),
+        ({"lengths": []}, "0 lengths: one of each at least"),
+        ({"tasks": ["paskey"]}, "passkey"),
+    ],
+)
+def test_what_cannot_be_asked(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase], change: dict[str, object], says: str
+) -> None:
+    asked: dict[str, object] = {"tasks": ["passkey"], "lengths": [400], "samples": 1, **change}
+    with pytest.raises(SparsekitError, match=says):
+        list(evaluate(*small, {"model": None}, **asked))  # type: ignore[arg-type]
+
+
+def test_the_command(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_, **__: small)
+    (tmp_path / "triangle.yaml").write_text(json.dumps(TRIANGLE))
+    given = ["model", str(tmp_path / "triangle.yaml"), "--model", "smollm2-135m", "--dtype", "float32"]
+    options = ["--tasks", "passkey", "--tokens", "300,400", "--samples", "2", "-o", str(tmp_path / "out.jsonl")]
+    ran = CliRunner().invoke(app, ["eval", *given, *options, "--json"])
+    assert ran.exit_code == 0, ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows == json.loads(ran.stdout)
+    assert [(row["tokens"], row["label"] == "model") for row in rows] == [
+        (300, True), (300, False), (400, True), (400, False)
+    ]  # fmt: skip
+    assert rows[0]["model"] == "smollm2-135m" and rows[1]["config"]["layers"]
+
+    before = (tmp_path / "out.jsonl").read_text()
+    wrong = CliRunner().invoke(app, ["eval", *given, *options, "--tasks", "passkeyy"])
+    assert wrong.exit_code == 1 and "Did you mean 'passkey'" in wrong.stderr
+    late = CliRunner().invoke(app, ["eval", *given, *options, "--tokens", "300,4096"])
+    assert late.exit_code == 1 and "has 1024 positions" in late.stderr
+    assert (tmp_path / "out.jsonl").read_text() == before
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
+    with ResultFile(tmp_path / "out.jsonl", shared=True).writing():
+        held = CliRunner().invoke(app, ["eval", *given, *options])
+    assert held.exit_code == 1 and "being written by another process" in held.stderr
+    (tmp_path / "sweep.jsonl").write_text(json.dumps({"key": "a", **rows[0]}) + "\n")
+    for file, says in (("sweep.jsonl", "are of `sparsekit sweep`"), ("triangle.yaml", "no record"), (".", "a file")):
+        refused = CliRunner().invoke(app, ["eval", *given, *options, "-o", str(tmp_path / file)])
+        assert refused.exit_code == 1 and says in refused.stderr, refused.stderr
+    assert json.loads((tmp_path / "triangle.yaml").read_text()) == TRIANGLE
+
+    table = CliRunner().invoke(app, ["eval", *given, *options])
+    assert table.exit_code == 0 and "passkey" in table.stdout
