@@ -43,6 +43,13 @@ class S2O(DynamicPattern):
     name: Literal["s2o"] = "s2o"
     source: ClassVar[str] = "S2O, arXiv 2602.22575"
     whole_layer: ClassVar[bool] = True
+    # It paid from 16,384 tokens on one host and not on a slower one.
+    pays_from_tokens: ClassVar[dict[str, int]] = {"cuda": 32768}
+    sweep_points = tuple({"tau": tau} for tau in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0))
+    test_points = (
+        {"segment_tokens": 64, "tau": 0.4},
+        {"segment_tokens": 100, "tau": 0.3, "max_tokens": 70, "patience": 2, "guide": "mean"},
+    )
     segment_tokens: int = Field(512, ge=KEY_TILE, description="segment that is dense and shares one key order, tokens")
     tau: float = Field(
         0.003, ge=0, le=1, description="stop when a key tile's share of the softmax falls below; 0: never"
