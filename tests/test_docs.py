@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from sparsekit.cli import app, describe_patterns
 from sparsekit.config import ModelFacts
 from sparsekit.lab.report import markdown_report
 from sparsekit.lab.sweep import load_question, read_results
+from sparsekit.lab.tasks import task_names
 from sparsekit.patterns import DynamicPattern, pattern_class, pattern_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -139,6 +142,30 @@ def test_the_pages_of_commands_name_every_command() -> None:
     named = {row[0].strip("`").split()[0] for row in _rows(text)}
     commands = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     assert named == commands
+
+
+def test_the_page_of_tasks_names_every_task() -> None:
+    rows = _rows((DOCS / "tasks.md").read_text())
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(task_names())
+
+
+@pytest.mark.parametrize("page", [*PAGES, DOCS.parent / "README.md"], ids=lambda page: page.stem)
+def test_python_names_in_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    names = set(re.findall(r"`(sparsekit(?:\.\w+)+)", text))
+    for module, imported in re.findall(r"^from (sparsekit[\w.]*) import (.+)$", text, re.MULTILINE):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    for name in names:
+        if not _is_module(name):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(import_module(module), attribute), name
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is no package
+        return False
 
 
 def test_columns_of_explain_are_fields_of_its_json() -> None:

@@ -24,10 +24,12 @@ RANKED_BYTES = 3 << 30  # of ranked keys, all heads: at 1M tokens the rest of 4 
 class S2O(DynamicPattern):
     """Dense inside segments; of what came before, the most important keys first, until a tile adds too little.
 
-    S2O (arXiv 2602.22575). Its text and code were not open to us, so every formula and default here is our own reading
-    of what is told about it. In segments of `segment_tokens` positions, a query keeps its own segment up to itself and
-    the prompt's first 64 keys. Earlier keys come in the order of `mean(q of the segment) . k`, 64 at a time, the same
-    for all queries of a segment and head. A tile of queries stops once `patience` tiles of keys in a row were a gain
+    S2O (arXiv 2602.22575). We had access to neither the paper nor its code: every formula and default here is our own
+    reading of what others write about it.
+
+    In segments of `segment_tokens` positions, a query keeps its own segment up to itself, and the prompt's first 64
+    keys. Earlier keys come in the order of `mean(q of the segment) . k`, 64 at a time, the same for all queries of a
+    segment and head. A tile of queries stops once `patience` tiles of keys in a row were a gain
     below `tau` to each of its queries: `gain = sum of the tile's exp(z) / sum of all exp(z) so far`, a sink logit
     included. `guide` orders a segment's queries by `q . guide`, so that those of one tile may want alike. It costs
     nearly whole segments of own keys a tile, and gained nothing where we measured it, so it is off.
