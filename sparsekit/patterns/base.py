@@ -196,7 +196,7 @@ def _load_entry_points() -> None:
         point.load()
 
 
-def pattern_names(kind: type[Pattern] = Pattern) -> tuple[str, ...]:
+def pattern_names(kind: type = Pattern) -> tuple[str, ...]:
     """All registered names of that kind, third-party ones (entry-point group `sparsekit.patterns`) included."""
     _load_entry_points()
     return tuple(name for name, cls in _REGISTRY.items() if issubclass(cls, kind))
