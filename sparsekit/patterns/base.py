@@ -70,7 +70,7 @@ class Pattern(BaseModel, ABC):
         """The plan for q (B, H, Q, D) over k (B, G, K, D), on their device."""
 
     def of_heads(self, heads: Sequence[int]) -> Pattern:
-        """The same for some of its query heads: another one only where a field says something for each head."""
+        """This pattern restricted to `heads`; itself unless a field has a value for each head."""
         return self
 
     @classmethod

@@ -1,4 +1,4 @@
-"""flexprefill: a head follows its last queries, or, where block means foretell them, a block map (FlexPrefill)."""
+"""flexprefill: a head follows its last queries, or, where block means predict them, a block map (FlexPrefill)."""
 
 from __future__ import annotations
 

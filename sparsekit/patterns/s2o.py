@@ -31,8 +31,8 @@ class S2O(DynamicPattern):
     keys. Earlier keys come in the order of `mean(q of the segment) . k`, 64 at a time, the same for all queries of a
     segment and head. A tile of queries stops once `patience` tiles of keys in a row were a gain
     below `tau` to each of its queries: `gain = sum of the tile's exp(z) / sum of all exp(z) so far`, a sink logit
-    included. `guide` orders a segment's queries by `q . guide`, so that those of one tile may want alike. It costs
-    nearly whole segments of own keys a tile, and gained nothing where we measured it, so it is off.
+    included. `guide` orders a segment's queries by `q . guide`, so that those of one tile may need the same keys. A
+    tile then visits nearly its whole segment, and nothing was gained where we measured it, so it is off.
 
     The stop is a heuristic and no bound: keys that few queries of a segment want may rank after it, and where attention
     is flat over a long prompt each tile adds little and all of them much. tau 0 with `max_tokens` None is dense

@@ -27,7 +27,7 @@ __all__ = ["DynamicUnion", "Union"]
 
 def _parse_members(value: Any) -> tuple[Pattern, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError("want a list of patterns")
+        raise ValueError("it must be a list of patterns")
     members = tuple(parse_pattern(item, f"of[{i}]") for i, item in enumerate(value))
     for i, member in enumerate(members):
         if member.whole_layer:

@@ -47,10 +47,10 @@ class XAttention(BlockPattern):
     def _shares(cls, value: Any) -> Any:
         shares = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not shares or any(isinstance(x, bool) or not isinstance(x, int | float) for x in shares):
-            raise ValueError("want a number above 0 and up to 1, or one for each query head")
+            raise ValueError("it must be a number above 0 and up to 1, or one for each query head")
         wrong = [x for x in shares if not 0 < x <= 1]
         if wrong:
-            raise ValueError(f"{wrong[0]} is not above 0 and up to 1")
+            raise ValueError(f"{wrong[0]} must be above 0 and up to 1")
         return tuple(map(float, shares)) if isinstance(value, list | tuple) else float(value)
 
     def of_heads(self, heads: Sequence[int]) -> XAttention:
@@ -62,7 +62,7 @@ class XAttention(BlockPattern):
         heads, shares = q.shape[1], self.threshold
         if isinstance(shares, tuple) and len(shares) != heads:
             raise SparsekitError(
-                f"xattention: threshold has {len(shares)} values for {heads} query heads: want one number, or {heads}."
+                f"xattention: threshold has {len(shares)} values for {heads} query heads: give one number, or {heads}."
             )
         return super().select(q, k, geometry, softmax)
 

@@ -163,7 +163,7 @@ def test_a_union_runs_dense_where_its_members_do(monkeypatch: pytest.MonkeyPatch
         (["scattered", {"name": "union", "of": ["alone"]}], r"of\[1\]: .*of\[0\]: 'alone' needs a layer of its own"),
         (["scattered", "nope"], r"of\[1\]: unknown pattern 'nope'"),
         ([], "at least 1 item"),
-        ("triangle", "want a list of patterns"),
+        ("triangle", "it must be a list of patterns"),
     ],
 )
 def test_refused(of: object, says: str) -> None:
