@@ -11,6 +11,7 @@ from sparsekit.patterns.base import (
     static_plan,
 )
 from sparsekit.patterns.block_topk import BlockTopK
+from sparsekit.patterns.blocks import BlockPattern, Blocks
 from sparsekit.patterns.dense import Dense
 from sparsekit.patterns.flexprefill import FlexPrefill
 from sparsekit.patterns.s2o import S2O
@@ -22,7 +23,9 @@ from sparsekit.patterns.xattention import XAttention
 __all__ = [
     "S2O",
     "AShape",
+    "BlockPattern",
     "BlockTopK",
+    "Blocks",
     "Dense",
     "DynamicPattern",
     "DynamicUnion",

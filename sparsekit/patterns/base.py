@@ -33,12 +33,6 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
 
-# Measured (docs/results/dynamic-h100.jsonl): the shortest of 2,048, 4,096, 8,192, ... tokens at which selecting and
-# attention together beat the best dense kernel. s2o won at 16,384 on one host and lost on a slower one.
-CROSSOVER_TOKENS: dict[str, dict[str, int]] = {
-    "cuda": {"vertical_slash": 32768, "flexprefill": 16384, "xattention": 16384, "block_topk": 16384, "s2o": 32768}
-}
-
 
 class Pattern(BaseModel, ABC):
     """What one layer, or one head, attends to. Subclasses set `name: Literal["..."] = "..."` and are then known by it.
@@ -52,6 +46,13 @@ class Pattern(BaseModel, ABC):
     source: ClassVar[str] = "-"  # where the method was published
     whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
     narrow: ClassVar[bool] = False  # keeps fewer pairs in rows of fewer queries, as diagonals do
+
+    # Parameters, as in YAML. `sparsekit bench dynamic` measures a pattern at its bench points and, with --sweep, at its
+    # sweep points: those of its main parameter, the sparsest first. Tests of all patterns run it at its test points,
+    # which drop some pairs of 300 tokens.
+    bench_points: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    sweep_points: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    test_points: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,7 +70,7 @@ class Pattern(BaseModel, ABC):
         """The plan for q (B, H, Q, D) over k (B, G, K, D), on their device."""
 
     def of_heads(self, heads: Sequence[int]) -> Pattern:
-        """The same for some of its query heads: another one only where a field says something for each head."""
+        """This pattern restricted to `heads`; itself unless a field has a value for each head."""
         return self
 
     @classmethod
@@ -156,6 +157,10 @@ def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
 class DynamicPattern(Pattern):
     """A pattern that estimates from q and k what to keep. No host synchronisation, all heads in one launch."""
 
+    # By device type: the shortest prompt of 2,048, 4,096, 8,192, ... tokens at which selecting and attention together
+    # were measured to beat the best dense kernel (docs/results/dynamic-h100.jsonl).
+    pays_from_tokens: ClassVar[Mapping[str, int]] = {}
+
     dense_below_tokens: int | None = Field(
         None, ge=0, description="shorter prompts run dense, tokens; default: where it was measured to pay; 0: none do"
     )
@@ -172,7 +177,9 @@ class DynamicPattern(Pattern):
 
     def dense_below(self, device: torch.device) -> int:
         """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""
-        return crossover_tokens(self, device) if self.dense_below_tokens is None else self.dense_below_tokens
+        if self.dense_below_tokens is not None:
+            return self.dense_below_tokens
+        return self.pays_from_tokens.get(device.type, 0)
 
     def keys_at_most(self, geometry: Geometry) -> int | None:
         """Keys that a query tile of that geometry computes at most, by a budget; None where none bounds them."""
@@ -183,22 +190,16 @@ class DynamicPattern(Pattern):
         """What to keep of q (B, H, Q, D) over k (B, G, K, D): a plan with H heads, at any length."""
 
 
-def crossover_tokens(pattern: Pattern, device: torch.device) -> int:
-    """Prompt length, tokens, from which a dynamic pattern was measured to be faster than dense on such a device."""
-    table = CROSSOVER_TOKENS.get(device.type, {})
-    return table.get(pattern.name, 0)
-
-
 @cache
 def _load_entry_points() -> None:
     for point in entry_points(group=ENTRY_POINTS):
         point.load()
 
 
-def pattern_names() -> tuple[str, ...]:
-    """All registered names, third-party ones (entry-point group `sparsekit.patterns`) included."""
+def pattern_names(kind: type = Pattern) -> tuple[str, ...]:
+    """All registered names of that kind, third-party ones (entry-point group `sparsekit.patterns`) included."""
     _load_entry_points()
-    return tuple(_REGISTRY)
+    return tuple(name for name, cls in _REGISTRY.items() if issubclass(cls, kind))
 
 
 def pattern_class(name: str) -> type[Pattern]:

@@ -27,7 +27,7 @@ __all__ = ["DynamicUnion", "Union"]
 
 def _parse_members(value: Any) -> tuple[Pattern, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError("want a list of patterns")
+        raise ValueError("it must be a list of patterns")
     members = tuple(parse_pattern(item, f"of[{i}]") for i, item in enumerate(value))
     for i, member in enumerate(members):
         if member.whole_layer:
@@ -43,6 +43,10 @@ class Union(StaticPattern):
     """
 
     name: Literal["union"] = "union"
+    test_points = (
+        {"of": [{"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20},
+                {"name": "a_shape", "sink_tokens": 30, "window_tokens": 20}]},
+    )  # fmt: skip
     of: tuple[SerializeAsAny[StaticPattern], ...] = Field(min_length=1, description="the patterns to join")
 
     @field_validator("of", mode="before")

@@ -33,7 +33,10 @@ from sparsekit.patterns import (
     Triangle,
     Union,
     VerticalSlash,
+    XAttention,
     base,
+    pattern_class,
+    pattern_names,
     static_plan,
 )
 from sparsekit.patterns.attention import static_plan_heads
@@ -57,7 +60,8 @@ FACTS = ArchFacts(
 @pytest.fixture(autouse=True)
 def short_prompts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of dynamic patterns on a GPU too, unless a test says otherwise."""
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {})
+    for name in pattern_names(DynamicPattern):
+        monkeypatch.setattr(pattern_class(name), "pays_from_tokens", {})
 
 
 def only(pattern: object, tokens: int, heads: int = 4, **more: object) -> LayerExplanation:
@@ -317,7 +321,8 @@ def test_no_budget_no_bound(dynamic: type[DynamicPattern]) -> None:
 
 
 def test_prompts_below_the_crossover_run_dense_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {"block_topk": 9000, "xattention": 7000})
+    monkeypatch.setattr(BlockTopK, "pays_from_tokens", {"cuda": 9000})
+    monkeypatch.setattr(XAttention, "pays_from_tokens", {"cuda": 7000})
     config = {"model": {"num_layers": 2, "num_heads": 4}, "layers": {"0": "block_topk", "1": "triangle"}}
     below, above = explain(config, 8999), explain(config, 9000)
     assert (below.layers[0].runs, below.layers[0].density) == ("dense", 1.0)

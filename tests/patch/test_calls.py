@@ -24,7 +24,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import Choice
 from sparsekit.models import tiny, wrap_attention
 from sparsekit.patch import Handle
-from sparsekit.patterns import StaticPattern, parse_pattern, pattern_names
+from sparsekit.patterns import DynamicPattern, StaticPattern, pattern_class, pattern_names
 
 TOKENS = 200
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
@@ -32,26 +32,11 @@ SPARSE = {"layers": {"1-3": TRIANGLE}}
 
 LONG = 520  # where every pattern of these sizes drops something
 
-# One row a registered pattern.
 PATTERNS: dict[str, dict[str, Any]] = {
-    "dense": {"name": "dense"},
-    "a_shape": {"name": "a_shape", "sink_tokens": 8, "window_tokens": 40},
-    "triangle": TRIANGLE,
-    "union": {"name": "union", "of": [TRIANGLE, {"name": "a_shape", "sink_tokens": 30, "window_tokens": 20}]},
-    "vertical_slash": {"name": "vertical_slash", "vertical_tokens": 8, "slash_tokens": 3, "estimate_queries": 20},
-    "block_topk": {"name": "block_topk", "top_k": 2},
-    "flexprefill": {"name": "flexprefill", "gamma": 0.3, "min_budget_tokens": 1},
-    "xattention": {"name": "xattention", "threshold": 0.5},
-    "s2o": {"name": "s2o", "segment_tokens": 64, "tau": 0.4},
+    name: {"name": name, **pattern_class(name).test_points[0]} for name in pattern_names()
 }
 every_pattern = pytest.mark.parametrize("name", PATTERNS)
-static_patterns = pytest.mark.parametrize(
-    "name", [name for name, fields in PATTERNS.items() if isinstance(parse_pattern(fields), StaticPattern)]
-)
-
-
-def test_every_registered_pattern_has_a_row() -> None:
-    assert set(PATTERNS) == set(pattern_names())
+static_patterns = pytest.mark.parametrize("name", pattern_names(StaticPattern))
 
 
 @pytest.fixture
@@ -280,22 +265,24 @@ def test_chunks_of_an_unknown_prompt_are_a_superset(model: PreTrainedModel) -> N
         assert _ran(handle) == ["dense", "sparse", "sparse", "sparse"]
 
 
-@pytest.mark.parametrize(
-    ("name", "everything"),
-    [
-        ("vertical_slash", {"vertical_tokens": LONG, "slash_tokens": LONG}),
-        ("block_topk", {"top_k": 100}),
-        ("flexprefill", {"gamma": 1.0}),
-        ("xattention", {"threshold": 1.0}),
-        ("s2o", {"tau": 0.0, "max_tokens": None}),
-    ],
-)
-def test_dynamic_patterns_in_chunks(model: PreTrainedModel, name: str, everything: dict[str, Any]) -> None:
+# Parameters with which a dynamic pattern keeps everything.
+EVERYTHING = {
+    "vertical_slash": {"vertical_tokens": LONG, "slash_tokens": LONG},
+    "block_topk": {"top_k": 100},
+    "flexprefill": {"gamma": 1.0},
+    "xattention": {"threshold": 1.0},
+    "s2o": {"tau": 0.0, "max_tokens": None},
+}
+
+
+@pytest.mark.parametrize("name", pattern_names(DynamicPattern))
+def test_dynamic_patterns_in_chunks(model: PreTrainedModel, name: str) -> None:
     """Estimated from each chunk's own queries: a superset of nothing, but dense where the budget covers everything."""
     ids = _ids(tokens=LONG)
     own = _logits(model, ids)
-    with sparsekit.apply(model, {"default": {"name": name, **everything}}):
-        _close(_in_chunks(model, ids, 200), own)
+    if name in EVERYTHING:
+        with sparsekit.apply(model, {"default": {"name": name, **EVERYTHING[name]}}):
+            _close(_in_chunks(model, ids, 200), own)
     with sparsekit.apply(model, {"default": PATTERNS[name]}) as handle:
         assert float((_in_chunks(model, ids, 200) - own).abs().max()) > 0.05
         assert _ran(handle) == ["sparse"] * 4

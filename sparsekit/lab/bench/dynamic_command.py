@@ -15,7 +15,6 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.bench.dynamic import (
     DTYPES,
     LENGTHS,
-    METHODS,
     bench_dynamic,
     input_facts,
 )
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sparsekit bench dynamic",
         description="Dynamic patterns: what they keep and lose, what estimating and attending cost; correctness first.",
     )
-    parser.add_argument("--methods", nargs="+", help=f"names, or YAML mappings; default {', '.join(METHODS)}")
+    parser.add_argument("--methods", nargs="+", help="names, or YAML mappings; default all dynamic patterns")
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths, tokens")
     parser.add_argument("--inputs", nargs="+", default=["structured"], help="structured, a model, a .safetensors file")
     parser.add_argument("--layers", type=int, nargs="+", help="of the model; default all")

@@ -48,6 +48,8 @@ def loudest(monkeypatch: pytest.MonkeyPatch) -> type[DynamicPattern]:
 
         name: Literal["loudest"] = "loudest"
         source: ClassVar[str] = "test"
+        bench_points = ({"top_k": 3},)
+        sweep_points = tuple({"top_k": n} for n in (1, 2, 4))
         top_k: int = Field(2, ge=1, description="tiles")
         broken: bool = Field(False, description="leaves the diagonal out")
 
@@ -63,8 +65,6 @@ def loudest(monkeypatch: pytest.MonkeyPatch) -> type[DynamicPattern]:
             near = (tile + bk > start) & (tile < start + geometry.block_q)
             return plan_from_block_mask(mask & ~near if self.broken else mask | near, geometry)
 
-    monkeypatch.setitem(dynamic.METHODS, "loudest", ({"top_k": 3},))
-    monkeypatch.setitem(dynamic.SWEEPS, "loudest", tuple({"top_k": n} for n in (1, 2, 4)))
     return Loudest
 
 
@@ -283,10 +283,12 @@ def test_plan_only_runs_no_attention(loudest: type[DynamicPattern], monkeypatch:
 
 
 def test_what_is_published_is_measured() -> None:
-    """Every setting and every sweep point of a known pattern is one that the pattern takes."""
-    for name in dynamic.METHODS:
-        if name in registry.pattern_names():
-            assert dynamic._patterns([name], sweep=False) and len(dynamic._patterns([name], sweep=True)) > 2
+    """Every bench point and every sweep point is one that its pattern takes, and none is there twice."""
+    for name in registry.pattern_names(DynamicPattern):
+        cls = registry.pattern_class(name)
+        assert len(dynamic._patterns([name], sweep=False)) == len(cls.bench_points)
+        assert len(dynamic._patterns([name], sweep=True)) == len(cls.sweep_points)
+    assert {pattern.name for pattern in dynamic._patterns(None, False)} == set(registry.pattern_names(DynamicPattern))
 
 
 # ---- peers
