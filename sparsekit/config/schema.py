@@ -235,6 +235,14 @@ class SparseConfig(BaseModel):
 
     # ---- meaning
 
+    def why_dense(self, queries: int, tokens: int) -> str:
+        """Why a call of `queries` queries in a prompt of `tokens` tokens runs the model's own attention, or nothing."""
+        if queries < self.min_queries:
+            return f"{queries} queries, fewer than min_queries {self.min_queries}"
+        if tokens < self.dense_below_tokens:
+            return f"{tokens} tokens, fewer than dense_below_tokens {self.dense_below_tokens}"
+        return ""
+
     def resolve(self, facts: ModelFacts | None = None) -> ResolvedConfig:
         """The patterns of every layer and head of a model.
 

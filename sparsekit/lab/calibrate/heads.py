@@ -37,6 +37,7 @@ from sparsekit.lab.calibrate.records import (
 from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.tasks import Task, prompt_ids
 from sparsekit.models import ArchFacts, facts, wrap_attention
+from sparsekit.patch.call import softmax_of
 from sparsekit.patterns import (
     Dense,
     DynamicPattern,
@@ -261,8 +262,7 @@ def _measure(
         out, found = run(module, q, k, v, mask, **kwargs)
         layer = module.layer_idx
         if layer not in own:
-            scale = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-            softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+            softmax = softmax_of(module, q, kwargs)
             for i, pattern in enumerate(patterns):
                 if kept.get(keys[layer, i]) is None:
                     kept.add(keys[layer, i], _score(pattern, q, k, v, softmax, out.transpose(1, 2)))

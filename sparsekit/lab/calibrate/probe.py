@@ -47,6 +47,7 @@ from sparsekit.lab.calibrate.prompts import (
 from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts, wrap_attention
+from sparsekit.patch.call import softmax_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -207,8 +208,7 @@ def probe_batch(
             near = (at < sections.sink_tokens) | (at[a:b, None] - at < sections.window_tokens)
             sums.add(layer, weights, gradient, near, rows[:, :, a:b])
 
-        scale = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        softmax = softmax_of(module, q, kwargs)
         out: Tensor = _Probed.apply(q, k, v, softmax, report)
         return out.transpose(1, 2).contiguous(), None
 

@@ -44,6 +44,7 @@ from sparsekit.lab.calibrate.records import measured_on
 from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts, wrap_attention
+from sparsekit.patch.call import softmax_of
 from sparsekit.patterns.attention import plan_heads
 
 if TYPE_CHECKING:
@@ -300,8 +301,7 @@ def _look(
         layer = module.layer_idx
         if layer in own:
             return out, weights
-        scale = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        softmax = softmax_of(module, q, kwargs)
         with torch.no_grad():
             seen = columns(q, k, softmax, score_tokens)
             found[layer] = _measures(seen, k, v, names, epsilon, learned=softmax.sink_logits is not None)
