@@ -55,9 +55,7 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     modules = attention_modules(model, text_config)
     facts = facts_of(model, text_config, modules)
     resolved = config.resolve(facts)
-    own, windows = resolved.own_layers(text_config), resolved.window_layers(text_config)
-    for module in modules:
-        own_attention(module, "eager")  # or raises
+    own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
 
     previous = HANDLES.get(model)
     if previous is not None:
