@@ -108,6 +108,11 @@ class LayerPatterns:
     def dense(self) -> bool:
         return all(pattern.name == "dense" for pattern in self.patterns)
 
+    def within(self, window: int | None) -> bool:
+        """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
+        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.sink_tokens == 0]
+        return len(windows) == len(self.patterns) and max(windows) <= (window or 0)
+
     def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
         """Each pattern with its query heads, as the model numbers them."""
         for i, pattern in enumerate(self.patterns):
@@ -166,7 +171,7 @@ class ResolvedConfig:
                     f"layer {i}: {patterns} cannot replace a {reason}; only full causal attention can be run sparse: "
                     "leave the layer out of `layers` and `heads`, and it keeps its own attention."
                 )
-            elif kind == "sliding_attention" and not all(_is_window(pattern, window) for pattern in patterns.patterns):
+            elif kind == "sliding_attention" and not patterns.within(window):
                 raise SparsekitError(
                     f"layer {i}: {patterns} cannot replace a {reason}, whose window is {window} tokens; it can be "
                     f"{{name: a_shape, sink_tokens: 0, window_tokens: {window}}} or narrower: or leave the layer out "
@@ -204,10 +209,6 @@ class ResolvedConfig:
             }
             for layer in self.layers
         ]
-
-
-def _is_window(pattern: Pattern, window: int | None) -> bool:
-    return isinstance(pattern, AShape) and pattern.sink_tokens == 0 and pattern.window_tokens <= (window or 0)
 
 
 class SparseConfig(BaseModel):

@@ -115,6 +115,12 @@ def _run(
     if call.window != layer.window:
         got, said = ("full", "sliding") if layer.window else ("sliding", "full")
         raise SparsekitError(f"layer {index} got the mask of a {got} layer, but the model's config says it is {said}.")
+    window = call.kwargs.get("local_size")
+    if window is not None and call.tokens > window and not layer.patterns.within(window):  # beyond the positions
+        raise SparsekitError(
+            f"layer {index} runs {layer.patterns} on a prompt of {call.tokens} tokens, from which its window of "
+            f"{window} tokens cuts some off; leave the layer dense, or keep to the model's positions."
+        )
     geometry = handle._geometry(call)
     if (geometry.q_len, geometry.kv_len) != (rows, k.shape[2]) or geometry.batch != q.shape[0]:
         raise SparsekitError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError
-from sparsekit.patch.model import eager_attention
+from sparsekit.patch.model import eager_attention, num_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def capture_attention(
     The model's own attention runs as ever, wrapped for the time of this call; the forward ends with the last of
     `layers` (default all).
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = num_layers(model.config.get_text_config(decoder=True))
     wanted = set(range(count) if layers is None else layers)
     if not wanted or not wanted <= set(range(count)):
         raise SparsekitError(f"layers={sorted(wanted)}: at least one, out of 0..{count - 1}.")

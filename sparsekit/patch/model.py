@@ -69,7 +69,7 @@ def attention_modules(model: PreTrainedModel, text_config: Any) -> list[nn.Modul
             f"{name}: its attention is not causal (an encoder's), or does not say that it is; sparsekit cannot be "
             "applied to it."
         )
-    _check_numbers(model, found, _num_layers(text_config))
+    _check_numbers(model, found, num_layers(text_config))
     _check_files(model, text_config, found)
     for module in found:
         eager_attention(module)  # or raises
@@ -182,7 +182,7 @@ def facts_of(model: PreTrainedModel, text_config: Any = None, modules: Sequence[
     """
     text = model.config.get_text_config(decoder=True) if text_config is None else text_config
     modules = attention_modules(model, text) if modules is None else modules
-    count = _num_layers(text)
+    count = num_layers(text)
     heads = [_heads(module, text) for module in modules]
     kinds, windows = _kinds(text, modules, count)
     window = _windows(kinds, windows)
@@ -219,7 +219,7 @@ def _per_layer(value: Any) -> Any:
     return value[0] if len(set(value)) == 1 else tuple(value)
 
 
-def _num_layers(text: Any) -> int:
+def num_layers(text: Any) -> int:
     """Of the decoder: the config of a family with both halves gives the encoder's as `num_hidden_layers`."""
     count: int = _get(text, "decoder_layers") or _get(text, "num_hidden_layers")
     return count

@@ -28,11 +28,13 @@ SIZES: dict[str, Any] = {
     "encoder_layers|num_encoder_layers": 2,
     "num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|depth|num_blocks": LAYERS,
     "(swa_)?num_key_value_heads|num_kv_heads|num_query_groups": KEY_HEADS,
-    "(num|n)_(attention_)?heads?|(encoder|decoder)_attention_heads|swa_num_attention_heads": HEADS,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "(num|n)_(attention_)?heads?|decoder_attention_heads|swa_num_attention_heads": HEADS,
     "head_dim|attention_head_dim|kv_channels|d_kv|dim_head|d_head|swa_head_dim": HEAD_DIM,
     "hidden_size|d_model|n_embd|emb(ed)?_dim|embedding_dim|word_embed_proj_dim|embedding_size|lru_width": HIDDEN,
     "out_hidden_size|backbone_hidden_size|vision_output_dim|input_size": HIDDEN,
-    "intermediate_size|ffn_dim|d_ff|dff|dim_ff|ffn_hidden_size|(encoder|decoder)_ffn_dim|d_inner": 2 * HIDDEN,
+    "intermediate_size|ffn_dim|d_ff|dff|dim_ff|ffn_hidden_size|decoder_ffn_dim|d_inner": 2 * HIDDEN,
     "intermediate_size_mlp|dense_intermediate_size|shared_intermediate_size": 2 * HIDDEN,
     "(moe_|expert_|shared_expert_)(intermediate|ffn_hidden)_size|moe_shared_expert_intermediate_size": 32,
     "num_(local_)?experts|n_routed_experts|moe_num_experts": 4,
@@ -47,6 +49,7 @@ SIZES: dict[str, Any] = {
     "sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|window_size": WINDOW,
     "initializer_range|init_std": 0.1,
     "hidden_size_per_layer_input|mamba_dt_rank": 8,
+    "is_decoder": True,  # of encoders: their causal form
     "pad_token_id": 0,
     "bos_token_id|decoder_start_token_id": 1,
     "eos_token_id|sep_token_id": 2,
@@ -90,7 +93,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_budget": 32,
         "indexer_compress_ratio": 4,
     },
-    "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_hidden_layers": LAYERS},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0, "num_hidden_layers": LAYERS},
     "rwkv": {"attention_hidden_size": HIDDEN},
     "xmod": {"default_language": "en_XX"},
     "zamba": _MIXERS | {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
@@ -111,14 +114,19 @@ PARTS = {"dots3_note": "text_config", "musicgen": "decoder", "musicgen_melody": 
 
 def small(model_type: str) -> PreTrainedModel:
     """Always the same weights, in eval mode, large enough that attention is far from uniform."""
-    whole = CONFIG_MAPPING[model_type]
-    cls = _part(whole, PARTS[model_type]) if model_type in PARTS else whole
-    config = shrunk(cls, SPECIAL.get(cls.model_type, {}))
+    config = small_config(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if model_type in PARTS:
-            return MODEL_FOR_CAUSAL_LM_MAPPING[whole]._from_config(config).eval()
+            cls = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+            return cls._from_config(config).eval()
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def small_config(model_type: str) -> PretrainedConfig:
+    cls = CONFIG_MAPPING[model_type]
+    cls = _part(cls, PARTS[model_type]) if model_type in PARTS else cls
+    return shrunk(cls, SPECIAL.get(cls.model_type, {}))
 
 
 def _part(cls: type[PretrainedConfig], name: str) -> type[PretrainedConfig]:
@@ -134,7 +142,7 @@ def shrunk(cls: type[PretrainedConfig], fields: dict[str, Any]) -> PretrainedCon
     chosen: dict[str, Any] = {}
     for name, value in default.items():
         known = value is not None or name in ("head_dim", "num_key_value_heads")
-        if name not in parts and known and not isinstance(value, bool):
+        if name not in parts and known and (name == "is_decoder" or not isinstance(value, bool)):
             sizes = [size for names, size in SIZES.items() if re.fullmatch(names, name)]
             chosen |= dict.fromkeys([name] if sizes else [], next(iter(sizes), None))
     if "kv_lora_rank" in default and "num_key_value_heads" in chosen:  # latent attention has keys for every head

@@ -448,7 +448,7 @@ def test_values_of_another_size_than_keys_are_refused() -> None:
     with sparsekit.apply(model, {"default": "dense"}):
         assert torch.equal(_logits(model, _ids()), own)
     for config in ({"default": TRIANGLE}, {"layers": {"2": TRIANGLE}}, {"dense_impl": "kernel"}):
-        with pytest.raises(SparsekitError, match=r"layer . runs .*keys have size 32 and its values 16.*leave the layer"):
+        with pytest.raises(SparsekitError, match=r"layer . runs .*size 32 and its values 16.*leave the layer dense"):
             sparsekit.apply(model, config)
         with pytest.raises(SparsekitError, match="keys have size 32 and its values 16"):
             explain(config, TOKENS, models.facts(model))
