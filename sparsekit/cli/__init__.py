@@ -34,7 +34,7 @@ from sparsekit.cli.printing import (
 from sparsekit.errors import SparsekitError
 
 if TYPE_CHECKING:
-    from sparsekit.models import ArchFacts
+    from sparsekit.config import ArchFacts
 
 __all__ = ["app", "describe_patterns", "doctor", "main", "validate"]
 

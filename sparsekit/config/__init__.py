@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsekit.config.schema import (
+    ArchFacts,
     LayerPatterns,
     ModelFacts,
     ResolvedConfig,
@@ -14,6 +15,7 @@ from sparsekit.config.schema import (
 )
 
 __all__ = [
+    "ArchFacts",
     "LayerPatterns",
     "ModelFacts",
     "ResolvedConfig",

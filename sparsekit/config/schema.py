@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparsekit.errors import SparsekitError, nearest, writable
 from sparsekit.patterns import AShape, Pattern, parse_pattern
 
 __all__ = [
+    "ArchFacts",
     "LayerPatterns",
     "ModelFacts",
     "ResolvedConfig",
@@ -27,13 +28,25 @@ __all__ = [
     "parse_yaml",
 ]
 
+Size = Annotated[int, Field(ge=1, strict=True)]
+_LIST = Field(strict=False)  # YAML has lists, and no tuples
 AnyPattern = Annotated[Pattern, BeforeValidator(parse_pattern)]
 
 
 class ModelFacts(BaseModel):
     """What a config may say about its model. The numbers are checked against the real one; the name is a label.
 
-    `num_layers` and `num_heads` (query heads) are needed to resolve a config; the rest lets `explain` predict time.
+    `num_layers` and `num_heads` (query heads) are needed to resolve a config; the kinds of layers say which of them can
+    run sparse, and the rest lets `explain` predict time. `sparsekit.models.facts` reads them off a model.
+
+    Attributes:
+        head_dim: of the keys; not known where layers differ in it.
+        intermediate_size: one number, or one a layer.
+        layer_types: the kind of each layer, "full_attention", "sliding_attention", or a name of the model's own; not
+            given: all are full, or all slide where there is a window.
+        sliding_window: of the layers that slide, tokens, the query itself included; or one a layer, null for none. That
+            of a full layer cuts nothing off.
+        not_computed: of each layer what no kernel here computes, or nothing: it cannot run sparse.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,8 +57,42 @@ class ModelFacts(BaseModel):
     num_key_heads: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1)
     hidden_size: int | None = Field(None, ge=1)
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: Size | Annotated[tuple[Size, ...], _LIST] | None = None
     vocab_size: int | None = Field(None, ge=1)
+    layer_types: Annotated[tuple[str, ...], _LIST] | None = None
+    sliding_window: Size | Annotated[tuple[Size | None, ...], _LIST] | None = None
+    not_computed: Annotated[tuple[str, ...], _LIST] | None = None
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> ModelFacts:
+        for name in ("intermediate_size", "layer_types", "sliding_window", "not_computed"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.num_layers:
+                raise SparsekitError(f"{name} has {len(value)} values; one for each of num_layers is needed")
+        return self
+
+    def kind(self, layer: int) -> str:
+        """Of the layer's attention."""
+        if self.layer_types is not None:
+            return self.layer_types[layer]
+        return "full_attention" if self.window(layer) is None else "sliding_attention"
+
+    def window(self, layer: int) -> int | None:
+        """Of the layer's mask, tokens."""
+        if isinstance(self.sliding_window, tuple):
+            return self.sliding_window[layer]
+        slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else None
+
+
+class ArchFacts(ModelFacts):
+    """Those of a model that is there: what it is called and counts is known."""
+
+    name: str
+    model_type: str = Field(exclude=True)  # of transformers; a config file has no such field
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_key_heads: int = Field(ge=1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +107,11 @@ class LayerPatterns:
     @property
     def dense(self) -> bool:
         return all(pattern.name == "dense" for pattern in self.patterns)
+
+    def within(self, window: int | None) -> bool:
+        """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
+        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.sink_tokens == 0]
+        return len(windows) == len(self.patterns) and max(windows) <= (window or 0)
 
     def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
         """Each pattern with its query heads, as the model numbers them."""
@@ -95,43 +147,51 @@ class ResolvedConfig:
     config: SparseConfig
     layers: tuple[LayerPatterns, ...]
 
-    def own_layers(self, model: object) -> dict[int, str]:
+    def own_layers(self, model: ModelFacts | None = None) -> dict[int, str]:
         """Layers that keep their own attention because they are not full causal attention, each with the reason.
 
         A sliding layer that a rule names as `a_shape` without sinks, with the model's window or a narrower one, is not
         among them: that is what such a layer computes, and sparsekit needs no N x N mask for it.
 
         Args:
-            model: anything with `layer_types` and `sliding_window` as in a model's text config; either may be missing.
+            model: the real model's facts; default what the file says.
 
         Raises:
-            SparsekitError: a rule names such a layer and gives it another sparse pattern.
+            SparsekitError: a rule names such a layer and gives it another sparse pattern, or a layer is to run here
+                whose attention no kernel computes.
         """
-        window = getattr(model, "sliding_window", None)
-        own = {}
-        for i, kind in enumerate(_layer_types(model, len(self.layers))):
-            if kind == "full_attention":
-                continue
-            reason, patterns = f"{kind} layer of the model", self.layers[i]
-            if patterns.dense or not self._named(i):
+        facts, own = model or self.config.model, {}
+        for i, patterns in enumerate(self.layers):
+            kind, window = facts.kind(i), facts.window(i)
+            reason = f"{kind} layer of the model"
+            if kind != "full_attention" and (patterns.dense or not self._named(i)):
                 own[i] = reason
-            elif kind != "sliding_attention" or not window:
+            elif kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and not window):
                 raise SparsekitError(
                     f"layer {i}: {patterns} cannot replace a {reason}; only full causal attention can be run sparse: "
                     "leave the layer out of `layers` and `heads`, and it keeps its own attention."
                 )
-            elif not all(_is_window(pattern, window) for pattern in patterns.patterns):
+            elif kind == "sliding_attention" and not patterns.within(window):
                 raise SparsekitError(
                     f"layer {i}: {patterns} cannot replace a {reason}, whose window is {window} tokens; it can be "
                     f"{{name: a_shape, sink_tokens: 0, window_tokens: {window}}} or narrower: or leave the layer out "
                     "of `layers` and `heads`, and it keeps its own attention."
                 )
+            elif facts.not_computed and facts.not_computed[i] and self._runs_here(patterns):
+                raise SparsekitError(
+                    f"layer {i} runs {patterns}, but {facts.not_computed[i]}, which no kernel here computes; leave the "
+                    f"layer dense{', with dense_impl: model' if patterns.dense else ''}."
+                )
         return own
 
-    def window_layers(self, model: object) -> frozenset[int]:
-        """Sliding layers of the model that a rule runs on sparsekit's kernel. Arguments and errors: `own_layers`."""
-        own, kinds = self.own_layers(model), _layer_types(model, len(self.layers))
-        return frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention" and i not in own)
+    def window_layers(self, model: ModelFacts | None = None) -> frozenset[int]:
+        """Layers with a window in the model that sparsekit's kernel runs. Arguments and errors: `own_layers`."""
+        facts, own = model or self.config.model, self.own_layers(model)
+        return frozenset(i for i in range(len(self.layers)) if i not in own and facts.window(i) is not None)
+
+    def _runs_here(self, patterns: LayerPatterns) -> bool:
+        """Whether sparsekit's kernel runs a layer."""
+        return not patterns.dense or self.config.dense_impl == "kernel"
 
     def _named(self, layer: int) -> bool:
         """Whether a rule names the layer, rather than `default` alone."""
@@ -149,18 +209,6 @@ class ResolvedConfig:
             }
             for layer in self.layers
         ]
-
-
-def _layer_types(model: object, count: int) -> tuple[str, ...]:
-    """The kind of each layer. Without `layer_types` all slide where the model has a window."""
-    types = getattr(model, "layer_types", None)
-    if types is not None:
-        return tuple(types[:count])
-    return ("sliding_attention" if getattr(model, "sliding_window", None) else "full_attention",) * count
-
-
-def _is_window(pattern: Pattern, window: int) -> bool:
-    return isinstance(pattern, AShape) and pattern.sink_tokens == 0 and pattern.window_tokens <= window
 
 
 class SparseConfig(BaseModel):
@@ -445,7 +493,7 @@ def _to_yaml(value: Any) -> Any:
     if isinstance(value, Pattern):
         return value.to_yaml()
     if isinstance(value, BaseModel):
-        return value.model_dump(exclude_unset=True)
+        return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
         return {key: _to_yaml(item) for key, item in value.items()}
     return value

@@ -133,6 +133,12 @@ def _checked(layer: Layer, q: Tensor, k: Tensor, v: Tensor, call: Call, kwargs: 
             f"layer {index} runs {layer.patterns}, but its keys have size {k.shape[-1]} and its values {v.shape[-1]}, "
             "which no kernel here computes; leave the layer dense."
         )
+    window = call.kwargs.get("local_size")
+    if window is not None and call.tokens > window and not layer.patterns.within(window):  # beyond the positions
+        raise SparsekitError(
+            f"layer {index} runs {layer.patterns} on a prompt of {call.tokens} tokens, from which its window of "
+            f"{window} tokens cuts some off; leave the layer dense, or keep to the model's positions."
+        )
     geometry = call.geometry_in(layer.applied.prompt)
     assert geometry is not None
     if (geometry.q_len, geometry.kv_len) != (q.shape[2], k.shape[2]) or geometry.batch != q.shape[0]:

@@ -53,17 +53,13 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     config = load(cfg)
     text_config = _text_config(model)
     modules = attention_modules(model, text_config)
-    resolved = config.resolve(facts_of(model, text_config, modules))
-    own, windows = resolved.own_layers(text_config), resolved.window_layers(text_config)
+    facts = facts_of(model, text_config, modules)
+    resolved = config.resolve(facts)
+    own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
     name, original = name_for(model, text_config), original_of(text_config)
     applied = Applied(resolved, weakref.ref(model), weakref.ref(text_config), bool(windows))
     for module in modules:
         index: int = module.layer_idx  # type: ignore[assignment]
-        if not 0 <= index < len(resolved.layers):
-            raise SparsekitError(
-                f"{type(model).__name__}: {type(module).__name__} says that it is layer {index} of "
-                f"{len(resolved.layers)}; sparsekit cannot tell which rules are for it."
-            )
         gone = weakref.ref(module, forgetter(id(module)))
         attend = own_attention(module, original)
         patterns = resolved.layers[index]

@@ -22,8 +22,9 @@ import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import Choice
-from sparsekit.models import tiny, wrap_attention
+from sparsekit.models import tiny
 from sparsekit.patch import Handle
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns import DynamicPattern, StaticPattern, pattern_class, pattern_names
 
 TOKENS = 200

@@ -124,7 +124,8 @@ def captured(
         dtype: of the model; default the faster one on `device`.
     """
     from sparsekit.lab.tasks import prompt_ids, task
-    from sparsekit.models import capture_attention, fast_dtype, load
+    from sparsekit.models import fast_dtype, load
+    from sparsekit.patch.capture import capture_attention
 
     loaded, tokenizer = load(model, dtype=dtype or fast_dtype(device), device=device)
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or tokens

@@ -23,7 +23,6 @@ from sparsekit.errors import SparsekitError, writable
 from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
-from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.evaluate import Answer, answer, kl_divergence
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
@@ -136,7 +135,7 @@ def gate(
         records: a JSONL file of the answers; an interrupted gate goes on from it.
     """
     loaded = load(config)
-    loaded.resolve(model_facts(facts(model)))
+    loaded.resolve(facts(model))
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
     if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
@@ -213,7 +212,7 @@ class _Gate:
 
     def blame(self, config: SparseConfig, lost: Sequence[Prompt], quiet: bool) -> tuple[list[int], bool]:
         """(layers whose return to dense brings the lost answers back, whether it brings all back)."""
-        resolved = config.resolve(model_facts(facts(self.model)))
+        resolved = config.resolve(facts(self.model))
         own = resolved.own_layers(facts(self.model))
         sparse = [layer.layer for layer in resolved.layers if not layer.dense and layer.layer not in own]
         back: list[int] = []

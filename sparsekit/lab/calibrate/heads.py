@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.config import SparseConfig, format_range, load
+from sparsekit.config import ArchFacts, SparseConfig, format_range, load
 from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
@@ -34,10 +34,10 @@ from sparsekit.lab.calibrate.records import (
     fingerprint,
     measured_on,
 )
-from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.tasks import Task, prompt_ids
-from sparsekit.models import ArchFacts, facts, wrap_attention
+from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns import (
     Dense,
     DynamicPattern,
@@ -232,8 +232,8 @@ def search_heads(
 
 
 def _minference_target(arch: ArchFacts, tokens: int) -> float:
-    config = {"model": model_facts(arch).model_dump(exclude_none=True), "default": MINFERENCE_SPACE[0]}
-    return explain(config, tokens, model_facts(arch)).layers[0].tile_density or 1.0
+    config = {"model": arch.model_dump(exclude_none=True), "default": MINFERENCE_SPACE[0]}
+    return explain(config, tokens, arch).layers[0].tile_density or 1.0
 
 
 def _measure(
@@ -302,7 +302,11 @@ def _score(
 
 
 def _config(
-    arch: ArchFacts, patterns: Sequence[Pattern], chosen: Tensor, provenance: Mapping[str, Any], dense_below_tokens: int
+    arch: ArchFacts,
+    patterns: Sequence[Pattern],
+    chosen: Tensor,
+    provenance: Mapping[str, Any],
+    dense_below_tokens: int,
 ) -> SparseConfig:
     """Layers whose heads agree are a layer rule; thresholds of one layer are one pattern; other layers have heads."""
     layers: dict[str, list[int]] = {}
@@ -323,7 +327,7 @@ def _config(
         heads[str(layer)] = {format_range(numbers): patterns[i].to_yaml() for i, numbers in by.items()}
     data = {
         "version": 1,
-        "model": model_facts(arch).model_dump(exclude_none=True),
+        "model": arch.model_dump(exclude_none=True),
         "dense_below_tokens": dense_below_tokens,
         "default": "dense",
         "layers": {format_range(numbers): whole[key] for key, numbers in layers.items()},

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.config import ModelFacts, load
+from sparsekit.config import load
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.blocks import (
     grouped,
@@ -46,8 +46,9 @@ from sparsekit.lab.calibrate.prompts import (
 )
 from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
 from sparsekit.lab.tasks import Task
-from sparsekit.models import facts, wrap_attention
+from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
+from sparsekit.patch.capture import wrap_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -252,9 +253,10 @@ def activations_alone(model: PreTrainedModel) -> Iterator[None]:
 
 
 def own_layers(model: PreTrainedModel) -> dict[int, str]:
-    """Layers that are not full causal attention, each with the reason."""
+    """Layers that cannot run sparse, each with the reason: not full causal attention, or not computed by a kernel."""
     arch = facts(model)
-    return load({}).resolve(ModelFacts(num_layers=arch.num_layers, num_heads=arch.num_heads)).own_layers(arch)
+    missing = {i: f"layer that no kernel computes ({why})" for i, why in enumerate(arch.not_computed or ()) if why}
+    return missing | load({}).resolve(arch).own_layers(arch)
 
 
 # ---- the probe of a model

@@ -41,10 +41,10 @@ from sparsekit.lab.calibrate.prompts import (
     make_prompts,
 )
 from sparsekit.lab.calibrate.records import measured_on
-from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.tasks import Task
-from sparsekit.models import facts, wrap_attention
+from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns.attention import plan_heads
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def inspect_model(
     if gradient and config is None:
         raise SparsekitError("gradient: it is measured on what a config drops; give the config.")
     loaded = None if config is None else load(config)
-    resolved = None if loaded is None else loaded.resolve(model_facts(facts(model)))
+    resolved = None if loaded is None else loaded.resolve(facts(model))
     own = own_layers(model)
     if resolved is not None:
         resolved.own_layers(facts(model))

@@ -30,6 +30,7 @@ from sparsekit.lab.bench import (
 )
 from sparsekit.lab.bench.inputs import load_inputs, save_inputs
 from sparsekit.lab.bench.peers import load_peers
+from sparsekit.patch.capture import capture_attention
 from sparsekit.patterns import Pattern
 from sparsekit.patterns.base import DynamicPattern
 from sparsekit.plan import BlockPlan, dense_plan, plan_from_block_mask
@@ -127,16 +128,16 @@ def test_captured_inputs_are_what_the_layers_attend_to(tmp_path: Path) -> None:
     with torch.no_grad():
         model(ids)
     hook.remove()
-    found = models.capture_attention(model, ids, [2, 1])
+    found = capture_attention(model, ids, [2, 1])
     assert sorted(found) == [1, 2] and ALL_ATTENTION_FUNCTIONS._local_mapping == before
     q, k, v = found[2]
     assert q.shape == (1, 4, 80, 16) and k.shape == v.shape == (1, 2, 80, 16)
     own = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert torch.allclose(own.transpose(1, 2).flatten(2), outputs[0], atol=1e-6)
-    assert sorted(models.capture_attention(model, ids)) == [0, 1, 2, 3]
+    assert sorted(capture_attention(model, ids)) == [0, 1, 2, 3]
     for layers in ([4], []):
         with pytest.raises(SparsekitError, match="at least one, out of"):
-            models.capture_attention(model, ids, layers)
+            capture_attention(model, ids, layers)
 
 
 @pytest.mark.slow
