@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsekit.config.schema import SparseConfig, format_range, load
+from sparsekit.config.ranges import format_range
+from sparsekit.config.schema import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.patterns import parse_pattern
 
