@@ -159,12 +159,15 @@ def writable(path: Path | str, what: str = "output") -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path | str, what: str = "output") -> Iterator[Path]:
+def writing(path: Path | str, what: str = "output", *, folders: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all: yields the path to write to, whose content then becomes that of `path`.
 
     The content goes to a file beside it, to the disk, and only then under its name: where the block raises, the disk
     is full, or the process is killed, `path` is what it was. A link stays a link. What is no regular file (a pipe,
     /dev/stdout) is written itself.
+
+    Args:
+        folders: make those that are missing.
 
     Raises:
         SparsekitError: the system refuses; one line that begins with `what` and the path.
@@ -177,6 +180,8 @@ def writing(path: Path | str, what: str = "output") -> Iterator[Path]:
             yield path
             return
         target = path.resolve()
+        if folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name[:200]}.{os.getpid()}.part{target.suffix}")
         try:
             yield part

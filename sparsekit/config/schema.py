@@ -227,15 +227,15 @@ class SparseConfig(BaseModel):
             out[name] = _to_yaml(getattr(self, name))
         return out
 
-    def dump(self, path: str | Path | None = None) -> str:
-        """The YAML text, also written to `path` where one is given.
+    def dump(self, path: str | Path | None = None, *, folders: bool = False) -> str:
+        """The YAML text, also written to `path` where one is given; `folders`: in folders that are made.
 
         Raises:
             SparsekitError: it cannot be written.
         """
         text = dump_yaml(self.to_dict(), "config")
         if path is not None:
-            with writing(path) as part:
+            with writing(path, folders=folders) as part:
                 part.write_text(text, encoding="utf-8")
         return text
 

@@ -142,7 +142,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"search": {"trials": "9"}}, "search.trials = '9': it should be a valid integer"),
     ({"search": {"seed": -1}}, "search.seed = -1"),
     ({"search": {"batch": 0}}, "search.batch = 0"),
-    ({"axes": {WINDOW: {"low": 64, "hihg": 128}}}, r"axes.layers.21-29.window_tokens: unknown field 'hihg' = 128;.*mean 'high'\?"),
+    ({"axes": {WINDOW: {"low": 64, "hihg": 128}}}, r"window_tokens: unknown field 'hihg' = 128;.*mean 'high'\?"),
     ({"axes": {WINDOW: {"low": 64}}}, "axes.layers.21-29.window_tokens.high is missing"),
     ({"axes": {WINDOW: {"low": 64, "high": 64}}}, "low = 64 should be below high = 64"),
     ({"axes": {WINDOW: {"low": "1", "high": 64}}}, "window_tokens.low = '1': it should be a number"),
