@@ -109,10 +109,11 @@ def test_errors_are_quoted_word_by_word(tmp_path: Path, monkeypatch: pytest.Monk
     model = "model: {num_layers: 30, num_heads: 9}\n"
     root = DOCS.parent
     cases = [
-        ("default: bogus\n", []),
+        ("dense_impl: kernal\n", []),
         ("default: {name: triangle, last_n: 128}\n", []),
         ("default: {name: triangle, window_tokens: -512}\n", []),
         ('layers: {"0-5": dense, "5-8": triangle}\n', []),
+        ('layers: {0: triangle, "0": dense}\n', []),
         ('layers:\n  "0": dense\n  "0": triangle\n', []),
         (f'{model}layers: {{"40": triangle}}\n', []),
         (f'{model}heads: {{"3": {{"12": triangle}}}}\n', []),

@@ -20,13 +20,8 @@ from typing import Any
 import torch
 
 from sparsekit.call.geometry import Geometry
-from sparsekit.config.schema import (
-    LayerPatterns,
-    ModelFacts,
-    SparseConfig,
-    format_range,
-    load,
-)
+from sparsekit.config.ranges import format_range
+from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import (
     AShape,

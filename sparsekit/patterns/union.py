@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
+from sparsekit.errors import SparsekitError
 from sparsekit.kernels.select.join import join_plans
 from sparsekit.patterns.base import (
     DynamicPattern,
@@ -60,10 +61,12 @@ class Union(StaticPattern):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Pattern:
-        try:
-            members = _parse_members(fields.get("of"))
-        except ValueError:
+        if not isinstance(fields.get("of"), list | tuple):
             return cls.model_validate(dict(fields))  # which says what is wrong
+        try:
+            members = _parse_members(fields["of"])
+        except ValueError as error:
+            raise SparsekitError(f"union: of: {error}") from None
         kind = cls if all(isinstance(member, StaticPattern) for member in members) else DynamicUnion
         return kind.model_validate({**fields, "of": members})
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparsekit import __version__
+from sparsekit.errors import writable, writing
 
 __all__ = ["ROUNDS", "Record", "milliseconds", "place", "rounds", "spread", "synchronize"]
 
@@ -99,11 +100,12 @@ class Record:
         self.path = Path(path) if path else None
         self.place = where
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            with writable(self.path):  # found out before anything is measured
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.open("a").close()
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append({**row, **self.place})
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+            with writing(self.path) as part:
+                part.write_text("".join(json.dumps(one) + "\n" for one in self.rows), encoding="utf-8")

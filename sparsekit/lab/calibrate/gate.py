@@ -19,7 +19,7 @@ from sparsekit.config import (
     load,
     parse_range,
 )
-from sparsekit.errors import SparsekitError, writable
+from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
@@ -266,7 +266,5 @@ def write_gated(report: GateReport, path: str | Path) -> SparseConfig:
         **report.made,
     }
     gated = load({**report.config.to_dict(), "provenance": {**report.config.provenance, "gate": said}})
-    with writable(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    gated.dump(path)
+    gated.dump(path, folders=True)
     return gated

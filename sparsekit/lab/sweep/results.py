@@ -158,7 +158,7 @@ def _held(path: Path) -> Iterator[None]:
 
 def _check_replaceable(path: Path) -> None:
     if not path.is_file():
-        raise SparsekitError(f"results {str(path)!r} are to be a file.")
+        raise SparsekitError(f"results {str(path)!r} must be a file.")
     records, rest = _parse(path)
     if rest and not records:
         raise _no_record(path, 1, "no whole line")
