@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TRIANGLE
+from tiny import close as _close
+from tiny import ids as _ids
+from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
@@ -28,7 +32,6 @@ from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns import DynamicPattern, StaticPattern, pattern_class, pattern_names
 
 TOKENS = 200
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 
 LONG = 520  # where every pattern of these sizes drops something
@@ -46,15 +49,6 @@ def model() -> PreTrainedModel:
     return tiny("llama", initializer_range=0.1)
 
 
-def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
-
-
 def _ran(handle: Handle) -> list[str]:
     return [layer.ran for layer in handle.report().layers]
 
@@ -64,11 +58,6 @@ def _pairs(model: PreTrainedModel, layer: int = 3) -> Tensor:
     plan = sparsekit.patch.state.LAYERS[id(model.model.layers[layer].self_attn)].plan
     assert isinstance(plan, sparsekit.plan.BlockPlan)
     return plan.to_mask()
-
-
-def _close(got: Tensor, expected: Tensor) -> None:
-    error, scale = float((got - expected).abs().max()), max(float(expected.abs().max()), 1.0)
-    assert error < 1e-5 * scale, error
 
 
 @contextmanager

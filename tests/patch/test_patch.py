@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TRIANGLE
+from tiny import ids as _ids
+from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
@@ -21,18 +24,8 @@ import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.models import tiny
 
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 TOKENS = 200
-
-
-def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
 
 
 @pytest.fixture
