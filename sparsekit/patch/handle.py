@@ -64,22 +64,31 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
                 f"{type(model).__name__}: {type(module).__name__} says that it is layer {index} of "
                 f"{len(resolved.layers)}; sparsekit cannot tell which rules are for it."
             )
-        gone = weakref.ref(module, forgetter(id(module)))
-        attend = own_attention(module, original)
-        patterns = resolved.layers[index]
-        applied.layers.append(
-            Layer(applied, gone, patterns, own.get(index), index in windows, attend, config.min_queries)
+        layer = Layer(
+            applied,
+            weakref.ref(module, forgetter(id(module))),
+            module._forward_hooks,
+            resolved.layers[index],
+            own.get(index),
+            index in windows,
+            own_attention(module, original),
+            config.min_queries,
         )
+        applied.layers.append(layer)
 
     with CHANGES:
         replaced = applied_to(model)
         for old in replaced:
             _check_replaced(old, modules, type(model).__name__)
         _check_idle(text_config, "apply")
+        try:
+            open_door(model, text_config, name, applied)
+        except BaseException:
+            close_door(text_config, applied)
+            raise
+        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
         for old in replaced:
             _take_off(old, "another config was applied to this model's layers")
-        open_door(model, text_config, name, applied)
-        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
     return Handle(applied)
 
 
@@ -179,7 +188,7 @@ class Handle:
             now = getattr(text_config, "_attn_implementation", None)
             warning = f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
         layers = [] if self._applied.ended else self._applied.layers
-        return Report(tuple(report_layer(layer) for layer in layers if layer.module() is not None), warning)
+        return Report(tuple(map(report_layer, layers)), warning)
 
 
 def _columns(tokens: Any) -> int | tuple[int, ...]:

@@ -72,6 +72,7 @@ class Layer:
 
     applied: Applied
     module: weakref.ref[nn.Module]
+    hooks: object  # its dictionary of hooks, which shallow copies share
     patterns: LayerPatterns
     own: str | None  # why the layer keeps its own attention, or None
     window: bool  # a sliding layer of the model, which a rule runs here
@@ -251,12 +252,7 @@ def applied_to(model: nn.Module) -> list[Applied]:
 def layer_of_copy(module: nn.Module, door: Door) -> Layer | None:
     """The layer that `module` is a shallow copy of: nn.DataParallel's replicas share all dictionaries but a few."""
     hooks = module._forward_hooks
-    for applied in door.applied:
-        for layer in applied.layers:
-            original = layer.module()
-            if original is not None and original._forward_hooks is hooks:
-                return layer
-    return None
+    return next((layer for applied in door.applied for layer in applied.layers if layer.hooks is hooks), None)
 
 
 def masking() -> Any:
