@@ -30,6 +30,7 @@ from sparsekit.patch.state import (
     applied_to,
     forgetter,
 )
+from sparsekit.patch.switch import guard, unguard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     resolved = config.resolve(facts_of(model, text_config, modules))
     own, windows = resolved.own_layers(text_config), resolved.window_layers(text_config)
     name, original = name_for(model, text_config), original_of(text_config)
-    applied = Applied(resolved, weakref.ref(model), weakref.ref(text_config), bool(windows))
+    applied = Applied(resolved, weakref.ref(text_config), bool(windows))
     for module in modules:
         index: int = module.layer_idx  # type: ignore[assignment]
         if not 0 <= index < len(resolved.layers):
@@ -89,6 +90,7 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
         LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
         for old in replaced:
             _take_off(old, "another config was applied to this model's layers")
+        applied.guarded = guard(model, text_config)
     return Handle(applied)
 
 
@@ -243,6 +245,7 @@ def _take_off(applied: Applied, why: str) -> None:
         module = layer.module()
         if module is not None and LAYERS.get(id(module)) is layer:
             del LAYERS[id(module)]
+    unguard(applied.guarded)
     text_config = applied.text_config()
     if text_config is not None:
         close_door(text_config, applied)

@@ -52,13 +52,14 @@ class Applied:
         windows: whether sliding layers run here.
         paused: depth of `Handle.pause` blocks.
         epoch: another object whenever `paused` or `prompt` changes; by it a Call remembers what they made of it.
+        guarded: models whose switch of implementations is guarded.
         ended: why it is no longer active, or "".
     """
 
     resolved: ResolvedConfig
-    model: weakref.ref[nn.Module]
     text_config: weakref.ref[Any]
     windows: bool
+    guarded: list[weakref.ref[nn.Module]] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     paused: int = 0
     prompt: Prompt | None = None
