@@ -7,6 +7,7 @@ docs/models.md says for each call what holds, and names its test.
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -489,10 +490,17 @@ class _Force(LogitsProcessor):
         return forced
 
 
-def test_continuous_batching_is_refused_by_transformers(model: PreTrainedModel) -> None:
-    """It has attention functions of its own; the line names ours, and nothing is changed."""
+def test_continuous_batching_is_refused(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has attention functions of its own: transformers names ours, or switches, which we refuse."""
     with sparsekit.apply(model, SPARSE) as handle:
         with pytest.raises(ValueError, match=r"sparsekit_\d+ is not supported for continuous batching"):
+            model.generate_batch([_ids()[0].tolist()], max_new_tokens=2)
+        continuous = importlib.import_module("transformers.generation.continuous_batching.continuous_api")
+        for version, there in ((2, True), (3, False)):
+            monkeypatch.setattr(continuous, f"is_flash_attn_{version}_available", lambda there=there, **_: there)
+        monkeypatch.setattr(type(model), "_check_and_adjust_attn_implementation", lambda self, name, **_: name)
+        monkeypatch.setattr(type(model), "get_correct_attn_implementation", lambda self, name, **_: name)
+        with pytest.raises(SparsekitError, match=r"set_attn_implementation\('flash_attention_2'\).*handle\.remove"):
             model.generate_batch([_ids()[0].tolist()], max_new_tokens=2)
         assert handle.report().warning == ""
         _logits(model, _ids())
