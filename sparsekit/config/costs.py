@@ -414,9 +414,10 @@ def _linear_flops(facts: ModelFacts, tokens: int) -> int:
     """2 for each weight and token: projections and gated MLPs of all layers, the language head for the last token."""
     sizes: dict[str, Any] = {name: getattr(facts, name) for name in (*_SIZES, "num_layers", "num_heads")}
     hidden, layers, mlp = sizes["hidden_size"], sizes["num_layers"], sizes["intermediate_size"]
-    projections = 2 * hidden * (sizes["num_heads"] + sizes["num_key_heads"]) * sizes["head_dim"]
+    heads = sum(facts.layer_heads or [layers * sizes["num_heads"]])
+    projections = 2 * hidden * (heads + layers * sizes["num_key_heads"]) * sizes["head_dim"]
     mlps = 3 * hidden * (sum(mlp) if isinstance(mlp, tuple) else layers * mlp)
-    return 2 * (tokens * (layers * projections + mlps) + hidden * sizes["vocab_size"])
+    return 2 * (tokens * (projections + mlps) + hidden * sizes["vocab_size"])
 
 
 def _predict(found: Explanation, facts: ModelFacts) -> Explanation:
