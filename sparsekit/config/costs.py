@@ -63,7 +63,7 @@ def explain(
     resolved = config.resolve(facts)
     own = resolved.own_layers(facts)
     geometry = Geometry.of(tokens)
-    because = _dense_because(config, tokens)
+    because = config.why_dense(tokens, tokens)
     counted: dict[Any, LayerExplanation] = {}
     rows, unknown = [], []
     for layer in resolved.layers:
@@ -103,15 +103,6 @@ def facts_for(config: SparseConfig, model: ModelFacts | None) -> ModelFacts:
         )
     missing = {name: getattr(config.model, name) for name in ("name", *_SIZES) if getattr(model, name) is None}
     return model.model_copy(update=missing)
-
-
-def _dense_because(config: SparseConfig, tokens: int) -> str:
-    """Why a prompt of that length runs the model's own attention everywhere, or nothing."""
-    if tokens < config.min_queries:
-        return f"{tokens} queries, fewer than min_queries {config.min_queries}"
-    if tokens < config.dense_below_tokens:
-        return f"{tokens} tokens, fewer than dense_below_tokens {config.dense_below_tokens}"
-    return ""
 
 
 # ---- counting
