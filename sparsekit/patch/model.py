@@ -1,4 +1,4 @@
-"""Finding our way into a model: its attention modules, the facts of its layers, and its implementation's switch.
+"""Finding our way into a model: its attention modules, the facts of its layers, and its own function.
 
 `facts_of` is the one reader of a model's facts: `apply` reads them off the model, `explain`, `validate` and calibration
 off the same model without its weights (`sparsekit.models.facts`).
@@ -320,7 +320,7 @@ def _not_computed(modules: Sequence[Any], count: int) -> tuple[str, ...] | None:
     return tuple(found) if any(found) else None
 
 
-# ---- the model's own function, and its switch
+# ---- the model's own function
 
 
 def own_attention(module: nn.Module, original: str) -> Attention:
@@ -344,14 +344,3 @@ def _home(module: nn.Module) -> Any:
     raise SparsekitError(
         f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?"
     )
-
-
-def switch(model: PreTrainedModel, text_config: Any, name: str) -> None:
-    """Set the text config's implementation and leave a vision or audio part alone."""
-    if text_config is model.config:
-        model.set_attn_implementation(name)
-        return
-    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text_config), None)
-    if key is None:
-        raise SparsekitError(f"{type(model).__name__}: its text config is none of {list(model.config.sub_configs)}.")
-    model.set_attn_implementation({key: name})

@@ -20,8 +20,8 @@ def random_ids(tokens: int, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids, use_cache=False).logits
+def logits_of(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
+    logits: Tensor = model(ids, use_cache=False, **kwargs).logits
     return logits
 
 

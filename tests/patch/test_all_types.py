@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import sparsekit
 from sparsekit import SparsekitError, explain, models
 from sparsekit.cli.about import validate
-from sparsekit.patch.state import DOORS, HANDLES, LAYERS
+from sparsekit.patch.state import DOORS, LAYERS
 
 TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TOKENS = 200
@@ -38,15 +38,7 @@ REASONS = (
     "which no kernel here computes",
 )
 
-# Its text prompts come with a mask composed for pictures, which patch/mask.py does not see through.
-COMPOSED = {"gemma4_unified"}
-
 seen: dict[str, list[str]] = defaultdict(list)  # outcome -> types
-
-
-def _param(model_type: str) -> Any:
-    marks = [pytest.mark.xfail(reason="a composed mask", strict=False)] if model_type in COMPOSED else []
-    return pytest.param(model_type, marks=marks)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any]:
@@ -55,9 +47,7 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "implementations": [getattr(getattr(m, "config", None), "_attn_implementation", None) for m in modules],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules],
-        "remembered": [
-            m for m in modules if id(m) in LAYERS or m in HANDLES or id(getattr(m, "config", None)) in DOORS
-        ],
+        "remembered": [m for m in modules if id(m) in LAYERS or id(getattr(m, "config", None)) in DOORS],
         "attributes": [sorted(vars(m)) for m in modules],
     }
 
@@ -85,7 +75,7 @@ def _told(facts_of: Any) -> tuple[str, list[str]]:
     return "", runs
 
 
-@pytest.mark.parametrize("model_type", [_param(name) for name in TYPES])
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_type_is_right_or_refused(model_type: str) -> None:
     if model_type in NOT_BUILT:
         pytest.skip(NOT_BUILT[model_type])
@@ -126,5 +116,5 @@ def counts() -> Iterator[None]:
         f"\n{len(TYPES)} types: {len(right)} right, of which {len(sparse)} with sparse layers, {len(refused)} refused, "
         f"{len(NOT_BUILT)} not built"
     )
-    if len(right) + len(refused) == len(set(TYPES) - set(NOT_BUILT) - COMPOSED):
+    if len(right) + len(refused) == len(set(TYPES) - set(NOT_BUILT)):
         assert len(sparse) >= 0.6 * len(TYPES)

@@ -227,6 +227,25 @@ def test_layers_whose_own_windows_differ() -> None:
     assert facts_of(model).sliding_window == (32, None, 64, None)
 
 
+# ---- what a processor gives
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma4", "gemma4_unified"])
+def test_a_text_prompt_as_the_processor_gives_it(model_type: str) -> None:
+    """Its token types are zeros, no pictures, and the mask composed of them is plain causal."""
+    model = small(model_type)
+    types = "token_type_ids" if model_type == "gemma3" else "mm_token_type_ids"
+    given = {types: torch.zeros_like(IDS), "attention_mask": torch.ones_like(IDS)}
+    own = logits_of(model, IDS, **given)
+    assert torch.equal(own, logits_of(model, IDS))
+    with sparsekit.apply(model, {"default": TRIANGLE}) as handle:
+        got = logits_of(model, IDS, **given)
+        assert [row.ran for row in handle.report().layers] == ["own", "sparse"] * 2
+    expected = with_triangle(model, IDS, {1, 3})
+    assert float((got - expected).abs().max()) < 1e-5 * max(float(own.abs().max()), 1.0)
+    assert torch.equal(logits_of(model, IDS, **given), own)
+
+
 # ---- what kernels do not compute
 
 
