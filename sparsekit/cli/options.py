@@ -2,64 +2,118 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsekit.cli.printing import busy
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
+
+LARGEST = 2**31 - 1
+MOST_NUMBERS = 1000  # of a list that is typed
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
-Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Length of the prompt, in tokens.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Prompt length in tokens.")]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Check against a model: its folder, config.json, hub id, or `smollm2-135m`."),
 ]
 Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or `smollm2-135m`; weights are read.")
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one, else the CPU.")
+]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="Default: the checkpoint's; on a CPU bfloat16 or float32, by a measurement."),
-]
+    typer.Option("--dtype", help="Dtype of the weights (default: the checkpoint's; on a CPU the faster of bfloat16 and "
+                                 "float32, measured)."),
+]  # fmt: skip
 ExactDtype = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", help="Default: the checkpoint's; on a CPU float32, since bfloat16's rounding hides small KL."
-    ),
-]
-Seeds = Annotated[str, typer.Option("--seeds", help="Of the prompts, parted by commas.")]
-Tasks = Annotated[str, typer.Option("--tasks", help="Parted by commas.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Prompts.")]
-Lengths = Annotated[str, typer.Option("--tokens", "-n", help="Lengths of the prompts, tokens, parted by commas.")]
+    typer.Option("--dtype", help="Dtype of the weights (default: the checkpoint's; on a CPU float32, because rounding "
+                                 "to bfloat16 hides a small KL)."),
+]  # fmt: skip
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST, help="Seed of the prompts.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of the prompts, comma-separated.")]
+Tasks = Annotated[str, typer.Option("--tasks", help="Tasks, comma-separated.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Number of prompts.")]
+Length = Annotated[int, typer.Option("--tokens", "-n", min=1, max=LARGEST, help="Prompt length in tokens.")]
+Lengths = Annotated[str, typer.Option("--tokens", "-n", help="Prompt lengths in tokens, comma-separated.")]
 RecordFile = Annotated[
-    Path | None, typer.Option("--records", help="JSONL file of what was measured; an interrupted run goes on from it.")
+    Path | None, typer.Option("--records", help="JSONL file of measurements; an interrupted run resumes from it.")
 ]
-Picture = Annotated[Path | None, typer.Option("--picture", help="Draw it: .png, .svg or .pdf.")]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Picture to write: .png, .svg or .pdf.")]
 JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
-GateTokens = Annotated[str, typer.Option("--gate-tokens", help="Lengths that the gate checks, tokens.")]
-GateSamples = Annotated[int, typer.Option("--gate-samples", min=1, help="Prompts for each task and length.")]
-Bound = Annotated[float, typer.Option("--bound", help="Share of the answers that the config may lose against dense.")]
-GiveBack = Annotated[
-    bool, typer.Option("--give-back", help="Where the gate names layers: make them dense, and try once more.")
-]
-Below = Annotated[int, typer.Option("--dense-below", min=0, help="Shorter prompts run dense, tokens.")]
+Below = Annotated[int, typer.Option("--dense-below", min=0, help="Prompts shorter than this run dense, in tokens.")]
 PatternList = Annotated[
     str,
-    typer.Option("--patterns", help="Candidates, parted by commas: names, or `{name: triangle, window_tokens: 256}`."),
+    typer.Option(
+        "--patterns",
+        help="Candidates, comma-separated: names, or mappings such as `{name: triangle, window_tokens: 256}`.",
+    ),
 ]
-GATE_TOKENS = "2048,4096"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the commands that write a config through the gate take: their parameter `gate` becomes these options."""
+
+    gate_tokens: Annotated[
+        str, typer.Option("--gate-tokens", help="Prompt lengths that the gate checks, in tokens, comma-separated.")
+    ] = "2048,4096"
+    gate_samples: Annotated[
+        int, typer.Option("--gate-samples", min=1, help="Prompts of the gate for each task and length.")
+    ] = 16
+    bound: Annotated[
+        float, typer.Option("--bound", help="Share of dense attention's right answers that the config may lose.")
+    ] = 0.1
+    give_back: Annotated[
+        bool, typer.Option("--give-back", help="If the gate names layers, make them dense and try once more.")
+    ] = False
+    records: RecordFile = None
+
+
+GATE = Gate()
+
+
+def gated(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `gate` is typed as the options of `Gate`."""
+    options = inspect.signature(Gate, eval_str=True).parameters.values()
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [one for own in signature.parameters.values() for one in (options if own.name == "gate" else (own,))]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        gate = Gate(**{field.name: given.pop(field.name) for field in fields(Gate)})
+        command(**given, gate=gate)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 def command_line() -> str:
     """What was typed, for records and provenance."""
     return shlex.join(["sparsekit", *sys.argv[1:]])
+
+
+def device_of(name: str) -> str:
+    """The device that `--device` names: `auto` is a CUDA GPU if there is one, else the CPU."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_weights(model: str, device: str, dtype: str | None, *, exact: bool = False) -> tuple[Any, Any]:
@@ -68,32 +122,38 @@ def load_weights(model: str, device: str, dtype: str | None, *, exact: bool = Fa
 
     with busy(f"loading {model}"):
         chosen: Any = dtype
+        device = device_of(device)
         if dtype is None and device == "cpu":
             chosen = "float32" if exact else fast_dtype(device)
         return load(model, dtype=chosen, device=device)
 
 
 def words_of(text: str) -> list[str]:
-    """Words parted by commas."""
+    """Words separated by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def numbers_of(text: str, option: str) -> list[int]:
-    """Whole numbers parted by commas."""
+    """Whole numbers separated by commas."""
     words = words_of(text)
-    if not words or not all(word.isdecimal() for word in words):
-        raise SparsekitError(f"{option} {text!r}: whole numbers parted by commas, such as 1024,2048.")
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise SparsekitError(f"{option} {shown(text)}: want whole numbers, comma-separated, such as 1024,2048.")
+    if len(words) > MOST_NUMBERS:
+        raise SparsekitError(f"{option}: {len(words):,} numbers; at most {MOST_NUMBERS:,}.")
+    large = next((word for word in words if len(word) > 10 or int(word) > LARGEST), None)
+    if large is not None:
+        raise SparsekitError(f"{option}: {shown(large)[1:-1]} is too large; numbers go up to {LARGEST:,}.")
     return [int(word) for word in words]
 
 
-def patterns_of(text: str) -> list[Any]:
-    """Names, and mappings as in YAML, parted by commas."""
-    import yaml
+def patterns_of(text: str, option: str = "--patterns") -> list[Any]:
+    """Names, and mappings as in YAML, separated by commas; read as strictly as a config."""
+    from sparsekit.config import parse_yaml
 
     try:
-        found = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        return list(parse_yaml(f"[{text}]", f"{option} {shown(text)}"))
+    except SparsekitError as error:
         raise SparsekitError(
-            f"--patterns {text!r}: names, or mappings such as {{name: triangle, window_tokens: 256}}, parted by commas."
+            f"{str(error).removesuffix('.')}; want names, or mappings such as {{name: triangle, window_tokens: 256}}, "
+            "comma-separated."
         ) from None
-    return list(found)
