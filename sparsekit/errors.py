@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["SparsekitError", "nearest", "writable"]
+__all__ = ["SparsekitError", "nearest", "shown", "writable"]
 
 
 class SparsekitError(ValueError):
@@ -35,3 +35,12 @@ def nearest(name: object, allowed: Iterable[str]) -> str:
         shared = [(len(words & set(other.lower().split("_"))), other) for other in names]
         close = [other for count, other in sorted(shared, key=lambda pair: -pair[0]) if count]
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """`repr(value)` for a message, cut in the middle where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # of whatever kind: Python refuses to write out an integer of 5,000 digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 13]}...{text[-10:]}"
