@@ -41,7 +41,7 @@ from sparsekit.cli.printing import (
 from sparsekit.errors import SparsekitError, shown
 
 if TYPE_CHECKING:
-    from sparsekit.config import ArchFacts, SparseConfig
+    from sparsekit.config import SparseConfig
 
 __all__ = ["app", "describe_patterns", "doctor", "main", "validate"]
 
