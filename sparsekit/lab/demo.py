@@ -30,9 +30,8 @@ from sparsekit.lab.evaluate import (
     answer,
     kl_divergence,
     layers_summary,
-    mean_interval,
-    share_interval,
 )
+from sparsekit.lab.stats import mean_interval, share_interval
 from sparsekit.lab.tasks import Sample, Task, task
 from sparsekit.patch import apply
 

@@ -16,7 +16,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit import __version__
 from sparsekit.config import (
     LayerPatterns,
     SparseConfig,
@@ -35,10 +34,14 @@ from sparsekit.config import (
     load,
 )
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.provenance import content_of_model, measured_on
+from sparsekit.lab.stats import mean_interval, mean_of_known, quantile, share_interval
 from sparsekit.lab.tasks import (
     Sample,
     Task,
+    check_positions,
     prompt_ids,
+    read_corpus,
     task,
 )
 from sparsekit.models import can_shorten
@@ -54,12 +57,9 @@ __all__ = [
     "answer",
     "evaluate",
     "kl_divergence",
-    "mean_interval",
     "read_on",
-    "share_interval",
 ]
 
-Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 LAST_ROWS = 128  # of a prompt, judged apart from those before: what patterns with dense last rows keep
 EARLIER_ROWS = 512
 QUANTILES = (0.2, 0.8)
@@ -286,14 +286,14 @@ def evaluate(
 class Evaluator:
     """A model that answers the same prompts under many configs; what dense attention says to them is kept.
 
-    The prompts and dense answers of one task, length and seed are kept at a time: ask for all configs of these before
-    going on.
+    The prompts and dense answers of one task, length and seed are kept at a time, while weights and texts stay the
+    same: ask for all configs of these before going on.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.name = name or model.config._name_or_path or type(model).__name__
-        self._key: tuple[Task, int, int, int] | None = None
+        self._key: tuple[Any, ...] | None = None
         self._samples: list[Sample] = []
         self._dense: list[Answer] = []
         self._warm: set[tuple[int, str]] = set()
@@ -337,15 +337,13 @@ class Evaluator:
     def _prepare(self, kind: Task, tokens: int, samples: int, seed: int) -> None:
         if samples < 1:
             raise SparsekitError(f"samples = {samples}: at least one.")
-        key = (kind, tokens, samples, seed)
-        if key == self._key:
-            return
-        config: Any = self.model.config.get_text_config(decoder=True)
-        most = getattr(config, "max_position_embeddings", None)
-        if most is not None and tokens > most:
-            raise SparsekitError(f"tokens = {tokens}: {self.name} has {most} positions; ask for at most as many.")
-        self._samples = kind.samples(self.tokenizer, tokens=tokens, count=samples, seed=seed)
-        self._key, self._dense = key, []
+        check_positions(self.model, tokens)
+        corpus = getattr(kind, "corpus", None)
+        text = None if corpus is None else read_corpus(corpus).digest
+        key = (kind, text, tokens, samples, seed, content_of_model(self.model, self.tokenizer))
+        if key != self._key:
+            self._samples = kind.samples(self.tokenizer, tokens=tokens, count=samples, seed=seed)
+            self._key, self._dense = key, []
 
     def _warm_up(self, config: SparseConfig | None, tokens: int) -> None:
         """One prefill that nobody times: the first of its kind compiles kernels, and makes static plans."""
@@ -376,8 +374,8 @@ class Evaluator:
             "kl_width": width if math.isfinite(width) else None,
             "same_text": mean(float(a.text == b.text) for a, b in zip(self._dense, found, strict=True)),
             "ttft_s": median(times),
-            "ttft_s_p20": _quantile(times, QUANTILES[0]),
-            "ttft_s_p80": _quantile(times, QUANTILES[1]),
+            "ttft_s_p20": quantile(times, QUANTILES[0]),
+            "ttft_s_p80": quantile(times, QUANTILES[1]),
             **layers_summary([a.layers for a in found]),
             "scores": scores,
             "texts": [a.text for a in found],
@@ -418,20 +416,15 @@ def layers_summary(prompts: Sequence[Sequence[LayerReport]]) -> dict[str, Any]:
     """
     if not any(prompts):
         return {"density": 1.0, "tile_density": 1.0, "layer_density": None, "plan_ms": 0.0}
-    by_layer = [_mean_of(layer.density for layer in column) for column in zip(*prompts, strict=True)]
-    tiles = _mean_of(layer.tile_density for layers in prompts for layer in layers)
-    density = _mean_of(by_layer)
+    by_layer = [mean_of_known(layer.density for layer in column) for column in zip(*prompts, strict=True)]
+    tiles = mean_of_known(layer.tile_density for layers in prompts for layer in layers)
+    density = mean_of_known(by_layer)
     return {
         "density": 1.0 if density is None else density,
         "tile_density": 1.0 if tiles is None else tiles,
         "layer_density": [None if share is None else round(share, 6) for share in by_layer],
         "plan_ms": median(sum(layer.plan_ms or 0.0 for layer in layers) for layers in prompts),
     }
-
-
-def _mean_of(shares: Iterable[float | None]) -> float | None:
-    told = [share for share in shares if share is not None]
-    return mean(told) if told else None
 
 
 class PeakMemory:
@@ -476,24 +469,6 @@ def spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
     ]
 
 
-def measured_on(model: PreTrainedModel) -> dict[str, Any]:
-    import transformers
-
-    device = model.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "sparsekit": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 # ---- numbers
 
 
@@ -501,31 +476,6 @@ def kl_divergence(dense: Answer, other: Answer) -> float:
     """KL(dense || other) in nats a token, over the tokens of the true answer."""
     p = dense.logprobs
     return float((p.exp() * (p - other.logprobs)).sum(-1).mean())
-
-
-def share_interval(scores: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): 95% Wilson interval of a share, from scores of 0 to 1."""
-    n, mean = len(scores), sum(scores) / len(scores)
-    centre, spread = mean + Z95**2 / (2 * n), Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
-    return mean, max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95% interval by the normal distribution); the width of one value is infinite."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, math.inf
-    return mean, Z95 * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    """The value below which that share lies, between the two nearest."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def _synchronize(device: torch.device) -> None:

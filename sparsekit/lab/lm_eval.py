@@ -11,7 +11,6 @@ that are judged are themselves of a sparse prefill; texts are generated densely 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import math
@@ -34,13 +33,20 @@ from torch import Tensor
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.evaluate import (
-    Z95,
     Config,
     PeakMemory,
     layers_summary,
-    measured_on,
     spelled_out,
 )
+from sparsekit.lab.provenance import (
+    content_key,
+    content_of_code,
+    content_of_files,
+    content_of_model,
+    measured_on,
+    patterns_of,
+)
+from sparsekit.lab.stats import Z95
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.sweep.runs import canonical, config_key
 from sparsekit.lab.sweep.workers import said
@@ -102,12 +108,31 @@ class LmEvalTasks:
         return [leaf for member in members for leaf in self._expanded(member)]
 
     def definition(self, name: str) -> Any:
-        """What a task of one's own says, its members' words included; None for lm-eval's."""
+        """What a task of one's own says and reads, its members' included; None for lm-eval's."""
         entry = self.manager.task_index.get(name)
         if entry is None or self.include is None or not Path(entry.yaml_path or "/").is_relative_to(self.include):
             return None
         members = entry.cfg.get("task") if entry.kind.name == "GROUP" else []
-        return [entry.cfg, *(self.definition(member) for member in members if isinstance(member, str))]
+        code = [file for suffix in (".py", ".yaml", ".yml") for file in self.include.rglob(f"*{suffix}")]
+        reads = content_of_files(
+            [*code, *_data_files([entry.cfg.get("dataset_path"), entry.cfg.get("dataset_kwargs")])]
+        )
+        return [entry.cfg, reads, *(self.definition(member) for member in members if isinstance(member, str))]
+
+
+def _data_files(named: Any) -> Iterator[Path]:
+    """The files of this machine that are named, anywhere in text, lists and mappings, and those of named folders."""
+    if isinstance(named, Mapping):
+        for name, value in named.items():
+            if name != "cache_dir":
+                yield from _data_files(value)
+    elif isinstance(named, (list, tuple)):
+        for value in named:
+            yield from _data_files(value)
+    elif isinstance(named, str) and Path(named).is_file():
+        yield Path(named)
+    elif isinstance(named, str) and Path(named).is_dir():
+        yield from (file for file in Path(named).rglob("*") if file.is_file())
 
 
 def run_lm_eval(
@@ -234,22 +259,22 @@ class _Harness:
         self.model, self.tasks = model, tasks
         self._loaded: set[str] = set()
         self.name = name or model.config._name_or_path or type(model).__name__
+        self._content = content_of_model(model, tokenizer)
         with _silent("lm_eval.models"):  # it warns that a model that is loaded takes no options of loading
             self.lm: Any = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
 
     def key(self, config: SparseConfig | None, asked: Mapping[str, Any]) -> str:
-        """Of what is computed, not of how it is called: equal for equal work."""
+        """Of all that the result depends on; of data sets on the hub by their names."""
         what = {
-            "harness": LM_EVAL,
-            "model": self.name,
+            "harness": [LM_EVAL, version("lm_eval"), content_of_code(patterns_of(config))],
+            "model": [self.name, self._content],
             "config": canonical(config),
             **asked,
             "definition": self.tasks.definition(asked["task"]),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
         }
-        text = json.dumps(what, sort_keys=True, separators=(",", ":"), default=str)
-        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+        return content_key(what)
 
     def run(
         self, config: SparseConfig | None, task: str, *, limit: int | None, num_fewshot: int | None, seed: int

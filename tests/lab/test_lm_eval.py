@@ -18,7 +18,6 @@ import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.cli import app
 from sparsekit.lab import lm_eval as harness
-from sparsekit.lab.evaluate import Z95
 from sparsekit.lab.lm_eval import (
     LmEvalTasks,
     ran_dense,
@@ -27,6 +26,7 @@ from sparsekit.lab.lm_eval import (
     table,
 )
 from sparsekit.lab.report import report_data
+from sparsekit.lab.stats import Z95
 from sparsekit.lab.sweep import read_results
 from sparsekit.lab.sweep.results import ResultFile
 
@@ -127,7 +127,16 @@ def test_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SparsekitError, match="include 'nowhere': no such folder"):
         LmEvalTasks(["mmlu"], "nowhere")
     own = LmEvalTasks(["mine"], tmp_path)
-    assert own.definition("mine") == [{"task": "mine", "doc_to_text": "{{q}}"}] and own.definition("mmlu") is None
+    said, read = own.definition("mine")
+    assert said == {"task": "mine", "doc_to_text": "{{q}}"} and read is None and own.definition("mmlu") is None
+    seen = {read}
+    (tmp_path / "data.json").write_text("1")
+    said["dataset_kwargs"] = {"data_files": {"test": [str(tmp_path / "data.json")]}, "cache_dir": str(tmp_path)}
+    for data, code in (("1", ""), ("2", ""), ("2", "def f(): ..."), ("2", "def f(): pass")):
+        (tmp_path / "data.json").write_text(data)
+        (tmp_path / "code.py").write_text(code)
+        seen.add(own.definition("mine")[1])
+    assert len(seen) == 5
 
 
 def _results(

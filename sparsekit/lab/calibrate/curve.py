@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Judge
 from sparsekit.lab.calibrate.probe import own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import make_prompts
-from sparsekit.lab.calibrate.records import measured_on
-from sparsekit.lab.evaluate import mean_interval, share_interval
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import made_on
+from sparsekit.lab.stats import mean_interval, share_interval
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patterns import Pattern, parse_pattern
@@ -108,4 +108,4 @@ def start_layer_curve(
                 )
                 step(1)
     described = {"tasks": sorted({p.task.name for p in prompts}), "tokens": tokens, "seed": seed}
-    return Curve(arch.name, described, measured_on(model), tuple(rows))
+    return Curve(arch.name, described, made_on(model), tuple(rows))

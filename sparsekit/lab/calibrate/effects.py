@@ -13,14 +13,11 @@ import torch
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.prompts import Prompt
-from sparsekit.lab.calibrate.records import Records, content_key, fingerprint
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.shared import SharedLayers
-from sparsekit.lab.evaluate import (
-    Answer,
-    answer,
-    kl_divergence,
-    mean_interval,
-)
+from sparsekit.lab.evaluate import Answer, answer, kl_divergence
+from sparsekit.lab.provenance import content_key, content_of_code, content_of_model
+from sparsekit.lab.stats import standard_error
 from sparsekit.patch import Handle, apply
 from sparsekit.patterns import DynamicPattern, Pattern
 
@@ -54,7 +51,7 @@ class Effect:
     @property
     def kl_at_most(self) -> float:
         """The mean, plus its standard error where there are several prompts."""
-        return self.mean_kl + (mean_interval(self.kl)[1] / 1.96 if len(self.kl) > 1 else 0.0)
+        return self.mean_kl + (standard_error(self.kl) if len(self.kl) > 1 else 0.0)
 
     @property
     def lost(self) -> float:
@@ -88,7 +85,7 @@ class Judge:
         self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
         self.records = records if isinstance(records, Records) else Records(records)
         self.measured = 0  # forwards that were really run, dense ones not counted
-        self._weights = fingerprint(model)
+        self._content = content_of_model(model, tokenizer)
         self._dense: dict[str, Answer] = {}
         self._shared = SharedLayers(model)
 
@@ -123,8 +120,9 @@ class Judge:
 
     def _row(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
         mixture = {str(layer): patterns[layer].model_dump(mode="json") for layer in sorted(patterns)}
-        place = {"kind": "effect", "model": self._weights, "device": self.model.device.type}
-        key = {**place, "prompt": prompt.key, "layers": mixture}
+        place = {"kind": "effect", "model": self._content, "device": self.model.device.type}
+        code = content_of_code([prompt.task, *patterns.values()])
+        key = {**place, "code": code, "prompt": prompt.key, "layers": mixture}
         row: dict[str, Any] | None = self.records.get(key)
         return row if row is not None else self.records.add(key, self._measure(patterns, prompt))
 

@@ -20,11 +20,12 @@ from sparsekit.config import (
     parse_range,
 )
 from sparsekit.errors import SparsekitError, writable
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
-from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.evaluate import Answer, answer, kl_divergence
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
@@ -168,7 +169,7 @@ def gate(
         if (prompt.task.name, prompt.tokens) in lost and row["sparse"] < row["dense"]
     ]
     blamed, regained = run.blame(loaded, worst[:BLAMED_PROMPTS], quiet) if worst else ([], False)
-    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, measured_on(model))
+    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, made_on(model))
 
 
 def _check(name: str, tokens: int, rows: Sequence[Mapping[str, Any]], bound: float, dense_at_least: float) -> Check:
@@ -185,12 +186,13 @@ class _Gate:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Records) -> None:
         self.model, self.tokenizer, self.records = model, tokenizer, records
-        self._weights = fingerprint(model)
+        self._content = content_of_model(model, tokenizer)
 
     def row(self, config: SparseConfig, prompt: Prompt) -> dict[str, Any]:
         meaning = {name: value for name, value in config.to_dict().items() if name not in ("provenance", "model")}
-        key = {"kind": "gate", "model": self._weights, "device": self.model.device.type, "prompt": prompt.key}
-        key["config"] = meaning
+        place = {"kind": "gate", "model": self._content, "device": self.model.device.type}
+        code = content_of_code([prompt.task, *patterns_of(config)])
+        key = {**place, "code": code, "prompt": prompt.key, "config": meaning}
         found: dict[str, Any] | None = self.records.get(key)
         return found if found is not None else self.records.add(key, self._measure(config, prompt))
 

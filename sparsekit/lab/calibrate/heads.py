@@ -26,15 +26,11 @@ from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.calibrate.probe import own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
-from sparsekit.lab.calibrate.records import (
-    Records,
-    content_key,
-    fingerprint,
-    measured_on,
-)
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import model_facts
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import content_key, content_of_code, content_of_model, made_on
 from sparsekit.lab.tasks import Task, prompt_ids
 from sparsekit.models import ArchFacts, facts, wrap_attention
 from sparsekit.patterns import (
@@ -198,7 +194,7 @@ def search_heads(
     if not 0 < target <= 1:
         raise SparsekitError(f"flops = {target}: a share of dense attention's, above 0 and up to 1.")
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
-    kept, weights = Records(records), fingerprint(model)
+    kept, weights = Records(records), content_of_model(model, tokenizer)
     with progress("heads", len(prompts) * (arch.num_layers - len(own)), quiet=quiet) as step:
         measure = lambda prompt: _measure(model, tokenizer, prompt, patterns, kept, weights, own, step)  # noqa: E731
         found = [measure(prompt) for prompt in prompts]
@@ -221,7 +217,7 @@ def search_heads(
             "seed": seed,
             "samples": samples,
         },
-        **measured_on(model),
+        **made_on(model),
     }
     config = _config(arch, patterns, chosen, provenance, dense_below_tokens)
     search = HeadSearch(config, tuple(patterns), error, cost, chosen, target)
@@ -249,7 +245,8 @@ def _measure(
     arch = facts(model)
     shape = arch.num_layers, arch.num_heads, len(patterns) + 1
     error, cost = (torch.full(shape, float("nan"), dtype=torch.float64) for _ in range(2))
-    base = {"kind": "heads", "model": weights, "prompt": prompt.key}
+    code = content_of_code([prompt.task, *patterns])
+    base = {"kind": "heads", "model": weights, "device": model.device.type, "code": code, "prompt": prompt.key}
     keys = {
         (layer, i): {**base, "layer": layer, "pattern": pattern.model_dump(mode="json")}
         for layer in range(arch.num_layers)

@@ -37,14 +37,15 @@ from sparsekit.lab.calibrate.blocks import (
     times,
     wide,
 )
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import (
     TASKS,
     Prompt,
     ask,
     make_prompts,
 )
-from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
+from sparsekit.lab.calibrate.records import Records
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import content_of_model, made_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts, wrap_attention
 
@@ -352,8 +353,8 @@ def probe(
     if batch < 1:
         raise SparsekitError(f"batch = {batch}: at least 1.")
     kept = Records(records)
-    base = {"kind": "probe", "model": fingerprint(model), "sections": asdict(sections)}
-    keys = [{**base, **prompt.key} for prompt in prompts]
+    place = {"model": content_of_model(model, tokenizer), "device": model.device.type}
+    keys = [{"kind": "probe", **place, "sections": asdict(sections), **prompt.key} for prompt in prompts]
     with progress("probe", len(prompts), quiet=quiet) as step:
         waiting = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if kept.get(key) is None]
         step(len(prompts) - len(waiting))
@@ -400,7 +401,7 @@ def _summed(rows: Sequence[Any], model: PreTrainedModel, sections: Sections, pro
         )
         for i in range(stacked["gradient"].shape[1])
     ]
-    return Probe(facts(model).name, sections, len(rows), prompts, measured_on(model), tuple(layers))
+    return Probe(facts(model).name, sections, len(rows), prompts, made_on(model), tuple(layers))
 
 
 def read_probe(path: str | Path) -> Probe:

@@ -33,15 +33,15 @@ from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.calibrate.blocks import row_blocks, scores, wide
 from sparsekit.lab.calibrate.probe import activations_alone, own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import (
     TASKS,
     Prompt,
     ask,
     make_prompts,
 )
-from sparsekit.lab.calibrate.records import measured_on
 from sparsekit.lab.calibrate.rules import model_facts
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts, wrap_attention
 from sparsekit.patterns.attention import plan_heads
@@ -276,7 +276,7 @@ def inspect_model(
     described = {"tasks": sorted({p.task.name for p in prompts}), "tokens": tokens, "seeds": list(seeds)}
     label = "" if config is None else (str(config) if isinstance(config, str | Path) else "the config")
     return Inspection(
-        facts(model).name, len(prompts), described, epsilon, score_tokens, label, measured_on(model), tuple(layers)
+        facts(model).name, len(prompts), described, epsilon, score_tokens, label, made_on(model), tuple(layers)
     )
 
 

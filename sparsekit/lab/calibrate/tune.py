@@ -19,10 +19,11 @@ from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.probe import own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import make_prompts
-from sparsekit.lab.calibrate.records import Records, measured_on
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import model_facts, write_config
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import ArchFacts, facts
 from sparsekit.patterns import Pattern, parse_pattern
@@ -224,7 +225,7 @@ def tune(
         "cost": {"tokens": length, "attention_flops_of_dense": round(cost, 4)},
         "verified": None if best is None else best[0].effect.to_dict(),
         "note": "no mixture held; everything is dense" if best is None else "chosen by measurement on these prompts",
-        **measured_on(model),
+        **made_on(model),
     }
     config = write_config(arch, chosen, provenance, dense_below_tokens=dense_below_tokens)
     allowance = 0.0 if best is None else best[0].allowance

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.evaluate import Evaluator
+from sparsekit.lab.provenance import content_of_source
 from sparsekit.lab.sweep.question import Question, load_question
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.sweep.runs import Run
@@ -190,6 +191,8 @@ class _ModelRunner:
             self._evaluators.clear()
             dtype = fast_dtype(self.device) if run.dtype is None and self.device == "cpu" else run.dtype
             try:
+                if None not in (run.source, now := content_of_source(run.model)) and now != run.source:
+                    raise SparsekitError(f"model {run.model!r} has changed since the sweep began: start it again.")
                 model, tokenizer = load(run.model, dtype=dtype, device=self.device)
             except Exception as error:
                 self._refused[wanted] = said(error)

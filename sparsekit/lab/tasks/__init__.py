@@ -3,6 +3,7 @@
 from sparsekit.lab.tasks.base import (
     Sample,
     Task,
+    check_positions,
     prompt_ids,
     prompt_text,
     recall,
@@ -37,6 +38,7 @@ __all__ = [
     "Sample",
     "Task",
     "VariableTracking",
+    "check_positions",
     "prompt_ids",
     "prompt_text",
     "read_corpus",
