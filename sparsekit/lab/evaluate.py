@@ -177,6 +177,8 @@ def read_on(
     """
     ids = prompt_ids(tokenizer, sample).to(model.device)
     n = ids.shape[1]
+    if n < 2:
+        raise SparsekitError(f"{task.name}: a prompt of {n} tokens has no row to judge; ask for more tokens.")
     kept = min(LAST_ROWS + EARLIER_ROWS, n)
     prefill: Any = model(ids, use_cache=True, logits_to_keep=kept)
     truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -412,16 +414,22 @@ def _kind_of_prefill(config: SparseConfig | None, device: torch.device) -> str:
 def layers_summary(prompts: Sequence[Sequence[LayerReport]]) -> dict[str, Any]:
     """What the layers did, over prompts: `density` and `tile_density`, `layer_density`, and `plan_ms` of a prompt.
 
-    Layers that kept their own attention have no density, and are not in the means.
+    Layers that kept their own attention have no density, and are not in the means. Without a handle there are no
+    layers, and all is dense.
+
+    Raises:
+        SparsekitError: every layer kept its own attention, so that there is no density.
     """
     if not any(prompts):
         return {"density": 1.0, "tile_density": 1.0, "layer_density": None, "plan_ms": 0.0}
     by_layer = [mean_of_known(layer.density for layer in column) for column in zip(*prompts, strict=True)]
     tiles = mean_of_known(layer.tile_density for layers in prompts for layer in layers)
     density = mean_of_known(by_layer)
+    if density is None or tiles is None:
+        raise SparsekitError("every layer kept its own attention: the config changes nothing, and has no density.")
     return {
-        "density": 1.0 if density is None else density,
-        "tile_density": 1.0 if tiles is None else tiles,
+        "density": density,
+        "tile_density": tiles,
         "layer_density": [None if share is None else round(share, 6) for share in by_layer],
         "plan_ms": median(sum(layer.plan_ms or 0.0 for layer in layers) for layers in prompts),
     }

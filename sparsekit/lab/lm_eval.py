@@ -285,6 +285,8 @@ class _Harness:
                 results = self._results(task, limit, num_fewshot, seed)
             resolved = None if handle is None else spelled_out(handle.resolved.layers)
         measured = measured_on(self.model)
+        if not read.tokens:
+            raise SparsekitError(f"task {task!r}: lm-eval asked the model nothing.")
         return {
             "config_key": config_key(config),
             "status": "ok",
@@ -292,13 +294,13 @@ class _Harness:
             "model": self.name,
             "task": task,
             "task_version": str(results["versions"].get(task)),
-            "tokens": max(read.tokens, default=0),
+            "tokens": max(read.tokens),
             "seed": seed,
             "limit": limit,
             "num_fewshot": results["n-shot"].get(task),
             **_scores(results, task),
             **layers_summary(read.layers),
-            "sparse_prompts": read.sparse / max(len(read.tokens), 1),
+            "sparse_prompts": read.sparse / len(read.tokens),
             "prompt_tokens": read.tokens,
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.of,

@@ -136,10 +136,10 @@ def _weights(device: torch.device) -> Tensor:
 
 def content_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of how it cuts text, and of its chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    cuts = tokenizer.get_vocab() if backend is None else backend.to_str()
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return content_key([type(tokenizer).__name__, cuts, special, tokenizer.chat_template])
+    backend, vocabulary = getattr(tokenizer, "backend_tokenizer", None), getattr(tokenizer, "get_vocab", dict)
+    cuts = vocabulary() if backend is None else backend.to_str()
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    return content_key([content_of_code([tokenizer]), cuts, special, tokenizer.chat_template])
 
 
 def content_of_source(model: str) -> str | None:

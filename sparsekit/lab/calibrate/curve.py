@@ -80,10 +80,12 @@ def start_layer_curve(
     Layers that are not full causal attention stay as they are. The first start is the safest (the deepest), so that an
     interrupted run has whole rows; `records` makes it go on.
     """
-    arch, own = facts(model), own_layers(model)
-    wrong = [start for start in starts if not 0 <= start < arch.num_layers]
-    if wrong or not starts:
-        raise SparsekitError(f"starts {list(starts)}: at least one layer, out of 0-{arch.num_layers - 1}.")
+    arch, own = facts(model), own_layers(model, some=True)
+    last = max(layer for layer in range(arch.num_layers) if layer not in own)
+    if not starts or not all(0 <= start <= last for start in starts):
+        raise SparsekitError(f"starts {list(starts)}: at least one layer, out of 0-{last}, the last sparse one.")
+    if not patterns:
+        raise SparsekitError("patterns: at least one.")
     candidates = [parse_pattern(pattern) for pattern in patterns]
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
     judge = Judge(model, tokenizer, prompts, records)

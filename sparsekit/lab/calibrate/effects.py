@@ -50,8 +50,8 @@ class Effect:
 
     @property
     def kl_at_most(self) -> float:
-        """The mean, plus its standard error where there are several prompts."""
-        return self.mean_kl + (standard_error(self.kl) if len(self.kl) > 1 else 0.0)
+        """The mean, plus its standard error; infinite of one prompt, which does not show how prompts differ."""
+        return self.mean_kl + standard_error(self.kl)
 
     @property
     def lost(self) -> float:
@@ -62,7 +62,7 @@ class Effect:
         return {
             "prompts": len(self.kl),
             "kl": self.mean_kl,
-            "kl_at_most": self.kl_at_most,
+            "kl_at_most": self.kl_at_most if len(self.kl) > 1 else None,
             "score": mean(self.score),
             "dense_score": mean(self.dense_score),
             "same": mean(self.same),
@@ -83,6 +83,8 @@ class Judge:
         records: Records | str | Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        if not self.prompts:
+            raise SparsekitError("there are no prompts to measure on.")
         self.records = records if isinstance(records, Records) else Records(records)
         self.measured = 0  # forwards that were really run, dense ones not counted
         self._content = content_of_model(model, tokenizer)

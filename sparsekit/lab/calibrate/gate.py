@@ -20,6 +20,7 @@ from sparsekit.config import (
     parse_range,
 )
 from sparsekit.errors import SparsekitError, writable
+from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import model_facts
@@ -69,6 +70,8 @@ class GateReport:
 
     def why(self) -> str:
         """Why it did not pass, in a sentence; nothing where it did."""
+        if not self.checks:
+            return "nothing was checked."
         lost = [c for c in self.checks if c.verdict == "lost"]
         if lost:
             worst = max(lost, key=lambda c: c.dense - c.sparse)
@@ -137,7 +140,7 @@ def gate(
         records: a JSONL file of the answers; an interrupted gate goes on from it.
     """
     loaded = load(config)
-    loaded.resolve(model_facts(facts(model)))
+    resolved, own = loaded.resolve(model_facts(facts(model))), own_layers(model, some=True)
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
     if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
@@ -145,12 +148,16 @@ def gate(
             f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
             "tokens run dense under this config (dense_below_tokens), so they check nothing; give longer ones."
         )
+    if not tasks:
+        raise SparsekitError("tasks: at least one.")
     prompts = [
         prompt
         for length in tokens
         for kind in tasks
         for prompt in make_prompts(model, tokenizer, tasks=[kind], tokens=[length], count=samples, seeds=[seed])
     ]
+    if all(layer.dense or layer.layer in own for layer in resolved.layers):
+        raise SparsekitError("the config runs no layer of this model sparse, so there is nothing to check.")
     run = _Gate(model, tokenizer, Records(records))
     with progress("gate", len(prompts), quiet=quiet) as step:
         rows = []

@@ -187,9 +187,7 @@ def search_heads(
     if not patterns or alone:
         named = f"{alone[0]} needs a layer of its own, and cannot be chosen by head" if alone else "no candidates"
         raise SparsekitError(f"candidates: {named}.")
-    arch, own = facts(model), own_layers(model)
-    if len(own) == arch.num_layers:
-        raise SparsekitError(f"every layer keeps its own attention (layer 0 is a {own[0]}): no head can be chosen.")
+    arch, own = facts(model), own_layers(model, some=True)
     target = _minference_target(arch, tokens) if flops is None else flops
     if not 0 < target <= 1:
         raise SparsekitError(f"flops = {target}: a share of dense attention's, above 0 and up to 1.")

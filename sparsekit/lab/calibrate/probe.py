@@ -252,10 +252,20 @@ def activations_alone(model: PreTrainedModel) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def own_layers(model: PreTrainedModel) -> dict[int, str]:
-    """Layers that are not full causal attention, each with the reason."""
+def own_layers(model: PreTrainedModel, *, some: bool = False) -> dict[int, str]:
+    """Layers that are not full causal attention, each with the reason.
+
+    Raises:
+        SparsekitError: with `some`, where that are all of them: nothing can be measured.
+    """
     arch = facts(model)
-    return load({}).resolve(ModelFacts(num_layers=arch.num_layers, num_heads=arch.num_heads)).own_layers(arch)
+    own = load({}).resolve(ModelFacts(num_layers=arch.num_layers, num_heads=arch.num_heads)).own_layers(arch)
+    if some and len(own) == arch.num_layers:
+        raise SparsekitError(
+            f"every layer of {arch.name} keeps its own attention (layer 0 is a {own[0]}): there is nothing to measure, "
+            "and none can be sparse."
+        )
+    return own
 
 
 # ---- the probe of a model
@@ -299,8 +309,14 @@ class Probe:
             raise SparsekitError(f"section {section!r}: one of {', '.join(SECTIONS)}.")
         found = [layer.signed if signed else layer.gradient for layer in self.layers]
         values = [None if by is None else by[section] for by in found]
-        most = max((abs(value) for value in values if value is not None), default=0.0)
-        return [None if value is None else value / most if most else 0.0 for value in values]
+        known = [abs(value) for value in values if value is not None]
+        if not known or not 0 < (most := max(known)) < math.inf or any(map(math.isnan, known)):
+            told = f"gradients of {min(known)} to {max(known)}" if known else "no layer was probed"
+            raise SparsekitError(
+                f"probe of {self.model}, section {section}: {told}, so no layer can be told from another; probe in "
+                "float32 (--dtype float32), longer prompts, or a model of full attention."
+            )
+        return [None if value is None else value / most for value in values]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "probe", **asdict(self)}
@@ -349,9 +365,12 @@ def probe(
     Raises:
         SparsekitError: prompts beyond the model's positions, or a model outside transformers' attention interface.
     """
+    own_layers(model, some=True)
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=seeds)
     if batch < 1:
         raise SparsekitError(f"batch = {batch}: at least 1.")
+    if not sections.pairs(tokens)[SECTIONS.index("middle")]:
+        raise SparsekitError(f"tokens = {tokens}: sinks, window and last rows of {sections} leave no Middle section.")
     kept = Records(records)
     place = {"model": content_of_model(model, tokenizer), "device": model.device.type}
     keys = [{"kind": "probe", **place, "sections": asdict(sections), **prompt.key} for prompt in prompts]

@@ -54,6 +54,10 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
     raw: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.answers or not all(self.answers):
+            raise SparsekitError(f"answers = {self.answers!r}: at least one, and none empty (any text contains it).")
+
 
 @dataclass(frozen=True)
 class Task(ABC):

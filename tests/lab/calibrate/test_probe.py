@@ -253,7 +253,7 @@ def test_probe_goes_on_where_it_was_interrupted(tiny, tmp_path, monkeypatch: pyt
 
 def test_a_changed_weight_is_another_model(tiny, tmp_path) -> None:
     model, tokenizer = tiny
-    options = {"samples": 1, "tokens": 256, "seeds": (0,), "quiet": True, "records": tmp_path / "r.jsonl"}
+    options = {"samples": 1, "tokens": 400, "seeds": (0,), "quiet": True, "records": tmp_path / "r.jsonl"}
     first = probe(model, tokenizer, **options)
     other = models.tiny("llama", vocab_size=49152)
     with torch.no_grad():
