@@ -32,6 +32,7 @@ from sparsekit.cli.printing import (
     print_table,
 )
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.options import Device, device_of
 
 if TYPE_CHECKING:
     from sparsekit.models import ArchFacts
@@ -56,6 +57,26 @@ class _OneLineErrors(TyperGroup):
             raise typer.Exit(1) from None
 
 
+class _Benches(TyperGroup):
+    """The commands of `sparsekit.lab.bench`, which import torch and the kernels: read when one of them is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self._read())
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        return self._read().get(name)
+
+    def _read(self) -> Any:
+        if not self.commands:
+            from sparsekit.lab.bench import BENCHES
+
+            benches = typer.Typer(rich_markup_mode=None)
+            for name, command in BENCHES.items():
+                benches.command(name)(command)
+            self.commands = typer.main.get_group(benches).commands
+        return self.commands
+
+
 app = typer.Typer(
     name="sparsekit",
     cls=_OneLineErrors,
@@ -67,7 +88,7 @@ app = typer.Typer(
 )
 plots_app = typer.Typer(help="Draw pictures of a config.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plots_app, name="plots")
-bench_app = typer.Typer(help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(cls=_Benches, help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
 convert_app = typer.Typer(
@@ -107,7 +128,7 @@ def _demo(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and records.")] = DEMO_FOLDER,
     samples: Annotated[int | None, typer.Option(min=1, help="Four-key prompts; default what the time allows.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Device = "cpu",
     also_from: Annotated[
         list[int] | None, typer.Option(min=0, max=29, help="A further row: triangle from here.")
     ] = None,
@@ -116,7 +137,7 @@ def _demo(
     from sparsekit.lab.demo import SETTINGS, run_demo, triangle_from
 
     settings = (*SETTINGS, *map(triangle_from, also_from or ()))
-    run_demo(out, samples=samples, seed=seed, device=device, settings=settings, command=command_line())
+    run_demo(out, samples=samples, seed=seed, device=device_of(device), settings=settings, command=command_line())
 
 
 @app.command("patterns")
@@ -214,42 +235,6 @@ def _convert_xattention(
 
         convert_xattention(file, output, table=table, stride=stride)
     typer.echo(str(output))
-
-
-# The benches' options are their own: lists without repeating the option, and a door without typer.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-@bench_app.command("kernel", context_settings=_PASS_ON)
-def _bench_kernel(context: typer.Context) -> None:
-    """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first. `--help` lists options."""
-    from sparsekit.lab.bench import kernel
-
-    raise typer.Exit(kernel.main(context.args))
-
-
-@bench_app.command("dynamic", context_settings=_PASS_ON)
-def _bench_dynamic(context: typer.Context) -> None:
-    """Dynamic patterns: density, recall, error, cost of estimating and attending. `--help` lists options."""
-    from sparsekit.lab.bench import dynamic_command
-
-    raise typer.Exit(dynamic_command.main(context.args))
-
-
-@bench_app.command("overhead", context_settings=_PASS_ON)
-def _bench_overhead(context: typer.Context) -> None:
-    """Decoding and short prompts with a config applied, against the untouched model. `--help` lists options."""
-    from sparsekit.lab.bench import overhead
-
-    raise typer.Exit(overhead.main(context.args))
-
-
-@bench_app.command("prefill", context_settings=_PASS_ON)
-def _bench_prefill(context: typer.Context) -> None:
-    """Time to the first token and peak memory of configs, against the untouched model. `--help` lists options."""
-    from sparsekit.lab.bench import prefill
-
-    raise typer.Exit(prefill.main(context.args))
 
 
 app.add_typer(calibrate_app, name="calibrate")

@@ -13,7 +13,6 @@ from sparsekit.cli.options import (
     Below,
     Bound,
     Config,
-    Device,
     Dtype,
     ExactDtype,
     GateSamples,
@@ -21,7 +20,6 @@ from sparsekit.cli.options import (
     GiveBack,
     Json,
     JsonFile,
-    Lengths,
     PatternList,
     Picture,
     RecordFile,
@@ -32,12 +30,10 @@ from sparsekit.cli.options import (
     Yaml,
     command_line,
     load_weights,
-    numbers_of,
-    patterns_of,
-    words_of,
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, words_of
 
 calibrate_app = typer.Typer(
     help="Measure which layers of a model bear which pattern, and write a config that passed its gate.",
@@ -262,7 +258,7 @@ def _calibrate_gate(
 def _calibrate_curve(
     model: Weights,
     patterns: PatternList = "triangle,a_shape",
-    starts: Annotated[str, typer.Option("--starts", help="First layers that run the pattern, parted by commas.")] = "0",
+    starts: Annotated[str, typer.Option("--starts", help="First layers that run the pattern, comma-separated.")] = "0",
     samples: Samples = 96,
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 2200,
     seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,

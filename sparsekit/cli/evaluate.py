@@ -9,19 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from sparsekit.cli.options import (
-    Device,
     Dtype,
     Json,
-    Lengths,
     Samples,
     Tasks,
     command_line,
     load_weights,
-    numbers_of,
-    words_of,
 )
 from sparsekit.cli.printing import busy, print_json, print_table
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.options import Device, Lengths, device_of, numbers_of, words_of
 
 
 def eval_(
@@ -154,7 +151,7 @@ def sweep(
         Path | None, typer.Option("--output", "-o", help="Result file, JSONL; default the name of FILE, here.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Prompts for each run, instead of the file's.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or several: cuda:0,cuda:1")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1")] = "cpu",
     executor: Annotated[str, typer.Option(help="inline, processes or ray: a worker for each device.")] = "inline",
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster: auto, ray://...; default one is started.")
@@ -176,7 +173,7 @@ def sweep(
     from sparsekit.lab.sweep.best import overview, parse_rule
 
     _check_sweep_options(context, executor)
-    question, devices = load_question(file), words_of(device)
+    question, devices = load_question(file), [device_of(one) for one in words_of(device)]
     if not devices:
         raise SparsekitError(f"--device {device!r}: at least one: cpu, cuda, cuda:0,cuda:1.")
     if best_rule is not None:

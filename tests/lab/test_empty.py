@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.lab import demo
+from sparsekit.lab.bench import bench_dynamic, bench_overhead, bench_prefill
+from sparsekit.lab.bench.timing import Record
 from sparsekit.lab.calibrate.curve import start_layer_curve
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.gate import GateReport, gate
@@ -192,3 +195,35 @@ def test_layers_that_were_never_called_are_told(small: Smol, monkeypatch: pytest
     monkeypatch.setattr(sinks, "_look", lambda *args: {k: v for k, v in real(*args).items() if k != 2})
     with pytest.raises(SparsekitError, match="layers 2 ran no attention"):
         inspect_model(*small, **SHORT)
+
+
+def test_a_bench_of_nothing(tmp_path: Path) -> None:
+    tiny: dict[str, Any] = {"shape": "tiny", "device": "cpu"}
+    for call, says in (
+        (lambda: bench_prefill([], **tiny), "0 configs"),
+        (lambda: bench_prefill([sparsekit.load({})], lengths=[], **tiny), "at least one of each"),
+        (lambda: bench_prefill([sparsekit.load({})], rounds=0, **tiny), "rounds = 0"),
+        (lambda: bench_overhead(rounds=0, **tiny), "rounds = 0"),
+        (lambda: bench_overhead(decode_tokens=0, **tiny), "decode_tokens = 0"),
+        (lambda: bench_dynamic(methods=[], device="cpu"), "methods: at least one"),
+        (lambda: bench_dynamic(lengths=[], device="cpu"), "at least one prompt length"),
+        (lambda: bench_dynamic(inputs=[], device="cpu"), "at least one of structured"),
+    ):
+        with pytest.raises(SparsekitError, match=says):
+            call()
+
+
+def test_a_bench_that_is_killed_leaves_the_rows_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"case": "old"}\n')
+    with suppress(KeyboardInterrupt), Record(file, {"device": "cpu"}) as record:
+        record.add({"case": "new"})
+        raise KeyboardInterrupt
+    assert file.read_text() == '{"case": "old"}\n'
+    assert (tmp_path / "rows.jsonl.part").read_text() == '{"case": "new", "device": "cpu"}\n'
+    with Record(file, {"device": "cpu"}) as record:
+        record.add({"case": "new"})
+    assert file.read_text() == '{"case": "new", "device": "cpu"}\n' and not (tmp_path / "rows.jsonl.part").exists()
+    with Record(None, {}) as record:
+        record.add({"case": "new"})
+    assert record.rows == [{"case": "new"}]
