@@ -22,12 +22,8 @@ from rich.table import Table
 
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.evaluate import (
-    Answer,
-    answer,
-    kl_divergence,
-    layers_summary,
-)
+from sparsekit.lab.answers import Answer, answer, kl_divergence
+from sparsekit.lab.evaluate import layers_summary
 from sparsekit.lab.journal import Journal, replacing
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import measured_on

@@ -53,11 +53,14 @@ __all__ = [
 
 COLUMNS = 1 << 14  # words of a weight that one sum is made of
 # Sums that are made at a time. On a CPU their products stay in the cache, and one thread makes them: 3.6 GB/s a core,
-# where blake2b reads 0.9 and crc32 2.8. More would wait for one another.
+# where blake2b reads 0.9 and crc32 2.8. More rows would be split over threads, which wait for one another.
 ROWS = {"cpu": 2, "cuda": 256}
 CHUNK_BYTES = 1 << 20
 # Rooms and files of the package that show or store what others computed.
-SHOWING = ("cli", "lab/report", "lab/bench", "lab/sweep", "lab/plots.py", "lab/demo.py", "lab/journal.py")
+SHOWING = (
+    *("cli", "lab/report", "lab/bench", "lab/sweep", "lab/plots.py", "lab/demo.py"),
+    *("lab/journal.py", "lab/progress.py", "lab/options.py"),
+)
 
 
 def content_key(content: Any) -> str:

@@ -12,10 +12,10 @@ import torch
 
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.prompts import Prompt
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.shared import SharedLayers
-from sparsekit.lab.evaluate import Answer, answer, kl_divergence
 from sparsekit.lab.provenance import content_key, content_of_code, content_of_model
 from sparsekit.lab.stats import standard_error
 from sparsekit.patch import Handle, apply

@@ -20,11 +20,11 @@ from sparsekit.config import (
     parse_range,
 )
 from sparsekit.errors import SparsekitError, writable
+from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import model_facts
-from sparsekit.lab.evaluate import Answer, answer, kl_divergence
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of
 from sparsekit.lab.tasks import Task

@@ -15,8 +15,6 @@ from sparsekit.lab.tasks.corpus import PYDOC, read_corpus
 from sparsekit.lab.tasks.counted_words import CommonWords, FrequentWords
 from sparsekit.lab.tasks.key_value import KeyValue
 from sparsekit.lab.tasks.needle import (
-    NEEDLE4,
-    PASSKEY,
     Needle,
     Passkey,
 )
@@ -25,8 +23,6 @@ from sparsekit.lab.tasks.perplexity import Perplexity
 from sparsekit.lab.tasks.variables import VariableTracking
 
 __all__ = [
-    "NEEDLE4",
-    "PASSKEY",
     "PYDOC",
     "CommonWords",
     "FrequentWords",
