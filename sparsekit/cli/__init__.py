@@ -35,7 +35,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.options import Device, device_of
 
 if TYPE_CHECKING:
-    from sparsekit.models import ArchFacts
+    from sparsekit.config import ArchFacts
 
 __all__ = ["app", "describe_patterns", "doctor", "main", "validate"]
 

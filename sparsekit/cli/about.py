@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.errors import SparsekitError
 
 if TYPE_CHECKING:
-    from sparsekit.models import ArchFacts
+    from sparsekit.config import ArchFacts
 
 __all__ = ["describe_patterns", "doctor", "validate"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparsekit.errors import writable
+from sparsekit.errors import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,9 +83,8 @@ def mark_first(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
 
 def show(found: dict[str, Any], table: tuple[list[str], list[list[str]]], as_json: bool, output: Path | None) -> None:
     if output is not None:
-        with writable(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(found, default=str) + "\n")
+        with writing(output, folders=True) as part:
+            part.write_text(json.dumps(found, default=str) + "\n", encoding="utf-8")
     if as_json:
         print_json(found)
     else:

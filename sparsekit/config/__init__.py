@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from sparsekit.config.schema import (
-    LayerPatterns,
-    ModelFacts,
-    ResolvedConfig,
-    SparseConfig,
-    format_range,
-    load,
-    parse_range,
-    parse_yaml,
-)
+from sparsekit.config.ranges import format_range, parse_range
+from sparsekit.config.schema import ArchFacts, LayerPatterns, ModelFacts, ResolvedConfig, SparseConfig, load
+from sparsekit.config.strict_yaml import parse_yaml
 
 __all__ = [
+    "ArchFacts",
     "LayerPatterns",
     "ModelFacts",
     "ResolvedConfig",

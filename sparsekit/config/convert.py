@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsekit.config.schema import SparseConfig, format_range, load
-from sparsekit.errors import SparsekitError, nearest
-from sparsekit.patterns import parse_pattern
+from sparsekit.config.ranges import MOST, format_range
+from sparsekit.config.schema import ModelFacts, SparseConfig, load
+from sparsekit.errors import SparsekitError, nearest, read_text, shown
+from sparsekit.patterns import Pattern, parse_pattern
 
 __all__ = ["convert_minference", "convert_xattention"]
 
@@ -19,62 +20,74 @@ MINFERENCE_PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")
 BLOCK_SPARSE_TOP_K = 100  # fixed in MInference's code, which ignores the numbers of the file
 # XAttention writes 0 for heads that keep no more than the forced blocks, which any small share does too.
 SMALLEST_THRESHOLD = 1e-6
+# XAttention's published thresholds end at 0.96 and go down to 0.0004: a table of shares that has both heads of 1, which
+# keep everything, and heads below this one is of something else, as DuoAttention's scores, which go from 0 to 1.
+LOW_SHARE = 0.3
 QUOTED = 60  # characters of a line that an error shows
+LARGEST = 1e9  # a number that is quoted in an error; thresholds end at 1
 
-_SPACES = " \t\r\n"
 
-
-def convert_minference(path: str | Path, output: str | Path | None = None) -> SparseConfig:
+def convert_minference(
+    path: str | Path, output: str | Path | None = None, *, model: ModelFacts | None = None
+) -> SparseConfig:
     """The config of one of MInference's JSON files (`minference/configs/*.json`), also written to `output`.
 
     The file lists layers; each maps a head's number, as text, to `[pattern, v, s, score]`. `vertical_and_slash` becomes
     `vertical_slash` with v columns and s diagonals, `stream_llm` `a_shape` with v sinks and a window of s,
     `block_sparse` `block_topk` with 100 blocks, whatever the file says, as MInference runs it. Scores are dropped.
 
+    Args:
+        output: also write the config there.
+        model: what the file must fit: so many layers and query heads.
+
     Raises:
-        SparsekitError: the file, the line, and what does not fit there. Every layer must list the same heads.
+        SparsekitError: the file, the layer and head, and what does not fit there. Every layer must list the same heads.
     """
-    text, where = _read(path)
-    layers = [
-        (line, dict(_heads_of(where, number, entries, line)))
-        for number, (entries, line) in enumerate(_Json(text, where).layers())
-    ]
-    if not layers:
-        raise SparsekitError(f"{where}: no layers; want a list with one mapping of heads for each layer.")
-    heads = len(layers[0][1])
-    for number, (line, found) in enumerate(layers):
+    where = str(path)
+    layers = _json(read_text(path, "file"), where)
+    if not isinstance(layers, list) or not layers:
+        raise SparsekitError(f"{where}: {shown(layers)}: want a list with one mapping of heads for each layer.")
+    _check_count(where, "layers", len(layers))
+    heads = [_heads_of(f"{where}: layer {number}", entries) for number, entries in enumerate(layers)]
+    for number, found in enumerate(heads):
         missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
         if missing:
-            raise SparsekitError(f"{where} line {line}: layer {number} lists no head {format_range(missing)}.")
-        if len(found) != heads:
-            raise SparsekitError(f"{where} line {line}: layer {number} has {len(found)} heads, layer 0 has {heads}.")
+            raise SparsekitError(f"{where}: layer {number} lists no head {format_range(missing)}.")
+        if len(found) != len(heads[0]):
+            raise SparsekitError(f"{where}: layer {number} has {len(found)} heads, layer 0 has {len(heads[0])}.")
     source = {"converted_from": Path(path).name, "format": "minference"}
-    return _write(_config([found for _, found in layers], source), output)
+    return _finish(_config(heads, source), where, model, output)
 
 
 def convert_xattention(
-    path: str | Path, output: str | Path | None = None, *, table: str | None = None, stride: int | None = None
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    table: str | None = None,
+    stride: int | None = None,
+    model: ModelFacts | None = None,
 ) -> SparseConfig:
     """The config of a table of XAttention thresholds, a row for each layer and a number for each query head.
 
     The file holds the table as text (a row a line, numbers apart by spaces or commas), as JSON, or as Python, also
     under a name and inside a call, as in `xattn/threshold/llama_threshold.py`. A threshold of 0 is written as 1e-6.
+    A table whose numbers are no thresholds, such as the scores or masks of heads of other methods, is refused.
 
     Args:
         output: also write the config there.
         table: the name of the table, where the file holds several.
         stride: what the thresholds were made for; default the number that ends the table's name, else the pattern's.
+        model: what the table must fit: so many layers and query heads.
 
     Raises:
         SparsekitError: the file, the line, and what does not fit there.
     """
-    text, where = _read(path)
-    name, rows = _table(text, where, table)
+    where = str(path)
+    name, rows = _table(read_text(path, "file"), where, table)
     if stride is None:
         ending = name.rpartition("_")[2]
-        stride = int(ending) if ending.isdecimal() else None
-    layers: list[dict[int, Any]] = []
-    zeros = 0
+        stride = int(ending) if ending.isdecimal() and len(ending) < 5 else None
+    _check_count(where, "rows", len(rows))
     for number, (line, values) in enumerate(rows):
         if len(values) != len(rows[0][1]):
             raise SparsekitError(
@@ -85,19 +98,79 @@ def convert_xattention(
                 raise SparsekitError(
                     f"{where} line {line}: layer {number}, head {head}: threshold {value!r} is not from 0 to 1."
                 )
-        zeros += values.count(0)
+    _check_thresholds(rows, where)
+    layers: list[dict[int, Pattern]] = []
+    for number, (line, values) in enumerate(rows):
         raised = [value or SMALLEST_THRESHOLD for value in values]
         fields: dict[str, Any] = {"name": "xattention"} | ({} if stride is None else {"stride": stride})
         fields["threshold"] = raised[0] if len(set(raised)) == 1 else raised
         pattern = parse_pattern(fields, f"{where} line {line}: layer {number}")
         layers.append(dict.fromkeys(range(len(values)), pattern))
+    zeros = sum(values.count(0) for _, values in rows)
     source: dict[str, Any] = {"converted_from": Path(path).name, "format": "xattention"}
     source |= {"table": name} if name else {}
     source |= {"zeros_raised_to": SMALLEST_THRESHOLD, "zeros": zeros} if zeros else {}
-    return _write(_config(layers, source), output)
+    return _finish(_config(layers, source), where, model, output)
 
 
-# ---- reading
+# ---- MInference's JSON
+
+
+class _Twice(list[tuple[str, Any]]):
+    """The entries of a JSON object that has a key twice."""
+
+
+def _entries(pairs: list[tuple[str, Any]]) -> Any:
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else _Twice(pairs)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_entries)
+    except json.JSONDecodeError as error:
+        raise SparsekitError(f"{where} line {error.lineno} column {error.colno}: not JSON: {error.msg}.") from None
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise SparsekitError(f"{where}: not JSON: {str(error).partition(';')[0]}.") from None
+    except RecursionError:
+        raise SparsekitError(f"{where}: not a list of layers: nested too deeply.") from None
+
+
+def _heads_of(where: str, entries: Any) -> dict[int, Pattern]:
+    if not isinstance(entries, dict | _Twice):
+        raise SparsekitError(f"{where}: {shown(entries)}: want a mapping of heads.")
+    _check_count(where, "heads", len(entries))
+    heads: dict[int, Pattern] = {}
+    for head, entry in entries.items() if isinstance(entries, dict) else entries:
+        at = f"{where}, head {shown(head)}: {shown(entry)}"
+        if not (head.isascii() and head.isdigit()) or (len(head) > 1 and head[0] == "0") or len(head) > 5:
+            raise SparsekitError(f"{at}: a head is a whole number in double quotes.")
+        if int(head) >= MOST:
+            raise SparsekitError(f"{at}: heads are numbered from 0 to {MOST - 1:,}.")
+        if int(head) in heads:
+            raise SparsekitError(f"{at}: the head is listed twice.")
+        heads[int(head)] = _minference_pattern(entry, at)
+    return heads
+
+
+def _minference_pattern(entry: Any, at: str) -> Pattern:
+    if not isinstance(entry, list) or len(entry) not in (3, 4) or not isinstance(entry[0], str):
+        raise SparsekitError(f"{at}: want [pattern, v, s, score].")
+    name, v, s, *score = entry
+    if name not in MINFERENCE_PATTERNS:
+        raise SparsekitError(f"{at}: unknown pattern; one of {', '.join(MINFERENCE_PATTERNS)}.")
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in (v, s)):
+        raise SparsekitError(f"{at}: v and s are whole numbers of tokens.")
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in score):
+        raise SparsekitError(f"{at}: the score is a number.")
+    if name == "block_sparse":
+        return parse_pattern({"name": "block_topk", "top_k": BLOCK_SPARSE_TOP_K})
+    fields: dict[str, Any] = {"name": "vertical_slash", "vertical_tokens": v, "slash_tokens": s}
+    if name == "stream_llm":
+        fields = {"name": "a_shape", "sink_tokens": v, "window_tokens": s}
+    return parse_pattern(fields, at)
+
+
+# ---- XAttention's tables
 
 
 class _Line(NamedTuple):
@@ -105,116 +178,24 @@ class _Line(NamedTuple):
     values: list[float]
 
 
-def _read(path: str | Path) -> tuple[str, str]:
-    path = Path(path)
-    try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except FileNotFoundError:
-        beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise SparsekitError(f"{str(path)!r}: no such file.{nearest(str(path), beside)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparsekitError(f"{str(path)!r} cannot be read as text: {error}.") from None
+def _check_thresholds(rows: list[_Line], where: str) -> None:
+    """That the numbers, all from 0 to 1, can be thresholds; those of other tables of heads are told by their values.
 
-
-class _Json:
-    """A list of mappings, read piece by piece, so that every entry knows its line."""
-
-    def __init__(self, text: str, where: str) -> None:
-        self.text, self.where, self.at = text, where, 0
-
-    @property
-    def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
-
-    def layers(self) -> Iterator[tuple[list[tuple[str, Any, int]], int]]:
-        """Each layer's (head, entry, line), and the layer's own line."""
-        self._take("[", "want a list with one mapping of heads for each layer")
-        while not self._maybe("]"):
-            line = self._skip()
-            yield list(self._heads()), line
-            self._between("]")
-        if self._skip() and self.at < len(self.text):
-            raise self._wrong("something follows the list")
-
-    def _heads(self) -> Iterator[tuple[str, Any, int]]:
-        self._take("{", "want a mapping of heads")
-        while not self._maybe("}"):
-            line = self._skip()
-            head = self._value()
-            if not isinstance(head, str):
-                raise SparsekitError(f"{self.where} line {line}: {head!r}: want the number of a head in double quotes.")
-            self._take(":", "want a colon after the head")
-            yield head, self._value(), line
-            self._between("}")
-
-    def _value(self) -> Any:
-        self._skip()
-        try:
-            value, self.at = json.JSONDecoder().raw_decode(self.text, self.at)
-        except json.JSONDecodeError as error:
-            self.at = min(error.pos, len(self.text))
-            raise self._wrong(f"not JSON: {error.msg}") from None
-        return value
-
-    def _skip(self) -> int:
-        """Past white space; the line that follows."""
-        while self.at < len(self.text) and self.text[self.at] in _SPACES:
-            self.at += 1
-        return self.line
-
-    def _maybe(self, sign: str) -> bool:
-        self._skip()
-        found = self.text.startswith(sign, self.at)
-        self.at += found
-        return found
-
-    def _take(self, sign: str, wanted: str) -> None:
-        if not self._maybe(sign):
-            raise self._wrong(wanted)
-
-    def _between(self, end: str) -> None:
-        """A comma with something after it, or nothing before `end`."""
-        if self._maybe(","):
-            self._skip()
-            if self.text.startswith(end, self.at):
-                raise self._wrong("a comma before the end")
-        elif not self.text.startswith(end, self.at):
-            raise self._wrong(f"want a comma or {end!r}")
-
-    def _wrong(self, what: str) -> SparsekitError:
-        self._skip()
-        rest = self.text[self.at :].partition("\n")[0] or "the end of the file"
-        return SparsekitError(f"{self.where} line {self.line}: {_short(rest)}: {what}.")
-
-
-def _heads_of(
-    where: str, layer: int, entries: list[tuple[str, Any, int]], layer_line: int
-) -> Iterator[tuple[int, Any]]:
-    seen: set[int] = set()
-    for head, entry, line in entries:
-        said = f"{where} line {line}: layer {layer}, head {head!r}: {_short(json.dumps(entry))}"
-        if not head.isdecimal() or (len(head) > 1 and head[0] == "0"):
-            raise SparsekitError(f"{said}: a head is a whole number in double quotes.")
-        if int(head) in seen:
-            raise SparsekitError(f"{said}: the head is listed twice.")
-        seen.add(int(head))
-        yield int(head), _minference_pattern(entry, said)
-
-
-def _minference_pattern(entry: Any, said: str) -> Any:
-    if not isinstance(entry, list) or len(entry) not in (3, 4) or not isinstance(entry[0], str):
-        raise SparsekitError(f"{said}: want [pattern, v, s, score].")
-    name, v, s = entry[:3]
-    if name not in MINFERENCE_PATTERNS:
-        raise SparsekitError(f"{said}: unknown pattern; one of {', '.join(MINFERENCE_PATTERNS)}.")
-    if name == "block_sparse":
-        return parse_pattern({"name": "block_topk", "top_k": BLOCK_SPARSE_TOP_K})
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in (v, s)):
-        raise SparsekitError(f"{said}: v and s are whole numbers of tokens.")
-    fields: dict[str, Any] = {"name": "vertical_slash", "vertical_tokens": v, "slash_tokens": s}
-    if name == "stream_llm":
-        fields = {"name": "a_shape", "sink_tokens": v, "window_tokens": s}
-    return parse_pattern(fields, said)
+    Scores of key heads look like thresholds where none of them is 1: then their number tells, against a model's.
+    """
+    every = {value for _, values in rows for value in values}
+    if every == {0.0, 1.0}:
+        raise SparsekitError(
+            f"{where}: all numbers are 0 or 1: a mask of heads, not a table of thresholds; a threshold is the share of "
+            "attention that a head keeps."
+        )
+    lowest = min(every - {0.0}, default=1.0)
+    if 1.0 in every and lowest < LOW_SHARE:
+        line = next(row.line for row in rows if lowest in row.values)
+        raise SparsekitError(
+            f"{where} line {line}: the numbers go from {lowest:g} to 1: scores of heads, as DuoAttention's, not "
+            "thresholds, which end below 1; a threshold is the share of attention that a head keeps."
+        )
 
 
 def _table(text: str, where: str, wanted: str | None) -> tuple[str, list[_Line]]:
@@ -224,13 +205,16 @@ def _table(text: str, where: str, wanted: str | None) -> tuple[str, list[_Line]]
         raise SparsekitError(f"{where}: empty; want a row of thresholds for each layer.")
     if written[0][0].isdigit() or written[0][0] in "-+.":
         if wanted is not None:
-            raise SparsekitError(f"{where}: table {wanted!r}: this file holds one table, without a name.")
+            raise SparsekitError(f"{where}: table {shown(wanted)}: this file holds one table, without a name.")
         return "", _plain_rows(text, where)
     try:
         body = ast.parse(text).body
     except SyntaxError as error:
         line = error.lineno or 1
-        raise SparsekitError(f"{where} line {line}: {_short(_line_of(text, line))}: {error.msg}.") from None
+        raise SparsekitError(f"{where} line {line}: {_quoted(_line_of(text, line))}: {error.msg}.") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        why = "nested too deeply" if not isinstance(error, ValueError) else str(error).partition(";")[0]
+        raise SparsekitError(f"{where}: not a table of thresholds: {why}.") from None
     tables: dict[str, ast.List | ast.Tuple] = {}
     for statement in body:
         value = _unwrapped(getattr(statement, "value", None))
@@ -238,15 +222,16 @@ def _table(text: str, where: str, wanted: str | None) -> tuple[str, list[_Line]]
             continue
         if isinstance(statement, ast.Expr):
             tables[""] = value
-        elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            tables[statement.targets[0].id] = value
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            tables |= {target.id: value for target in targets if isinstance(target, ast.Name)}
     if not tables:
-        raise SparsekitError(f"{where} line 1: {_short(_line_of(text, 1))}: want a list with one row for each layer.")
+        raise SparsekitError(f"{where} line 1: {_quoted(_line_of(text, 1))}: want a list with one row for each layer.")
     if wanted is None and len(tables) > 1:
-        raise SparsekitError(f"{where}: {len(tables)} tables ({', '.join(tables)}): name one.")
+        raise SparsekitError(f"{where}: {len(tables)} tables ({_names(tables)}): name one.")
     name = next(iter(tables)) if wanted is None else wanted
     if name not in tables:
-        raise SparsekitError(f"{where}: no table {name!r}; it has {', '.join(tables)}.{nearest(name, tables)}")
+        raise SparsekitError(f"{where}: no table {shown(name)}; it has {_names(tables)}.{nearest(name, tables)}")
     rows = [_row(item, text, where, number) for number, item in enumerate(tables[name].elts)]
     if not rows:
         raise SparsekitError(f"{where} line {tables[name].lineno}: the table is empty; want one row for each layer.")
@@ -262,22 +247,30 @@ def _unwrapped(node: ast.AST | None) -> ast.List | ast.Tuple | None:
 
 def _row(node: ast.expr, text: str, where: str, number: int) -> _Line:
     row = _unwrapped(node)
-    quoted = f"{where} line {node.lineno}: {_short(_line_of(text, node.lineno)[node.col_offset :])}"
+    quoted = f"{where} line {node.lineno}: {_quoted(_line_of(text, node.lineno)[node.col_offset :])}"
     if row is None or not row.elts:
         raise SparsekitError(f"{quoted}: layer {number}: want a list of thresholds, one for each query head.")
     values = []
     for head, item in enumerate(row.elts):
-        try:
-            value = ast.literal_eval(item)
-        except ValueError:
-            value = None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value = _number(item)
+        if value is None:
+            text_of = ast.get_source_segment(text, item) or ""
             raise SparsekitError(
-                f"{where} line {item.lineno}: {_short(ast.unparse(item))}: layer {number}, head {head}: "
-                "a threshold is a number."
+                f"{where} line {item.lineno}: {_quoted(text_of)}: layer {number}, head {head}: a threshold is a number."
             )
-        values.append(float(value))
+        values.append(value)
     return _Line(node.lineno, values)
+
+
+def _number(node: ast.expr) -> float | None:
+    """A finite number, or None; a whole one that no float holds is as wrong as any."""
+    sign = 1
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node, sign = node.operand, -1
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        return None
+    return sign * float(value)
 
 
 def _plain_rows(text: str, where: str) -> list[_Line]:
@@ -289,7 +282,7 @@ def _plain_rows(text: str, where: str) -> list[_Line]:
         except ValueError:
             values = [math.nan]
         if not all(map(math.isfinite, values)):
-            raise SparsekitError(f"{where} line {line}: {_short(content)}: want numbers, one for each query head.")
+            raise SparsekitError(f"{where} line {line}: {_quoted(content)}: want numbers, one for each query head.")
         if values:
             rows.append(_Line(line, values))
     return rows
@@ -300,9 +293,18 @@ def _line_of(text: str, line: int) -> str:
     return lines[line - 1] if line <= len(lines) else ""
 
 
-def _short(text: str) -> str:
+def _quoted(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= QUOTED else text[: QUOTED - 4].rstrip() + " ..."
+
+
+def _names(tables: Mapping[str, Any]) -> str:
+    return ", ".join(list(tables)[:20]) + (", ..." if len(tables) > 20 else "")
+
+
+def _check_count(where: str, what: str, count: int) -> None:
+    if count > MOST:
+        raise SparsekitError(f"{where}: {count:,} {what}; at most {MOST:,}.")
 
 
 # ---- writing
@@ -333,7 +335,16 @@ def _config(layers: list[dict[int, Any]], source: Mapping[str, Any]) -> SparseCo
     return load({**config, "provenance": dict(source)})
 
 
-def _write(config: SparseConfig, output: str | Path | None) -> SparseConfig:
+def _finish(config: SparseConfig, where: str, model: ModelFacts | None, output: str | Path | None) -> SparseConfig:
+    """The config, checked against a model and written where that is asked for."""
+    if model is not None:
+        key_heads = getattr(model, "num_key_heads", None)
+        if config.model.num_heads == key_heads != model.num_heads:
+            raise SparsekitError(
+                f"{where}: it has a number for each of {key_heads} key heads; want one for each of the model's "
+                f"{model.num_heads} query heads."
+            )
+        config.resolve(model)
     if output is not None:
         config.dump(output)
     return config

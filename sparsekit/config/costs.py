@@ -15,18 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from sparsekit.call.geometry import Geometry
-from sparsekit.config.schema import (
-    LayerPatterns,
-    ModelFacts,
-    SparseConfig,
-    format_range,
-    load,
-)
+from sparsekit.config.ranges import format_range
+from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import (
     AShape,
@@ -38,7 +33,7 @@ from sparsekit.patterns import (
 )
 from sparsekit.patterns.attention import static_plan_heads
 
-__all__ = ["Architecture", "Explanation", "LayerExplanation", "explain", "facts_for", "prefill_after"]
+__all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]
 
 # A plan's entry is `position * 4 + flags` in 32 bits.
 MAX_TOKENS = 1 << 29
@@ -48,21 +43,6 @@ PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 _CPU = torch.device("cpu")
 _CUDA = torch.device("cuda")  # whose crossover lengths are shown; it need not be here
 _SIZES = ("num_key_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size")
-
-
-class Architecture(Protocol):
-    """A model's facts: `ModelFacts` of a config, or what `sparsekit.models.facts` reads off a config.json.
-
-    Also read where they are there: num_key_heads, head_dim, hidden_size, intermediate_size, vocab_size, layer_types and
-    sliding_window.
-    """
-
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def num_layers(self) -> int | None: ...
-    @property
-    def num_heads(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -239,7 +219,7 @@ class Explanation:
 
 
 def explain(
-    config: SparseConfig | Mapping[str, Any] | str | Path, tokens: int, model: Architecture | None = None
+    config: SparseConfig | Mapping[str, Any] | str | Path, tokens: int, model: ModelFacts | None = None
 ) -> Explanation:
     """What each layer does in the prefill of a prompt of `tokens` tokens, and what it costs.
 
@@ -256,15 +236,16 @@ def explain(
         raise SparsekitError(f"tokens = {tokens!r}: a whole number from 1 to {MAX_TOKENS} is needed.")
     facts = facts_for(config, model)
     resolved = config.resolve(facts)
-    own, windows = resolved.own_layers(model), resolved.window_layers(model)
+    own = resolved.own_layers(facts)
     geometry = Geometry.of(tokens)
     because = _dense_because(config, tokens)
     counted: dict[Any, LayerExplanation] = {}
     rows, unknown = [], []
     for layer in resolved.layers:
-        key = (layer.patterns, layer.pattern_of_head, own.get(layer.layer), layer.layer in windows)
+        kind = facts.kind(layer.layer), facts.window(layer.layer)
+        key = (layer.patterns, layer.pattern_of_head, own.get(layer.layer), kind)
         if key not in counted:
-            counted[key] = _count(layer, own.get(layer.layer), model, geometry, because)
+            counted[key] = _count(layer, own.get(layer.layer), facts, geometry, because)
             unknown += [counted[key].why] if counted[key].pairs is None else []
         rows.append(replace(counted[key], layer=layer.layer))
     missing = tuple(name for name in _SIZES if getattr(facts, name) is None)
@@ -283,29 +264,20 @@ def explain(
     )
 
 
-def prefill_after(dense_prefill: float, dense_attention: Iterable[float], attention: Iterable[float]) -> float:
-    """Cost of a prefill whose attention costs change: `dense_prefill - sum over layers (dense - own)`.
-
-    Any unit. Seconds of a dense prefill, and of each layer's attention dense and as it will be, give the seconds of a
-    mixture that was never run: TriangleMix's published times to first token within 5%, but for one of them.
-    """
-    return dense_prefill - sum(dense - own for dense, own in zip(dense_attention, attention, strict=True))
-
-
 # ---- facts
 
 
-def facts_for(config: SparseConfig, model: Architecture | None) -> ModelFacts:
+def facts_for(config: SparseConfig, model: ModelFacts | None) -> ModelFacts:
     """What is known of the model: its own facts first, then what the config says."""
     if model is None:
         return config.model
-    if not hasattr(model, "num_layers") or not hasattr(model, "num_heads"):
+    if not isinstance(model, ModelFacts):
         raise SparsekitError(
             f"model = {model!r}: the facts of a model are needed, not a {type(model).__name__}; "
             "use sparsekit.models.facts(path or name)."
         )
-    merged = {name: getattr(model, name, None) for name in ModelFacts.model_fields}
-    return ModelFacts(**{name: getattr(config.model, name) if got is None else got for name, got in merged.items()})
+    missing = {name: getattr(config.model, name) for name in ("name", *_SIZES) if getattr(model, name) is None}
+    return model.model_copy(update=missing)
 
 
 def _dense_because(config: SparseConfig, tokens: int) -> str:
@@ -321,13 +293,13 @@ def _dense_because(config: SparseConfig, tokens: int) -> str:
 
 
 def _count(
-    layer: LayerPatterns, own: str | None, model: Architecture | None, geometry: Geometry, because: str
+    layer: LayerPatterns, own: str | None, facts: ModelFacts, geometry: Geometry, because: str
 ) -> LayerExplanation:
     """Pairs, tiles and bytes of a layer."""
     heads = len(layer.pattern_of_head)
     dense_pairs, dense_tiles = heads * geometry.spans[0].causal_pairs, heads * _dense_tiles(geometry)
     runs, why, counts, at_most = "sparse", "", None, None
-    windowed = _own_counts(layer, model, geometry)
+    windowed = _own_counts(layer, facts, geometry)
     dynamic = [pattern for pattern in layer.patterns if isinstance(pattern, DynamicPattern)]
     below = {pattern.name: pattern.dense_below(_CUDA) for pattern in dynamic}
     short = {name: n for name, n in below.items() if geometry.q_len < n}
@@ -392,10 +364,10 @@ def _most_pairs(layer: LayerPatterns, geometry: Geometry) -> int | None:
     return total
 
 
-def _own_counts(layer: LayerPatterns, model: Architecture | None, geometry: Geometry) -> tuple[int, int, int] | None:
+def _own_counts(layer: LayerPatterns, facts: ModelFacts, geometry: Geometry) -> tuple[int, int, int] | None:
     """A sliding layer is counted as its window, at the best that a kernel can do; other kinds are not known."""
-    window, types = getattr(model, "sliding_window", None), getattr(model, "layer_types", None)
-    if not window or (types is not None and types[layer.layer] != "sliding_attention"):
+    window = facts.window(layer.layer)
+    if facts.kind(layer.layer) != "sliding_attention" or window is None:
         return None
     sliding = AShape(sink_tokens=0, window_tokens=window)
     pairs, tiles, _ = _static_counts(
@@ -440,11 +412,11 @@ def _dense_tiles(geometry: Geometry) -> int:
 
 def _linear_flops(facts: ModelFacts, tokens: int) -> int:
     """2 for each weight and token: projections and gated MLPs of all layers, the language head for the last token."""
-    sizes = {name: getattr(facts, name) for name in (*_SIZES, "num_layers", "num_heads")}
-    hidden, features = sizes["hidden_size"], sizes["num_heads"] * sizes["head_dim"]
-    projections = 2 * hidden * features + 2 * hidden * sizes["num_key_heads"] * sizes["head_dim"]
-    mlp = 3 * hidden * sizes["intermediate_size"]
-    return 2 * (tokens * sizes["num_layers"] * (projections + mlp) + hidden * sizes["vocab_size"])
+    sizes: dict[str, Any] = {name: getattr(facts, name) for name in (*_SIZES, "num_layers", "num_heads")}
+    hidden, layers, mlp = sizes["hidden_size"], sizes["num_layers"], sizes["intermediate_size"]
+    projections = 2 * hidden * (sizes["num_heads"] + sizes["num_key_heads"]) * sizes["head_dim"]
+    mlps = 3 * hidden * (sum(mlp) if isinstance(mlp, tuple) else layers * mlp)
+    return 2 * (tokens * (layers * projections + mlps) + hidden * sizes["vocab_size"])
 
 
 def _predict(found: Explanation, facts: ModelFacts) -> Explanation:

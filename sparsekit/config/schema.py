@@ -5,35 +5,40 @@ Explicit head > layer rule > default. Nothing is guessed: what does not fit is a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sparsekit.errors import SparsekitError, nearest, writable
-from sparsekit.patterns import AShape, Pattern, parse_pattern
+from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
+from sparsekit.config.strict_yaml import dump_yaml, parse_yaml
+from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
+from sparsekit.patterns import AShape, Pattern, bounded, parse_pattern
 
-__all__ = [
-    "LayerPatterns",
-    "ModelFacts",
-    "ResolvedConfig",
-    "SparseConfig",
-    "format_range",
-    "load",
-    "parse_range",
-    "parse_yaml",
-]
+__all__ = ["ArchFacts", "LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
 
-AnyPattern = Annotated[Pattern, BeforeValidator(parse_pattern)]
+Size = Annotated[int, Field(ge=1, strict=True)]
+_LIST = Field(strict=False)  # YAML has lists, and no tuples
+AnyPattern = Annotated[Pattern, BeforeValidator(lambda value: parse_pattern(value, where=""))]
 
 
 class ModelFacts(BaseModel):
     """What a config may say about its model. The numbers are checked against the real one; the name is a label.
 
-    `num_layers` and `num_heads` (query heads) are needed to resolve a config; the rest lets `explain` predict time.
+    `num_layers` and `num_heads` (query heads) are needed to resolve a config; the kinds of layers say which of them can
+    run sparse, and the rest lets `explain` predict time. `sparsekit.models.facts` reads them off a model.
+
+    Attributes:
+        head_dim: of the keys; not known where layers differ in it.
+        intermediate_size: one number, or one a layer.
+        layer_types: the kind of each layer, "full_attention", "sliding_attention", or a name of the model's own; not
+            given: all are full, or all slide where there is a window.
+        sliding_window: of the layers that slide, tokens, the query itself included; or one a layer, null for none. That
+            of a full layer cuts nothing off.
+        not_computed: of each layer what no kernel here computes, or nothing: it cannot run sparse.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,8 +49,44 @@ class ModelFacts(BaseModel):
     num_key_heads: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1)
     hidden_size: int | None = Field(None, ge=1)
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: Size | Annotated[tuple[Size, ...], _LIST] | None = None
     vocab_size: int | None = Field(None, ge=1)
+    layer_types: Annotated[tuple[str, ...], _LIST] | None = None
+    sliding_window: Size | Annotated[tuple[Size | None, ...], _LIST] | None = None
+    not_computed: Annotated[tuple[str, ...], _LIST] | None = None
+
+    _bounded = field_validator("*", mode="before")(bounded)
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> ModelFacts:
+        for name in ("intermediate_size", "layer_types", "sliding_window", "not_computed"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.num_layers:
+                raise SparsekitError(f"{name} has {len(value)} values; one for each of num_layers is needed")
+        return self
+
+    def kind(self, layer: int) -> str:
+        """Of the layer's attention."""
+        if self.layer_types is not None:
+            return self.layer_types[layer]
+        return "full_attention" if self.window(layer) is None else "sliding_attention"
+
+    def window(self, layer: int) -> int | None:
+        """Of the layer's mask, tokens."""
+        if isinstance(self.sliding_window, tuple):
+            return self.sliding_window[layer]
+        slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else None
+
+
+class ArchFacts(ModelFacts):
+    """Those of a model that is there: what it is called and counts is known."""
+
+    name: str
+    model_type: str = Field(exclude=True)  # of transformers; a config file has no such field
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_key_heads: int = Field(ge=1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +101,11 @@ class LayerPatterns:
     @property
     def dense(self) -> bool:
         return all(pattern.name == "dense" for pattern in self.patterns)
+
+    def within(self, window: int | None) -> bool:
+        """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
+        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.sink_tokens == 0]
+        return len(windows) == len(self.patterns) and max(windows) <= (window or 0)
 
     def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
         """Each pattern with its query heads, as the model numbers them."""
@@ -95,47 +141,59 @@ class ResolvedConfig:
     config: SparseConfig
     layers: tuple[LayerPatterns, ...]
 
-    def own_layers(self, model: object) -> dict[int, str]:
+    def own_layers(self, model: ModelFacts | None = None) -> dict[int, str]:
         """Layers that keep their own attention because they are not full causal attention, each with the reason.
 
         A sliding layer that a rule names as `a_shape` without sinks, with the model's window or a narrower one, is not
         among them: that is what such a layer computes, and sparsekit needs no N x N mask for it.
 
         Args:
-            model: anything with `layer_types` and `sliding_window` as in a model's text config; either may be missing.
+            model: the real model's facts; default what the file says.
 
         Raises:
-            SparsekitError: a rule names such a layer and gives it another sparse pattern.
+            SparsekitError: a rule names such a layer and gives it another sparse pattern, or a layer is to run here
+                whose attention no kernel computes.
         """
-        window = getattr(model, "sliding_window", None)
-        own = {}
-        for i, kind in enumerate(_layer_types(model, len(self.layers))):
-            if kind == "full_attention":
-                continue
-            reason, patterns = f"{kind} layer of the model", self.layers[i]
-            if patterns.dense or not self._named(i):
+        facts, own = model or self.config.model, {}
+        for i, patterns in enumerate(self.layers):
+            kind, window = facts.kind(i), facts.window(i)
+            reason = f"{kind} layer of the model"
+            if kind != "full_attention" and (patterns.dense or not self._named(i)):
                 own[i] = reason
-            elif kind != "sliding_attention" or not window:
+            elif kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and not window):
                 raise SparsekitError(
                     f"layer {i}: {patterns} cannot replace a {reason}; only full causal attention can be run sparse: "
                     "leave the layer out of `layers` and `heads`, and it keeps its own attention."
                 )
-            elif not all(_is_window(pattern, window) for pattern in patterns.patterns):
+            elif kind == "sliding_attention" and not patterns.within(window):
                 raise SparsekitError(
                     f"layer {i}: {patterns} cannot replace a {reason}, whose window is {window} tokens; it can be "
                     f"{{name: a_shape, sink_tokens: 0, window_tokens: {window}}} or narrower: or leave the layer out "
                     "of `layers` and `heads`, and it keeps its own attention."
                 )
+            elif facts.not_computed and facts.not_computed[i] and self._runs_here(patterns):
+                raise SparsekitError(
+                    f"layer {i} runs {patterns}, but {facts.not_computed[i]}, which no kernel here computes; leave the "
+                    f"layer dense{', with dense_impl: model' if patterns.dense else ''}."
+                )
         return own
 
-    def window_layers(self, model: object) -> frozenset[int]:
-        """Sliding layers of the model that a rule runs on sparsekit's kernel. Arguments and errors: `own_layers`."""
-        own, kinds = self.own_layers(model), _layer_types(model, len(self.layers))
-        return frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention" and i not in own)
+    def window_layers(self, model: ModelFacts | None = None) -> frozenset[int]:
+        """Layers with a window in the model that sparsekit's kernel runs. Arguments and errors: `own_layers`."""
+        facts, own = model or self.config.model, self.own_layers(model)
+        return frozenset(i for i in range(len(self.layers)) if i not in own and facts.window(i) is not None)
+
+    def _runs_here(self, patterns: LayerPatterns) -> bool:
+        """Whether sparsekit's kernel runs a layer."""
+        return not patterns.dense or self.config.dense_impl == "kernel"
 
     def _named(self, layer: int) -> bool:
         """Whether a rule names the layer, rather than `default` alone."""
-        return any(layer in parse_range(key) for key in (*self.config.layers, *self.config.heads))
+        return layer in self._named_layers
+
+    @cached_property
+    def _named_layers(self) -> frozenset[int]:
+        return frozenset(layer for key in (*self.config.layers, *self.config.heads) for layer in parse_range(key))
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One object a layer, for result files: layer, and its patterns with all their parameters and heads."""
@@ -149,18 +207,6 @@ class ResolvedConfig:
             }
             for layer in self.layers
         ]
-
-
-def _layer_types(model: object, count: int) -> tuple[str, ...]:
-    """The kind of each layer. Without `layer_types` all slide where the model has a window."""
-    types = getattr(model, "layer_types", None)
-    if types is not None:
-        return tuple(types[:count])
-    return ("sliding_attention" if getattr(model, "sliding_window", None) else "full_attention",) * count
-
-
-def _is_window(pattern: Pattern, window: int) -> bool:
-    return isinstance(pattern, AShape) and pattern.sink_tokens == 0 and pattern.window_tokens <= window
 
 
 class SparseConfig(BaseModel):
@@ -190,20 +236,27 @@ class SparseConfig(BaseModel):
     heads: dict[str, dict[str, AnyPattern]] = {}
     provenance: dict[str, Any] = {}
 
+    _bounded = field_validator("dense_below_tokens", "min_queries", mode="before")(bounded)
+
     @field_validator("layers", mode="before")
     @classmethod
     def _layer_ranges(cls, value: Any) -> Any:
         """Keys may be numbers in YAML; they are ranges here, none of which overlap."""
-        if not isinstance(value, Mapping):
-            return value
-        return _ranged(value)
+        return ranged(value) if isinstance(value, Mapping) else value
 
     @field_validator("heads", mode="before")
     @classmethod
     def _head_ranges(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: _ranged(item) if isinstance(item, Mapping) else item for key, item in _ranged(value).items()}
+        by_layer = ranged(value)
+        for key, rules in by_layer.items():
+            if isinstance(rules, Mapping):
+                try:
+                    by_layer[key] = ranged(rules)
+                except SparsekitError as error:
+                    raise SparsekitError(f"{shown(key)}: {error}") from None
+        return by_layer
 
     # ---- reading and writing
 
@@ -221,19 +274,27 @@ class SparseConfig(BaseModel):
             out[name] = _to_yaml(getattr(self, name))
         return out
 
-    def dump(self, path: str | Path | None = None) -> str:
-        """The YAML text, also written to `path` where one is given.
+    def dump(self, path: str | Path | None = None, *, folders: bool = False) -> str:
+        """The YAML text, also written to `path` where one is given; `folders`: in folders that are made.
 
         Raises:
             SparsekitError: it cannot be written.
         """
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, default_flow_style=None)
+        text = dump_yaml(self.to_dict(), "config")
         if path is not None:
-            with writable(path):
-                Path(path).write_text(text)
+            with writing(path, folders=folders) as part:
+                part.write_text(text, encoding="utf-8")
         return text
 
     # ---- meaning
+
+    def why_dense(self, queries: int, tokens: int) -> str:
+        """Why a call of `queries` queries in a prompt of `tokens` tokens runs the model's own attention, or nothing."""
+        if queries < self.min_queries:
+            return f"{queries} queries, fewer than min_queries {self.min_queries}"
+        if tokens < self.dense_below_tokens:
+            return f"{tokens} tokens, fewer than dense_below_tokens {self.dense_below_tokens}"
+        return ""
 
     def resolve(self, facts: ModelFacts | None = None) -> ResolvedConfig:
         """The patterns of every layer and head of a model.
@@ -250,29 +311,46 @@ class SparseConfig(BaseModel):
             raise SparsekitError(
                 "model: num_layers and num_heads are needed to resolve this config; write them under `model:`."
             )
-        per_layer: list[Pattern] = [self.default] * facts.num_layers
+        for name, count in (("num_layers", facts.num_layers), ("num_heads", facts.num_heads)):
+            if not 1 <= count <= MOST:
+                raise SparsekitError(f"model.{name} = {shown(count)}: it should be from 1 to {MOST:,}.")
+        base: list[Pattern] = [self.default] * facts.num_layers
         for key, pattern in self.layers.items():
-            for layer in _numbers(f"layers.{key!r}", key, facts.num_layers, "layer"):
-                per_layer[layer] = pattern
-        per_head: dict[int, dict[int, Pattern]] = {}
+            for layer in _numbers(f"layers.{shown(key)}", key, facts.num_layers, "layer"):
+                base[layer] = pattern
+        rules: dict[int, str] = {}  # the key in `heads` that names the layer, if one does
         for key, by_head in self.heads.items():
-            for layer in _numbers(f"heads.{key!r}", key, facts.num_layers, "layer"):
-                for heads, pattern in by_head.items():
-                    for head in _numbers(f"heads.{key!r}.{heads!r}", heads, facts.num_heads, "head"):
-                        per_head.setdefault(layer, {})[head] = pattern
+            for layer in _numbers(f"heads.{shown(key)}", key, facts.num_layers, "layer"):
+                rules[layer] = key
+            for heads in by_head:
+                _numbers(f"heads.{shown(key)}.{shown(heads)}", heads, facts.num_heads, "head")
+        made: dict[tuple[Pattern, str | None], tuple[tuple[Pattern, ...], tuple[int, ...]]] = {}
         layers = []
-        for i, base in enumerate(per_layer):
-            chosen = [per_head.get(i, {}).get(h, base) for h in range(facts.num_heads)]
-            different = tuple(dict.fromkeys(chosen))
-            alone = next((pattern.name for pattern in different if pattern.whole_layer), "")
-            if alone and len(different) > 1:
-                others = ", ".join(sorted({pattern.name for pattern in different} - {alone})) or "another of its kind"
-                raise SparsekitError(
-                    f"layer {i}: {alone} needs a layer of its own, but other heads run {others}: give all heads of the "
-                    f"layer {alone}, or none."
-                )
-            layers.append(LayerPatterns(i, different, tuple(different.index(pattern) for pattern in chosen)))
+        for i, pattern in enumerate(base):
+            same = (pattern, rules.get(i))
+            if same not in made:
+                made[same] = self._heads_of_layer(i, pattern, rules.get(i), facts.num_heads)
+            layers.append(LayerPatterns(i, *made[same]))
         return ResolvedConfig(self, tuple(layers))
+
+    def _heads_of_layer(
+        self, layer: int, base: Pattern, key: str | None, num_heads: int
+    ) -> tuple[tuple[Pattern, ...], tuple[int, ...]]:
+        """The different patterns of a layer, and which of them each head runs."""
+        chosen = [base] * num_heads
+        for heads, pattern in self.heads[key].items() if key is not None else ():
+            for head in parse_range(heads):
+                chosen[head] = pattern
+        number: dict[Pattern, int] = {}
+        pattern_of_head = tuple(number.setdefault(pattern, len(number)) for pattern in chosen)
+        alone = next((pattern.name for pattern in number if pattern.whole_layer), "")
+        if alone and len(number) > 1:
+            others = ", ".join(sorted({pattern.name for pattern in number} - {alone})) or "another of its kind"
+            raise SparsekitError(
+                f"layer {layer}: {alone} needs a layer of its own, but other heads run {others}: give all heads of the "
+                f"layer {alone}, or none."
+            )
+        return tuple(number), pattern_of_head
 
     def _check_model(self, facts: ModelFacts) -> None:
         for name in ("num_layers", "num_heads", "num_key_heads", "head_dim", "hidden_size"):
@@ -302,51 +380,9 @@ def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
         not source.strip() or "\n" in source or ": " in source or source.lstrip().startswith("{")
     ):
         return _validate(parse_yaml(source, "config"), "config")
-    path = Path(source)
-    if not path.is_file():
-        beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise SparsekitError(f"config {str(path)!r}: no such file.{nearest(str(path), beside)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparsekitError(f"config {str(path)!r} cannot be read as text: {error}.") from None
-    return _validate(parse_yaml(text, str(path)), str(path))
-
-
-MERGE = "tag:yaml.org,2002:merge"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key written twice is an error instead of the last one winning."""
-
-
-def _mapping_without_twins(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == MERGE:  # `<<: *anchor`: what is written here wins over what comes from there
-            continue
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        if not isinstance(key, Hashable):
-            raise SparsekitError(f'line {line}: {key!r} cannot be a key; write a text, such as "0-4"')
-        if key in seen:
-            raise SparsekitError(f"line {line}: {key!r} is written twice")
-        seen.add(key)
-    loader.flatten_mapping(node)
-    made = loader.construct_object
-    return {made(key_node, deep=True): made(value_node, deep=True) for key_node, value_node in node.value}
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_twins)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What YAML text says; a SparsekitError that begins with `where` if it is none, or has a key twice."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except SparsekitError as error:
-        raise SparsekitError(f"{where}: {error}.") from None
-    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date
-        raise SparsekitError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(source, str | Path):
+        raise SparsekitError(f"config {shown(source)}: want a path, YAML text, a mapping or a SparseConfig.")
+    return _validate(parse_yaml(read_text(source, "config"), str(source)), str(source))
 
 
 def _validate(data: Any, where: str) -> SparseConfig:
@@ -358,72 +394,7 @@ def _validate(data: Any, where: str) -> SparseConfig:
     try:
         return SparseConfig.model_validate(dict(data))
     except ValidationError as error:
-        raise SparsekitError(f"{where}: {_one_line(error)}") from None
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    path = ".".join(
-        repr(part) if i and not str(part).isidentifier() else str(part) for i, part in enumerate(first["loc"])
-    )
-    message = first["msg"].removeprefix("Value error, ").removeprefix("pattern: ")
-    if first["type"] == "extra_forbidden":
-        owner: type[BaseModel] = ModelFacts if len(first["loc"]) > 1 else SparseConfig
-        allowed, name = list(owner.model_fields), str(first["loc"][-1])
-        known = f"allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
-        return f"{path}: unknown field {name!r} = {first['input']!r}; {known}"
-    if isinstance(first.get("ctx", {}).get("error"), SparsekitError):
-        return f"{path}: {message}"
-    message = message.replace("Input should", "it should").rstrip(".")
-    return f"{path} = {first['input']!r}: {message}{'' if message.endswith('?') else '.'}"
-
-
-# ---- ranges of layers and heads
-
-
-def _ranged(value: Mapping[Any, Any]) -> dict[str, Any]:
-    """The mapping with its keys as text, each a range, none of which overlap."""
-    out = {_key(key): item for key, item in value.items()}
-    owner: dict[int, str] = {}
-    for key in out:
-        for n in parse_range(key):
-            if n in owner:
-                raise SparsekitError(f"{key!r} and {owner[n]!r} overlap at {n}; each number may stand in one rule")
-            owner[n] = key
-    return out
-
-
-def _key(key: Any) -> str:
-    if isinstance(key, bool) or not isinstance(key, int | str):
-        raise SparsekitError(f'{key!r}: write a number, a range "0-15", or a list "0,4,8-11"')
-    text = str(key).replace(" ", "")
-    parse_range(text)
-    return text
-
-
-def parse_range(text: str) -> list[int]:
-    """`"0,4,8-11"` -> [0, 4, 8, 9, 10, 11]; ends are included."""
-    out: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise SparsekitError(f'{text!r} is not a range; write a number, a range "0-15", or a list "0,4,8-11"')
-        numbers = range(int(first), int(last if dash else first) + 1)
-        if not numbers:
-            raise SparsekitError(f"{text!r}: {part!r} ends before it starts")
-        out += numbers
-    return out
-
-
-def format_range(numbers: tuple[int, ...] | list[int]) -> str:
-    """[0, 4, 8, 9, 10, 11] -> `"0,4,8-11"`; of ascending numbers."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        raise SparsekitError(f"{where}: {one_line(error, SparseConfig)}") from None
 
 
 def _numbers(field: str, key: str, count: int, what: str) -> list[int]:
@@ -437,7 +408,7 @@ def _to_yaml(value: Any) -> Any:
     if isinstance(value, Pattern):
         return value.to_yaml()
     if isinstance(value, BaseModel):
-        return value.model_dump(exclude_unset=True)
+        return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
         return {key: _to_yaml(item) for key, item in value.items()}
     return value

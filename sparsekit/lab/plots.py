@@ -22,7 +22,7 @@ from sparsekit.config import (
     format_range,
     load,
 )
-from sparsekit.errors import SparsekitError, writable
+from sparsekit.errors import SparsekitError, writing
 from sparsekit.patterns import Pattern, StaticPattern, static_plan
 from sparsekit.plan import BlockPlan
 
@@ -221,9 +221,8 @@ def _save(out: str | Path, make: Callable[[], Figure], dpi: int) -> Path:
     if path.suffix.lower() not in FORMATS:
         raise SparsekitError(f"output {str(path)!r}: the name must end in {', '.join(FORMATS)}.")
     figure = make()
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi)
+    with writing(path, folders=True) as part:
+        figure.savefig(part, dpi=dpi)
     return path
 
 

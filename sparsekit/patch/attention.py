@@ -10,27 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.call.softmax import Softmax
+from sparsekit.call.geometry import Geometry
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, choose_call, preferred_tile
 from sparsekit.kernels.select.totals import plan_totals
+from sparsekit.patch.call import check_arguments, in_common_dtype, outside_autocast, softmax_of
 from sparsekit.patch.compiled import attention_in_graph
-from sparsekit.patch.mask import call_of, descriptor_width
+from sparsekit.patch.decide import decodes, of_layer, verdict
+from sparsekit.patch.mask import COPIED, call_of, descriptor_width
 from sparsekit.patch.model import own_attention
 from sparsekit.patch.state import (
+    DOORS,
     LAYERS,
     Attention,
     Call,
     Layer,
+    Verdict,
+    layer_of_copy,
 )
 from sparsekit.patterns.attention import plan_heads
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
 KEPT_PLAN_BYTES = 1 << 24
-
-# Arguments of transformers' attention functions that change the result, and that no kernel here knows.
-MISSING_FEATURES = ("position_bias", "sinks", "indices", "block_indices", "cache", "cu_seq_lens_q")
 
 
 def make_attention(original: str) -> Attention:
@@ -43,90 +45,59 @@ def make_attention(original: str) -> Attention:
     def sparsekit_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        layer = LAYERS.get(id(module))
+        layer, rows = LAYERS.get(id(module)), query.size(2)
         if layer is not None:
-            if query.size(2) < layer.min_queries:
-                if attention_mask is None or getattr(attention_mask, "dtype", None) is not torch.int32:  # as in _run
-                    return layer.attend(module, query, key, value, attention_mask, **kwargs)
-            else:
-                dense = getattr(attention_mask, "sparsekit_dense", None)
-                if dense is not None and dense.state is layer.handle._state and dense.rows == query.size(2):
-                    layer.ran, layer.why = ("own", layer.own) if layer.own else ("dense", dense.why)
-                    layer.plan, layer.choice, layer.times = None, None, ()
-                    return layer.attend(module, query, key, value, dense.mask, **kwargs)
+            if decodes(layer, rows, attention_mask):
+                return layer.attend(module, query, key, value, attention_mask, **kwargs)
+            settled = getattr(attention_mask, "sparsekit_settled", None)
+            if settled is not None and settled.epoch is layer.applied.epoch and settled.rows == rows:
+                _note(layer, of_layer(layer, settled.verdict))
+                return layer.attend(module, query, key, value, settled.mask, **kwargs)
         if torch.compiler.is_compiling() and descriptor_width(attention_mask):
             return attention_in_graph(outside, module, query, key, value, attention_mask, kwargs)
         call = call_of(module, attention_mask)
+        if layer is None:
+            layer = _layer_of_stranger(module)
         if layer is not None:
-            out = _run(layer, module, query, key, value, attention_mask, call, kwargs)
-            if out is not None:
-                return out
+            found = verdict(layer, rows, attention_mask, call)
+            if found.ran and not found.why:
+                assert call is not None
+                return _run(layer, module, query, key, value, call, kwargs)
+            if found.ran:
+                _note(layer, found)
         if call is not None:
-            attention_mask = call.original_mask(query.device, query.shape[2])
+            attention_mask = call.original_mask(query.device, rows)
         attend = layer.attend if layer is not None else own_attention(module, original)
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     outside = torch.compiler.disable(
-        sparsekit_attention, reason="sparsekit: gradients, attention matrices or a copied layer"
+        sparsekit_attention, reason="sparsekit: gradients, attention matrices, unknown arguments or a copied layer"
     )
     return sparsekit_attention
 
 
+def _layer_of_stranger(module: nn.Module) -> Layer | None:
+    """Of a module that `apply` did not see: a replica runs as its original; a sibling that shares its config, not.
+
+    Raises:
+        SparsekitError: a copy, whose config is a copy too.
+    """
+    door = DOORS.get(id(getattr(module, "config", None)))
+    if door is None:
+        raise SparsekitError(COPIED)
+    return layer_of_copy(module, door)
+
+
 def _run(
-    layer: Layer,
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    call: Call | None,
-    kwargs: Mapping[str, Any],
-) -> tuple[Tensor, None] | None:
-    """This layer's attention by sparsekit, or None where the model's own is to run."""
-    handle, index = layer.handle, layer.patterns.layer
-    _, heads, rows, _ = q.shape
-    if rows < handle.config.min_queries and (call is None or rows != call.kwargs["q_length"]):
-        return None  # decoding, or the last queries alone: the record of the last prefill stays
-    if layer.own:
-        _note(layer, "own", layer.own)
-        return None
-    if heads != len(layer.patterns.pattern_of_head):
-        layer.patterns = _patterns_here(layer.patterns, module, heads)
-    if call is None:
-        if not handle._paused and _wants_kernel(layer):
-            got = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
-            raise SparsekitError(
-                f"layer {index} should run {layer.patterns}, but it got {got} not made by transformers' "
-                "mask functions: custom 4-D masks cannot be combined with a sparse pattern; pass a 2-D padding mask or "
-                "none, or use `with handle.pause():`."
-            )
-        _note(layer, "dense", "paused" if handle._paused else "dense by config")
-        return None
-    because = handle._dense_because(call)
-    if because or not _wants_kernel(layer):
-        _note(layer, "dense", because or "dense by config")
-        return None
-    _check_features(index, layer.patterns, kwargs)
-    if k.shape[-1] != v.shape[-1]:
-        raise SparsekitError(
-            f"layer {index} runs {layer.patterns}, but its keys have size {k.shape[-1]} and its values {v.shape[-1]}, "
-            "which no kernel here computes; leave the layer dense."
-        )
-    if call.window != layer.window:
-        got, said = ("full", "sliding") if layer.window else ("sliding", "full")
-        raise SparsekitError(f"layer {index} got the mask of a {got} layer, but the model's config says it is {said}.")
-    geometry = handle._geometry(call)
-    if (geometry.q_len, geometry.kv_len) != (rows, k.shape[2]) or geometry.batch != q.shape[0]:
-        raise SparsekitError(
-            f"layer {index} got q {tuple(q.shape)} and k {tuple(k.shape)}, but the mask was made for {geometry.batch} "
-            f"samples of {geometry.q_len} queries and {geometry.kv_len} keys."
-        )
-    softmax = Softmax(
-        kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5,
-        kwargs.get("softcap"),
-        kwargs.get("s_aux"),
-    )
-    with _timed(layer, q.device) as note_planned:
+    layer: Layer, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Call, kwargs: Mapping[str, Any]
+) -> tuple[Tensor, None]:
+    """This layer's attention by sparsekit: refuse, plan, attend."""
+    if q.shape[1] != len(layer.patterns.pattern_of_head):
+        layer.patterns = _patterns_here(layer.patterns, module, q.shape[1])
+    geometry = _checked(layer, q, k, v, call, kwargs)
+    q, k, v = in_common_dtype(q, k, v)
+    softmax = softmax_of(module, q, kwargs)
+    with outside_autocast(q.device), _timed(layer, q.device) as note_planned:
         plan = plan_heads(
             layer.patterns.patterns,
             layer.patterns.pattern_of_head,
@@ -148,13 +119,34 @@ def _run(
             impl=choice.impl,
         )
     assert isinstance(out, Tensor)
-    _note(layer, "sparse" if not layer.patterns.dense else "dense", "")
+    layer.ran, layer.why = "dense" if layer.patterns.dense else "sparse", ""
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice
     return out.transpose(1, 2).contiguous(), None
 
 
-def _wants_kernel(layer: Layer) -> bool:
-    return layer.handle.config.dense_impl == "kernel" or not layer.patterns.dense
+def _checked(layer: Layer, q: Tensor, k: Tensor, v: Tensor, call: Call, kwargs: Mapping[str, Any]) -> Geometry:
+    """Where the call's queries and keys sit; refuses what no kernel here computes."""
+    index = layer.patterns.layer
+    check_arguments(layer.patterns, kwargs)
+    if k.shape[-1] != v.shape[-1]:
+        raise SparsekitError(
+            f"layer {index} runs {layer.patterns}, but its keys have size {k.shape[-1]} and its values {v.shape[-1]}, "
+            "which no kernel here computes; leave the layer dense."
+        )
+    window = call.kwargs.get("local_size")
+    if window is not None and call.tokens > window and not layer.patterns.within(window):  # beyond the positions
+        raise SparsekitError(
+            f"layer {index} runs {layer.patterns} on a prompt of {call.tokens} tokens, from which its window of "
+            f"{window} tokens cuts some off; leave the layer dense, or keep to the model's positions."
+        )
+    geometry = call.geometry_in(layer.applied.prompt)
+    assert geometry is not None
+    if (geometry.q_len, geometry.kv_len) != (q.shape[2], k.shape[2]) or geometry.batch != q.shape[0]:
+        raise SparsekitError(
+            f"layer {index} got q {tuple(q.shape)} and k {tuple(k.shape)}, but the mask was made for {geometry.batch} "
+            f"samples of {geometry.q_len} queries and {geometry.kv_len} keys."
+        )
+    return geometry
 
 
 def _patterns_here(patterns: LayerPatterns, module: nn.Module, heads: int) -> LayerPatterns:
@@ -187,29 +179,10 @@ def _parts_of_weights(module: nn.Module, shards: int) -> set[int]:
     }
 
 
-def _check_features(index: int, patterns: LayerPatterns, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what the model asks of its attention function and no kernel here computes."""
-    if kwargs.get("output_attentions"):
-        raise SparsekitError(f"output_attentions=True: layer {index} runs {patterns}, which has no attention matrix.")
-    if kwargs.get("dropout"):
-        raise SparsekitError(
-            f"layer {index} runs {patterns}, which has no dropout, and the model asks for {kwargs['dropout']:g}: call "
-            "model.eval(), or `with handle.pause():` to train with the model's own attention."
-        )
-    if kwargs.get("is_causal") is False:
-        raise SparsekitError(f"layer {index} runs {patterns}, but the model asks for attention that is not causal.")
-    feature = next((name for name in MISSING_FEATURES if kwargs.get(name) is not None), None)
-    if feature is not None:
-        raise SparsekitError(
-            f"layer {index} runs {patterns}, but the model passes {feature!r} to its attention function, which no "
-            "kernel here computes; leave the layer dense."
-        )
-
-
-def _note(layer: Layer, ran: str, why: str) -> None:
-    layer.ran, layer.why = ran, why
-    if why:
-        layer.plan, layer.choice, layer.times = None, None, ()
+def _note(layer: Layer, verdict: Verdict) -> None:
+    """A layer's record where the model's own attention runs."""
+    layer.ran, layer.why = verdict
+    layer.plan, layer.choice, layer.times = None, None, ()
 
 
 @contextmanager

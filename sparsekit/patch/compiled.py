@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
+from sparsekit.patch.call import in_common_dtype, unknown_argument
 from sparsekit.patch.mask import (
     COMPILED_WIDTH,
+    Shape,
     descriptor_of,
     is_for_others,
     is_own,
@@ -24,10 +26,6 @@ from sparsekit.patch.state import (
     masking,
 )
 
-# Arguments that the custom op passes on, or that change nothing in an attention function.
-OP_ARGUMENTS = {"scaling", "softcap", "s_aux", "sliding_window", "position_ids", "is_causal", "dropout"} | {
-    "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"
-}  # fmt: skip
 # They keep Python's state: not to be folded into a constant, nor captured in a CUDA graph.
 OP_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
@@ -44,11 +42,11 @@ def attention_in_graph(
     """A layer's attention for a prompt chunk: a custom op, or `outside` the graph what no op does."""
     known = id(module) in LAYERS
     tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    strange = any(value is not None and name not in OP_ARGUMENTS for name, value in kwargs.items())
-    if not known or tracked or strange or kwargs.get("output_attentions"):
+    if not known or tracked or unknown_argument(kwargs) or kwargs.get("output_attentions"):
         return outside(module, query, key, value, descriptor, **kwargs)
     told = {name: kwargs.get(name) for name in ("scaling", "softcap", "s_aux", "sliding_window", "position_ids")}
     causal, dropout = kwargs.get("is_causal"), kwargs.get("dropout", 0.0)
+    query, key, value = in_common_dtype(query, key, value)  # a graph runs without autocast, which is traced into it
     out = torch.ops.sparsekit.attention(query, key, value, descriptor, id(module), *told.values(), causal, dropout)
     return out, None
 
@@ -91,13 +89,17 @@ def _(query: Tensor, key: Tensor, value: Tensor, descriptor: Tensor, layer: int,
 
 def compilable_mask(original: str, make_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """`make_mask`, which a graph calls through a custom op wherever a prompt chunk comes."""
-    outside = torch.compiler.disable(make_mask, reason="sparsekit: a mask function of the caller's, or of pictures")
+    outside = torch.compiler.disable(
+        make_mask, reason="sparsekit: a mask function of the caller's, pictures, or a copy"
+    )
 
     def sparsekit_mask(**kwargs: Any) -> Tensor | None:
         if not torch.compiler.is_compiling():
             return make_mask(**kwargs)
         door = DOORS.get(id(kwargs.get("config")))
-        if door is None or is_for_others(kwargs, door) or is_own(kwargs, door):
+        if door is None:
+            return outside(**kwargs)
+        if is_for_others(kwargs, door) or is_own(kwargs, door):
             return mask_functions()[original](**kwargs)
         probe = _probe(kwargs)
         if probe is not None and (door.composed or kwargs.get("use_vmap")):
@@ -192,10 +194,12 @@ def _prompt_call(
         "device": device,
     }
     kwargs |= {} if window is None else {"local_size": window}
-    call = Call(kwargs, door.config, door.original, *read_call(kwargs))
-    width = COMPILED_WIDTH + call.window
-    door.calls[width] = call
-    return descriptor_of(call, width)
+    shape = Shape(causal=True, window=window)  # which `probe` made sure of
+    call = Call(kwargs, door.config, door.original, window is not None, *read_call(kwargs, shape))
+    descriptor = descriptor_of(call, COMPILED_WIDTH + call.window)
+    door.calls[COMPILED_WIDTH + call.window] = call
+    door.begin(descriptor)
+    return descriptor
 
 
 @_prompt_call.register_fake

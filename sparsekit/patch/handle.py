@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from sparsekit.call.geometry import Geometry
 from sparsekit.config import ResolvedConfig, SparseConfig, load
-from sparsekit.patch.door import open_door
+from sparsekit.errors import SparsekitError
+from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
 from sparsekit.patch.model import (
     attention_modules,
     facts_of,
     own_attention,
-    switch,
 )
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import (
+    CHANGES,
     DOORS,
-    HANDLES,
     LAYERS,
-    NAMES,
-    Call,
-    DenseCall,
+    Applied,
     Layer,
+    Prompt,
+    applied_to,
     forgetter,
 )
 
@@ -44,49 +44,55 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
 
     Returns:
         A handle: `report()`, `pause()`, `prompt(tokens=)`, `remove()`; also a context manager that removes at its end.
-        Applying to a model that is already patched replaces.
+        Applying to layers that are already patched replaces, whichever model object holds them.
 
     Raises:
-        SparsekitError: a config that is wrong or is for another model, or a model outside the interface. Nothing is
-        changed.
+        SparsekitError: a config that is wrong or is for another model, a model outside the interface, or one that runs
+        a forward just now. After any exception the model is as it was.
     """
     config = load(cfg)
-    text_config = model.config.get_text_config(decoder=True)
+    text_config = _text_config(model)
     modules = attention_modules(model, text_config)
     facts = facts_of(model, text_config, modules)
     resolved = config.resolve(facts)
-    own, windows = resolved.own_layers(text_config), resolved.window_layers(text_config)
-    for module in modules:
-        own_attention(module, "eager")  # or raises
-
-    previous = HANDLES.get(model)
-    if previous is not None:
-        previous.remove()
-    handle = Handle(model, text_config, resolved)
-    handle._windows = bool(windows)
-    open_door(model, text_config, handle)
-    HANDLES[model] = handle
+    own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
+    name, original = name_for(model, text_config), original_of(text_config)
+    applied = Applied(resolved, weakref.ref(model), weakref.ref(text_config), bool(windows))
     for module in modules:
         index: int = module.layer_idx  # type: ignore[assignment]
         gone = weakref.ref(module, forgetter(id(module)))
-        LAYERS[id(module)] = Layer(
-            handle,
-            gone,
-            resolved.layers[index],
-            own.get(index),
-            index in windows,
-            own_attention(module, DOORS[id(text_config)].original),
-            config.min_queries,
+        attend = own_attention(module, original)
+        patterns = resolved.layers[index]
+        applied.layers.append(
+            Layer(applied, gone, patterns, own.get(index), index in windows, attend, config.min_queries)
         )
-    handle._modules = [LAYERS[id(module)].module for module in modules]
-    return handle
+
+    with CHANGES:
+        replaced = applied_to(model)
+        for old in replaced:
+            _check_replaced(old, modules, type(model).__name__)
+        _check_idle(text_config, "apply")
+        for old in replaced:
+            _take_off(old, "another config was applied to this model's layers")
+        open_door(model, text_config, name, applied)
+        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
+    return Handle(applied)
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Take sparsekit off `model`; a model without it is left alone."""
-    handle = HANDLES.get(model)
-    if handle is not None:
-        handle.remove()
+    """Take sparsekit off `model`; a model without it is left alone.
+
+    A copy of a patched model gets its own attention back.
+
+    Raises:
+        SparsekitError: a forward of the model is running.
+    """
+    with CHANGES:
+        for applied in applied_to(model):
+            _remove(applied)
+        text_config = _text_config(model)
+        if isinstance(text_config._attn_implementation, Name) and id(text_config) not in DOORS:
+            text_config._attn_implementation_internal = original_of(text_config)
 
 
 class Handle:
@@ -97,17 +103,21 @@ class Handle:
         resolved: the same, spelled out for this model.
     """
 
-    def __init__(self, model: PreTrainedModel, text_config: Any, resolved: ResolvedConfig) -> None:
-        self.config = resolved.config
-        self.resolved = resolved
-        self.active = True
-        self._model = weakref.ref(model)
-        self._text_config = weakref.ref(text_config)
-        self._modules: list[weakref.ref[nn.Module]] = []
-        self._paused = 0
-        self._windows = False  # whether sliding layers run here
-        self._prompt: int | Sequence[int] | None = None
-        self._state = object()  # another one whenever those two change: by it a Call remembers what they made of it
+    def __init__(self, applied: Applied) -> None:
+        self._applied = applied
+
+    @property
+    def config(self) -> SparseConfig:
+        return self._applied.resolved.config
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        return self._applied.resolved
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still applied: neither removed nor replaced."""
+        return not self._applied.ended
 
     def __enter__(self) -> Handle:
         return self
@@ -116,129 +126,110 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Make the model exactly what it was. A second call does nothing."""
-        if not self.active:
-            return
-        self.active = False
-        model, text_config = self._model(), self._text_config()
-        for ref in self._modules:
-            module = ref()
-            if module is not None:
-                LAYERS.pop(id(module), None)
-        if model is not None:
-            HANDLES.pop(model, None)
-        if model is None or text_config is None:
-            return
-        door = DOORS.get(id(text_config))
-        if door is None or self not in door.handles:  # another model switched the shared config anew
-            return
-        door.handles.remove(self)
-        if not door.handles:
-            del DOORS[id(text_config)]
-            if text_config._attn_implementation == NAMES[door.original]:
-                switch(model, text_config, door.original)
+        """Make the model exactly what it was. A second call does nothing.
+
+        Raises:
+            SparsekitError: a forward of the model is running.
+        """
+        with CHANGES:
+            _remove(self._applied)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Within this block the model runs as if sparsekit were not there."""
-        self._paused += 1
-        self._state = object()
+        applied = self._applied
+        applied.paused += 1
+        applied.epoch = object()
         try:
             yield
         finally:
-            self._paused -= 1
-            self._state = object()
+            applied.paused -= 1
+            applied.epoch = object()
 
     @contextmanager
     def prompt(self, tokens: int | Sequence[int]) -> Iterator[None]:
-        """Within this block prompts have `tokens` columns (one number, or one per sample; left padding counted).
+        """Within this block prompts have `tokens` columns (one number, or one per sample; padding counted).
 
         Tells patterns where the prompt ends when it comes in chunks: Triangle's dense last rows are then the prompt's,
-        not every chunk's, and a chunk shorter than min_queries is known from decoding.
+        not every chunk's, and a chunk shorter than min_queries is known from decoding. Samples that are padded on the
+        right and come in chunks need a number each.
+
+        Raises:
+            SparsekitError: no positive whole numbers; in a forward, a call that cannot belong to such a prompt.
         """
-        before, self._prompt = self._prompt, tokens
-        self._state = object()
+        applied = self._applied
+        before, applied.prompt = applied.prompt, Prompt(_columns(tokens))
+        applied.epoch = object()
         try:
             yield
         finally:
-            self._prompt = before
-            self._state = object()
+            applied.prompt = before
+            applied.epoch = object()
 
     def report(self) -> Report:
         """What each layer did in the last prefill, and why."""
-        door = DOORS.get(id(self._text_config()))
-        switched_off = ""
-        text_config = self._text_config()
-        if not self.active:
-            switched_off = "sparsekit was removed from this model"
-        elif door is None or text_config is None or text_config._attn_implementation != NAMES[door.original]:
+        text_config, warning = self._applied.text_config(), ""
+        if self._applied.ended:
+            warning = f"sparsekit was removed from this model: {self._applied.ended}"
+        elif not is_open(text_config):
             now = getattr(text_config, "_attn_implementation", None)
-            switched_off = (
-                f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
-            )
-        rows = []
-        for ref in self._modules:
-            module = ref()
-            layer = LAYERS.get(id(module)) if module is not None else None
-            if layer is not None:
-                rows.append(report_layer(layer))
-        return Report(tuple(rows), switched_off)
+            warning = f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
+        layers = [] if self._applied.ended else self._applied.layers
+        return Report(tuple(report_layer(layer) for layer in layers if layer.module() is not None), warning)
 
-    def _renew(self, original: str) -> None:
-        """Once a prompt: the model's own function may have been registered anew."""
-        for ref in self._modules:
-            module = ref()
-            layer = LAYERS.get(id(module))
-            if module is None or layer is None:
-                continue
-            now = own_attention(module, original)
-            if now is layer.attend:  # so it is in the others
-                return
-            layer.attend = now
 
-    def _keeps_own(self, mask: Mapping[str, Any]) -> bool:
-        """Whether the call of these arguments of a mask function runs sparse in no layer: decoding, or all paused."""
-        return self._paused > 0 or self._decodes(mask)
+def _columns(tokens: Any) -> int | tuple[int, ...]:
+    several = (isinstance(tokens, Sequence) and not isinstance(tokens, str)) or getattr(tokens, "ndim", 0) == 1
+    listed = list(tokens) if several else [tokens]
+    whole = all(hasattr(number, "__index__") and not isinstance(number, bool) for number in listed)
+    numbers = [operator.index(number) for number in listed] if whole else []
+    if not numbers or min(numbers) < 1:
+        shown = repr(tokens) if len(repr(tokens)) <= 60 else f"{repr(tokens)[:60]}..."
+        raise SparsekitError(
+            f"handle.prompt(tokens={shown}): a whole number of at least 1 is needed, or one for each sample."
+        )
+    return tuple(numbers) if several else numbers[0]
 
-    def _dense_because(self, call: Call) -> str:
-        """Why this call runs the model's own attention in every layer, or nothing; found once a call."""
-        state = self._state
-        if state not in call.dense_because:
-            call.dense_because[state] = self._find_dense_because(call)
-        return call.dense_because[state]
 
-    def _dense_call(self, call: Call) -> DenseCall | None:
-        """What every layer of a call that runs dense needs, or None."""
-        because, rows = self._dense_because(call), call.kwargs["q_length"]
-        if not because:
-            return None
-        return DenseCall(self._state, rows, call.original_mask(call.kwargs["device"], rows), because)
+def _text_config(model: Any) -> Any:
+    get = getattr(getattr(model, "config", None), "get_text_config", None)
+    if get is None or not isinstance(model, nn.Module):
+        inside = getattr(model, "module", None)
+        hint = f"; it holds one: give {type(model).__name__}.module" if hasattr(inside, "config") else ""
+        raise SparsekitError(f"{type(model).__name__} is not a Hugging Face model{hint}.")
+    return get(decoder=True)
 
-    def _find_dense_because(self, call: Call) -> str:
-        if self._paused:
-            return "paused"
-        if call.why:
-            return call.why
-        if self._decodes(call.kwargs):
-            return f"{call.kwargs['q_length']} queries, fewer than min_queries {self.config.min_queries}"
-        tokens = self._prompt_columns() or call.tokens
-        if tokens < self.config.dense_below_tokens:
-            return f"{tokens} tokens, fewer than dense_below_tokens {self.config.dense_below_tokens}"
-        return ""
 
-    def _decodes(self, mask: Mapping[str, Any]) -> bool:
-        """Whether the call of these arguments of a mask function is decoding, and not a part of the prompt."""
-        q_len, offset = mask["q_length"], mask["q_offset"]
-        if q_len >= self.config.min_queries:
-            return False
-        if not self._prompt or (q_len == 1 and isinstance(offset, Tensor)):  # a token in a StaticCache: do not wait
-            return True
-        return bool(offset + q_len > self._prompt_columns())
+def _check_replaced(old: Applied, modules: list[nn.Module], name: str) -> None:
+    """Whatever is replaced is replaced whole."""
+    alive = {id(layer.module()) for layer in old.layers if layer.module() is not None}
+    if not alive <= {id(module) for module in modules}:
+        raise SparsekitError(
+            f"{name} shares some of its layers with a model that sparsekit is applied to, and which has others too: "
+            "remove it there first."
+        )
 
-    def _prompt_columns(self) -> int:
-        """Columns of the longest prompt, or 0 where nobody told."""
-        return self._prompt if isinstance(self._prompt, int) else max(self._prompt or [0])
 
-    def _geometry(self, call: Call) -> Geometry:
-        assert call.geometry is not None
-        return call.geometry if self._prompt is None else call.geometry.with_prompt(self._prompt)
+def _check_idle(text_config: Any, what: str) -> None:
+    door = DOORS.get(id(text_config))
+    if door is not None and any(forward.runs() for forward in door.forwards):
+        raise SparsekitError(
+            f"{what}: a forward of this model is running, and its layers would run two configs; wait until it is done."
+        )
+
+
+def _remove(applied: Applied) -> None:
+    if not applied.ended:
+        _check_idle(applied.text_config(), "remove")
+        _take_off(applied, "by remove()")
+
+
+def _take_off(applied: Applied, why: str) -> None:
+    applied.ended = why
+    for layer in applied.layers:
+        module = layer.module()
+        if module is not None and LAYERS.get(id(module)) is layer:
+            del LAYERS[id(module)]
+    text_config = applied.text_config()
+    if text_config is not None:
+        close_door(text_config, applied)

@@ -5,12 +5,14 @@ from sparsekit.patterns.base import (
     DynamicPattern,
     Pattern,
     StaticPattern,
+    bounded,
     parse_pattern,
     pattern_class,
     pattern_names,
     static_plan,
 )
 from sparsekit.patterns.block_topk import BlockTopK
+from sparsekit.patterns.blocks import BlockPattern, Blocks
 from sparsekit.patterns.dense import Dense
 from sparsekit.patterns.flexprefill import FlexPrefill
 from sparsekit.patterns.s2o import S2O
@@ -22,7 +24,9 @@ from sparsekit.patterns.xattention import XAttention
 __all__ = [
     "S2O",
     "AShape",
+    "BlockPattern",
     "BlockTopK",
+    "Blocks",
     "Dense",
     "DynamicPattern",
     "DynamicUnion",
@@ -33,6 +37,7 @@ __all__ = [
     "Union",
     "VerticalSlash",
     "XAttention",
+    "bounded",
     "parse_pattern",
     "pattern_class",
     "pattern_names",

@@ -23,6 +23,7 @@ class AShape(StaticPattern):
 
     name: Literal["a_shape"] = "a_shape"
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    test_points = ({"sink_tokens": 8, "window_tokens": 40}, {"sink_tokens": 0, "window_tokens": 1})
     sink_tokens: int = Field(8, ge=0, description="first keys that every query keeps, tokens")
     window_tokens: int = Field(512, ge=1, description="nearest keys that a query keeps, itself included, tokens")
 

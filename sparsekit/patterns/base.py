@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
-from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from inspect import ismodule
+from threading import RLock
+from typing import Any, ClassVar, get_args, get_origin
+from warnings import warn
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
-from sparsekit.errors import SparsekitError, nearest
+from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.plan import (
     BlockPlan,
     TokenRule,
@@ -27,17 +30,13 @@ from sparsekit.plan import (
     plan_from_rule,
 )
 
-__all__ = ["DynamicPattern", "Pattern", "StaticPattern", "parse_pattern", "pattern_class", "pattern_names"]
+__all__ = ["DynamicPattern", "Pattern", "StaticPattern", "bounded", "parse_pattern", "pattern_class", "pattern_names"]
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
-
-# Measured (docs/results/dynamic-h100.jsonl): the shortest of 2,048, 4,096, 8,192, ... tokens at which selecting and
-# attention together beat the best dense kernel. s2o won at 16,384 on one host and lost on a slower one.
-CROSSOVER_TOKENS: dict[str, dict[str, int]] = {
-    "cuda": {"vertical_slash": 32768, "flexprefill": 16384, "xattention": 16384, "block_topk": 16384, "s2o": 32768}
-}
+LARGEST = 2**31 - 1  # plans hold positions and counts in 32 bits
+MOST_DEPTH = 40  # mappings and lists in one another, as a union of unions has them
 
 
 class Pattern(BaseModel, ABC):
@@ -53,12 +52,31 @@ class Pattern(BaseModel, ABC):
     whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
     narrow: ClassVar[bool] = False  # keeps fewer pairs in rows of fewer queries, as diagonals do
 
+    # Parameters, as in YAML. `sparsekit bench dynamic` measures a pattern at its bench points and, with --sweep, at its
+    # sweep points: those of its main parameter, the sparsest first. Tests of all patterns run it at its test points,
+    # which drop some pairs of 300 tokens.
+    bench_points: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    sweep_points: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    test_points: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_input(cls, value: Any) -> Any:
+        """YAML's lists as tuples, so that a pattern can be hashed; numbers that a plan can hold."""
+        return bounded(tuple(value) if isinstance(value, list) else value)
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         name = cls.model_fields["name"].default
         if not isinstance(name, str):
             return  # a base class
+        for field, info in cls.model_fields.items():
+            if _holds(info.annotation, (list, dict, set)):
+                raise SparsekitError(
+                    f"pattern {name!r} of {cls.__module__}: the field {field!r} may be a list, a dict or a set, which "
+                    "cannot be hashed, as plans are cached by pattern: make it a tuple, such as tuple[int, ...]."
+                )
         known = _REGISTRY.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SparsekitError(f"pattern name {name!r} of {cls.__module__} is taken by {known.__module__}.")
@@ -69,7 +87,7 @@ class Pattern(BaseModel, ABC):
         """The plan for q (B, H, Q, D) over k (B, G, K, D), on their device."""
 
     def of_heads(self, heads: Sequence[int]) -> Pattern:
-        """The same for some of its query heads: another one only where a field says something for each head."""
+        """This pattern restricted to `heads`; itself unless a field has a value for each head."""
         return self
 
     @classmethod
@@ -88,6 +106,18 @@ class Pattern(BaseModel, ABC):
         unset = {key for key, value in self if value is None and fields[key].default is None}
         given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key != "name" and key not in unset)
         return f"{self.name}({given})" if given else self.name
+
+
+def bounded(value: Any) -> Any:
+    """The value, of a field; an error where it is, or holds, a whole number beyond 32 bits."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, int) and abs(one) > LARGEST:
+            raise SparsekitError(f"{shown(one)} is too large; numbers go up to {LARGEST:,}")
+    return value
+
+
+def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    return (get_origin(annotation) or annotation) in kinds or any(_holds(one, kinds) for one in get_args(annotation))
 
 
 def _brief(value: Any) -> str:
@@ -156,6 +186,10 @@ def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
 class DynamicPattern(Pattern):
     """A pattern that estimates from q and k what to keep. No host synchronisation, all heads in one launch."""
 
+    # By device type: the shortest prompt of 2,048, 4,096, 8,192, ... tokens at which selecting and attention together
+    # were measured to beat the best dense kernel (docs/results/dynamic-h100.jsonl).
+    pays_from_tokens: ClassVar[Mapping[str, int]] = {}
+
     dense_below_tokens: int | None = Field(
         None, ge=0, description="shorter prompts run dense, tokens; default: where it was measured to pay; 0: none do"
     )
@@ -172,7 +206,9 @@ class DynamicPattern(Pattern):
 
     def dense_below(self, device: torch.device) -> int:
         """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""
-        return crossover_tokens(self, device) if self.dense_below_tokens is None else self.dense_below_tokens
+        if self.dense_below_tokens is not None:
+            return self.dense_below_tokens
+        return self.pays_from_tokens.get(device.type, 0)
 
     def keys_at_most(self, geometry: Geometry) -> int | None:
         """Keys that a query tile of that geometry computes at most, by a budget; None where none bounds them."""
@@ -183,61 +219,83 @@ class DynamicPattern(Pattern):
         """What to keep of q (B, H, Q, D) over k (B, G, K, D): a plan with H heads, at any length."""
 
 
-def crossover_tokens(pattern: Pattern, device: torch.device) -> int:
-    """Prompt length, tokens, from which a dynamic pattern was measured to be faster than dense on such a device."""
-    table = CROSSOVER_TOKENS.get(device.type, {})
-    return table.get(pattern.name, 0)
+_loading = RLock()
+_loaded = False
 
 
-@cache
 def _load_entry_points() -> None:
-    for point in entry_points(group=ENTRY_POINTS):
-        point.load()
+    """Register what other packages offer, once."""
+    global _loaded
+    with _loading:
+        if not _loaded:
+            _loaded = True  # before the loading: a package may ask for the patterns while it is imported
+            for point in entry_points(group=ENTRY_POINTS):
+                _register(point)
 
 
-def pattern_names() -> tuple[str, ...]:
-    """All registered names, third-party ones (entry-point group `sparsekit.patterns`) included."""
+def _register(point: EntryPoint) -> None:
+    """Load one; where that fails, a warning names its package, and its patterns are left out."""
+    try:
+        found = point.load()
+        if isinstance(found, type) and issubclass(found, Pattern):
+            if found not in _REGISTRY.values():
+                raise TypeError("it is a pattern without a name of its own")
+        elif not ismodule(found):  # whose import has registered what it defines
+            raise TypeError(f"it is neither a Pattern nor a module: {shown(found)}")
+    except (Exception, SystemExit) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        package = point.dist.name if point.dist is not None else point.module
+        warn(
+            f"patterns of the package {package!r} are left out: its entry point {point.name!r} = {point.value!r} "
+            f"failed with {why if len(why) <= 300 else f'{why[:297]}...'}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def pattern_names(kind: type = Pattern) -> tuple[str, ...]:
+    """All registered names of that kind, third-party ones (entry-point group `sparsekit.patterns`) included."""
     _load_entry_points()
-    return tuple(_REGISTRY)
+    return tuple(name for name, cls in _REGISTRY.items() if issubclass(cls, kind))
 
 
 def pattern_class(name: str) -> type[Pattern]:
     """The pattern class of that name."""
     names = pattern_names()
     if name not in names:
-        raise SparsekitError(f"unknown pattern {name!r}: one of {', '.join(names)}.{nearest(name, names)}")
+        raise SparsekitError(f"unknown pattern {shown(name)}: one of {', '.join(names)}.{nearest(name, names)}")
     return _REGISTRY[name]
 
 
 def parse_pattern(value: Pattern | str | Mapping[str, Any], where: str = "pattern") -> Pattern:
-    """A pattern from what YAML says, a name or a mapping with `name` and parameters; `where` is for errors."""
+    """A pattern from what YAML says, a name or a mapping with `name` and parameters; errors begin with `where`."""
     if isinstance(value, Pattern):
         return value
+    begin = f"{where}: " if where else ""
     fields = {"name": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping):
         raise SparsekitError(
-            f"{where}: {value!r} is not a pattern; write a name, or a mapping with `name` and parameters."
+            f"{begin}{shown(value)} is not a pattern; write a name, or a mapping with `name` and parameters."
         )
+    if _too_deep(fields):
+        raise SparsekitError(f"{begin}patterns and lists in one another, more than {MOST_DEPTH} deep.")
     if not isinstance(fields.get("name"), str):
-        raise SparsekitError(f"{where}: {dict(fields)!r} needs a `name`: one of {', '.join(pattern_names())}.")
+        raise SparsekitError(f"{begin}{shown(dict(fields))} needs a `name`: one of {', '.join(pattern_names())}.")
     try:
-        cls = pattern_class(fields["name"])
-        return cls.from_fields(fields)
+        return pattern_class(fields["name"]).from_fields(fields)
     except ValidationError as error:
-        raise SparsekitError(f"{where}: {_one_line(error, cls)}") from None
+        said = one_line(error, pattern_class(fields["name"]))
+        raise SparsekitError(f"{begin}{fields['name']}: {said}") from None
     except SparsekitError as error:
-        raise SparsekitError(f"{where}: {error}") from None
+        raise SparsekitError(f"{begin}{error}") from None
 
 
-def _one_line(error: ValidationError, cls: type[Pattern]) -> str:
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    allowed = [field for field in cls.model_fields if field != "name"]
-    label = cls.model_fields["name"].default
-    if first["type"] == "extra_forbidden":
-        has = ", ".join(allowed) if allowed else "no parameters"
-        return f"{label}: unknown field {name!r} = {first['input']!r}; it has {has}.{nearest(name, allowed)}"
-    if first["type"] == "missing":
-        return f"{label}: field {name!r} is missing. {cls.model_fields[name].description}"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should").rstrip(".")
-    return f"{label}: {name} = {first['input']!r}: {message}{'' if message.endswith('?') else '.'}"
+def _too_deep(value: Any) -> bool:
+    """Whether mappings and lists are nested more than `MOST_DEPTH` deep in one another, or hold themselves."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = (one.values() if isinstance(one, Mapping) else one for one in level)
+        level = list({id(x): x for one in inner for x in one if isinstance(x, Mapping | list | tuple)}.values())
+        if not level:
+            return False
+    return True

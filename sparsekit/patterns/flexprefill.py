@@ -1,4 +1,4 @@
-"""flexprefill: a head follows its last queries, or, where block means foretell them, a block map (FlexPrefill)."""
+"""flexprefill: a head follows its last queries, or, where block means predict them, a block map (FlexPrefill)."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ class FlexPrefill(DynamicPattern):
 
     name: Literal["flexprefill"] = "flexprefill"
     source: ClassVar[str] = "FlexPrefill, arXiv 2502.20766"
+    pays_from_tokens: ClassVar[dict[str, int]] = {"cuda": 16384}
+    bench_points = tuple({"gamma": gamma, "tau": 0.1, "min_budget_tokens": 512} for gamma in (0.9, 0.95))
+    sweep_points = tuple({"gamma": gamma} for gamma in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98))
+    test_points = ({"gamma": 0.3, "min_budget_tokens": 1},)
     gamma: float = Field(0.9, gt=0, le=1, description="share of the attention mass to keep; 1 keeps everything")
     tau: float = Field(0.1, ge=0, le=1, description="divergence below which a head is query-aware; 0: none is")
     min_budget_tokens: int = Field(1024, ge=1, description="columns, and diagonals, that a head keeps at least, tokens")

@@ -24,13 +24,15 @@ RANKED_BYTES = 3 << 30  # of ranked keys, all heads: at 1M tokens the rest of 4 
 class S2O(DynamicPattern):
     """Dense inside segments; of what came before, the most important keys first, until a tile adds too little.
 
-    S2O (arXiv 2602.22575). Its text and code were not open to us, so every formula and default here is our own reading
-    of what is told about it. In segments of `segment_tokens` positions, a query keeps its own segment up to itself and
-    the prompt's first 64 keys. Earlier keys come in the order of `mean(q of the segment) . k`, 64 at a time, the same
-    for all queries of a segment and head. A tile of queries stops once `patience` tiles of keys in a row were a gain
+    S2O (arXiv 2602.22575). We had access to neither the paper nor its code: every formula and default here is our own
+    reading of what others write about it.
+
+    In segments of `segment_tokens` positions, a query keeps its own segment up to itself, and the prompt's first 64
+    keys. Earlier keys come in the order of `mean(q of the segment) . k`, 64 at a time, the same for all queries of a
+    segment and head. A tile of queries stops once `patience` tiles of keys in a row were a gain
     below `tau` to each of its queries: `gain = sum of the tile's exp(z) / sum of all exp(z) so far`, a sink logit
-    included. `guide` orders a segment's queries by `q . guide`, so that those of one tile may want alike. It costs
-    nearly whole segments of own keys a tile, and gained nothing where we measured it, so it is off.
+    included. `guide` orders a segment's queries by `q . guide`, so that those of one tile may need the same keys. A
+    tile then visits nearly its whole segment, and nothing was gained where we measured it, so it is off.
 
     The stop is a heuristic and no bound: keys that few queries of a segment want may rank after it, and where attention
     is flat over a long prompt each tile adds little and all of them much. tau 0 with `max_tokens` None is dense
@@ -43,6 +45,13 @@ class S2O(DynamicPattern):
     name: Literal["s2o"] = "s2o"
     source: ClassVar[str] = "S2O, arXiv 2602.22575"
     whole_layer: ClassVar[bool] = True
+    # It paid from 16,384 tokens on one host and not on a slower one.
+    pays_from_tokens: ClassVar[dict[str, int]] = {"cuda": 32768}
+    sweep_points = tuple({"tau": tau} for tau in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0))
+    test_points = (
+        {"segment_tokens": 64, "tau": 0.4},
+        {"segment_tokens": 100, "tau": 0.3, "max_tokens": 70, "patience": 2, "guide": "mean"},
+    )
     segment_tokens: int = Field(512, ge=KEY_TILE, description="segment that is dense and shares one key order, tokens")
     tau: float = Field(
         0.003, ge=0, le=1, description="stop when a key tile's share of the softmax falls below; 0: never"

@@ -26,6 +26,10 @@ class Triangle(StaticPattern):
 
     name: Literal["triangle"] = "triangle"
     source: ClassVar[str] = "TriangleMix, arXiv 2507.21526"
+    test_points = (
+        {"sink_tokens": 8, "window_tokens": 40, "last_tokens": 20},
+        {"sink_tokens": 70, "window_tokens": 100, "last_tokens": 1},
+    )
     sink_tokens: int = Field(8, ge=0, description="first keys that every query keeps, tokens")
     window_tokens: int = Field(512, ge=1, description="nearest keys that a query keeps, itself included, tokens")
     last_tokens: int = Field(128, ge=1, description="last rows of the prompt that keep every key, tokens")

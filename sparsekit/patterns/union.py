@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
+from sparsekit.errors import SparsekitError
 from sparsekit.kernels.select.join import join_plans
 from sparsekit.patterns.base import (
     DynamicPattern,
@@ -27,7 +28,7 @@ __all__ = ["DynamicUnion", "Union"]
 
 def _parse_members(value: Any) -> tuple[Pattern, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError("want a list of patterns")
+        raise ValueError("it must be a list of patterns")
     members = tuple(parse_pattern(item, f"of[{i}]") for i, item in enumerate(value))
     for i, member in enumerate(members):
         if member.whole_layer:
@@ -43,6 +44,10 @@ class Union(StaticPattern):
     """
 
     name: Literal["union"] = "union"
+    test_points = (
+        {"of": [{"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20},
+                {"name": "a_shape", "sink_tokens": 30, "window_tokens": 20}]},
+    )  # fmt: skip
     of: tuple[SerializeAsAny[StaticPattern], ...] = Field(min_length=1, description="the patterns to join")
 
     @field_validator("of", mode="before")
@@ -56,10 +61,12 @@ class Union(StaticPattern):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Pattern:
-        try:
-            members = _parse_members(fields.get("of"))
-        except ValueError:
+        if not isinstance(fields.get("of"), list | tuple):
             return cls.model_validate(dict(fields))  # which says what is wrong
+        try:
+            members = _parse_members(fields["of"])
+        except ValueError as error:
+            raise SparsekitError(f"union: of: {error}") from None
         kind = cls if all(isinstance(member, StaticPattern) for member in members) else DynamicUnion
         return kind.model_validate({**fields, "of": members})
 

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
-from sparsekit.kernels.select.last_queries import MAX_QUERIES, last_query_sums
-from sparsekit.kernels.select.slash import plan_from_vertical_slash
-from sparsekit.kernels.select.topk import topk_indices_mask
+from sparsekit.kernels.select import MAX_QUERIES, last_query_sums, plan_from_vertical_slash, topk_indices_mask
 from sparsekit.patterns.base import DynamicPattern
 from sparsekit.plan import BlockPlan, dense_plan, upload
 
@@ -41,6 +39,19 @@ class VerticalSlash(DynamicPattern):
     name: Literal["vertical_slash"] = "vertical_slash"
     source: ClassVar[str] = "MInference, arXiv 2407.02490"
     narrow: ClassVar[bool] = True
+    pays_from_tokens: ClassVar[dict[str, int]] = {"cuda": 32768}
+    bench_points = ({"vertical_tokens": 1000, "slash_tokens": 6096},)
+    sweep_points = tuple(
+        {"vertical_tokens": vertical, "slash_tokens": slash}
+        for vertical, slash in (
+            (30, 128), (200, 128), (100, 256), (100, 512), (250, 1024),
+            (500, 2048), (1000, 4096), (1000, 6096), (2000, 12288),
+        )
+    )  # fmt: skip
+    test_points = (
+        {"vertical_tokens": 8, "slash_tokens": 3, "estimate_queries": 20},
+        {"vertical_tokens": 30, "slash_tokens": 100, "estimate_queries": 20},
+    )
     vertical_tokens: int = Field(1000, ge=1, description="key columns that a head keeps, tokens")
     slash_tokens: int = Field(6096, ge=1, description="diagonals that a head keeps, tokens of distance")
     estimate_queries: int = Field(64, ge=1, le=MAX_QUERIES, description="last queries that are looked at, tokens")

@@ -13,20 +13,14 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels.select.bits import join_rows
-from sparsekit.kernels.select.block_scores import antidiagonal_mass, row_groups
-from sparsekit.kernels.select.blocks import plan_from_block_bits
-from sparsekit.kernels.select.grid import block_grid, head_lengths
-from sparsekit.kernels.select.topk import top_p_bits
-from sparsekit.patterns.base import DynamicPattern
-from sparsekit.plan import BlockPlan, dense_plan, upload
+from sparsekit.kernels.select import antidiagonal_mass, top_p_bits
+from sparsekit.patterns.blocks import BlockPattern, Blocks
+from sparsekit.plan import BlockPlan, upload
 
 __all__ = ["XAttention"]
 
-BLOCK_TOKENS = 128
 
-
-class XAttention(DynamicPattern):
+class XAttention(BlockPattern):
     """Every block of 128 queries keeps the fewest key blocks that hold a share of its attention, by antidiagonals.
 
     XAttention (arXiv 2503.16428, algorithm 1). A logit is the mean of `scale * q . k` along the antidiagonal of a tile
@@ -39,6 +33,10 @@ class XAttention(DynamicPattern):
 
     name: Literal["xattention"] = "xattention"
     source: ClassVar[str] = "XAttention, arXiv 2503.16428"
+    pays_from_tokens: ClassVar[dict[str, int]] = {"cuda": 16384}
+    bench_points = ({"stride": 16, "threshold": 0.9}, {"stride": 8, "threshold": 0.9})
+    sweep_points = tuple({"threshold": share} for share in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98))
+    test_points = ({"threshold": 0.5}, {"threshold": (0.3, 0.5, 0.9, 1.0), "stride": 8})
     threshold: float | tuple[float, ...] = Field(
         0.9, description="share of the estimated mass to keep, above 0 and up to 1: one number, or one a query head"
     )
@@ -49,10 +47,10 @@ class XAttention(DynamicPattern):
     def _shares(cls, value: Any) -> Any:
         shares = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not shares or any(isinstance(x, bool) or not isinstance(x, int | float) for x in shares):
-            raise ValueError("want a number above 0 and up to 1, or one for each query head")
+            raise ValueError("it must be a number above 0 and up to 1, or one for each query head")
         wrong = [x for x in shares if not 0 < x <= 1]
         if wrong:
-            raise ValueError(f"{wrong[0]} is not above 0 and up to 1")
+            raise ValueError(f"{wrong[0]} must be above 0 and up to 1")
         return tuple(map(float, shares)) if isinstance(value, list | tuple) else float(value)
 
     def of_heads(self, heads: Sequence[int]) -> XAttention:
@@ -61,27 +59,26 @@ class XAttention(DynamicPattern):
         return self.model_copy(update={"threshold": tuple(self.threshold[head] for head in heads)})
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
-        samples, heads = q.shape[:2]
-        shares = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        if isinstance(self.threshold, tuple) and len(shares) != heads:
+        heads, shares = q.shape[1], self.threshold
+        if isinstance(shares, tuple) and len(shares) != heads:
             raise SparsekitError(
-                f"xattention: threshold has {len(shares)} values for {heads} query heads: want one number, or {heads}."
+                f"xattention: threshold has {len(shares)} values for {heads} query heads: give one number, or {heads}."
             )
-        grid = block_grid(geometry, BLOCK_TOKENS, samples, q.device)
-        if min(shares) >= 1:
-            return dense_plan(grid.plan)
-        share = _shares_on(shares, q.device) if len(shares) > 1 else shares[0]
-        lengths = head_lengths(geometry, BLOCK_TOKENS, samples, heads, q.device)
-        # A stride row leaves a number for each key block, a block of queries one more.
-        row_bytes = samples * heads * grid.columns * 4 * (BLOCK_TOKENS // self.stride + 1)
+        return super().select(q, k, geometry, softmax)
 
-        def fewest(first: int, rows: int) -> Tensor:
-            mass = antidiagonal_mass(q, k, geometry, grid, BLOCK_TOKENS, self.stride, softmax, first, rows)
-            part = lengths[:, :, first : first + rows]
-            return top_p_bits(mass, share, lengths=part, force_first=True, force_last=True)
+    def keeps_all(self, blocks: Blocks) -> bool:
+        return min(self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)) >= 1
 
-        bits = join_rows((fewest(*group) for group in row_groups(grid.rows, row_bytes)), grid.rows)
-        return plan_from_block_bits(bits, geometry, BLOCK_TOKENS)
+    def scratch_per_score(self) -> int:
+        return self.block_size() // self.stride + 1  # a stride row leaves a number, a block of queries one more
+
+    def score(self, blocks: Blocks, first: int, rows: int) -> Tensor:
+        x = blocks
+        return antidiagonal_mass(x.q, x.k, x.geometry, x.grid, x.block_tokens, self.stride, x.softmax, first, rows)
+
+    def choose(self, scores: Tensor, lengths: Tensor) -> Tensor:
+        share = self.threshold if isinstance(self.threshold, float) else _shares_on(self.threshold, scores.device)
+        return top_p_bits(scores, share, lengths=lengths, force_first=True, force_last=True)
 
 
 @lru_cache(maxsize=256)

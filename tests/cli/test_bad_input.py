@@ -44,7 +44,7 @@ CONFIGS = [
     Bad("range backwards", 'layers: {"5-3": dense}\n', ("layers", "'5-3'", "ends before it starts")),
     Bad("range of words", "layers: {last: triangle}\n", ("layers", "'last'", '"0-15"')),
     Bad("head 12 of 9", 'heads: {"3": {"12": triangle}}\n', ("heads.'3'.'12'", "head 12", "9 heads", "0-8")),
-    Bad("overlapping heads", 'heads: {"3": {"0-4": dense, 4: triangle}}\n', ("heads", "'4'", "'0-4'")),
+    Bad("overlapping heads", 'heads: {"3": {"0-4": dense, 4: triangle}}\n', ("heads: '3'", "4 and '0-4' overlap at 4")),
     Bad("negative window", "default: {name: triangle, window_tokens: -512}\n", ("window_tokens = -512", "equal to 1")),
     Bad("no last rows", "default: {name: triangle, last_tokens: 0}\n", ("last_tokens = 0", "equal to 1")),
     Bad("wrong type", 'default: {name: triangle, window_tokens: "512"}\n', ("window_tokens = '512'", "valid integer")),
@@ -179,7 +179,7 @@ def _bad_picture(tmp_path: Path) -> list[str]:
     ("args", "says"),
     [
         (_missing, ("trianglemx.yaml", "no such file", "Did you mean", "trianglemix.yaml")),
-        (_folder, ("no such file",)),
+        (_folder, ("is a folder",)),
         (_binary, ("b.yaml", "cannot be read as text")),
         (_unknown_model, ("'smollm2-135'", "Did you mean 'smollm2-135m'?")),
         (_no_tokens, ("tokens = 0", "from 1 to")),

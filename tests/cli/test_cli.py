@@ -122,7 +122,7 @@ def test_validate_against_a_model(tmp_path: Path) -> None:
 
 
 def test_validate_names_layers_that_keep_their_own_attention(tmp_path: Path) -> None:
-    models.tiny("gemma2").config.save_pretrained(tmp_path)
+    models.tiny("gemma2", sliding_window=64).config.save_pretrained(tmp_path)
     config = tmp_path / "c.yaml"
     config.write_text("default: triangle\n")
     lines = out("validate", str(config), "--model", str(tmp_path)).splitlines()

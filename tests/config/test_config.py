@@ -124,7 +124,7 @@ layers:
     )
     for text, says in (
         ("default: dense\nlayers: {[0, 4]: triangle}\n", r"line 2: \[0, 4\] cannot be a key; write a text"),
-        ("default: dense\nversion: 2024-13-45\n", "not YAML: month must be in 1..12"),
+        ("default: dense\nversion: 2024-13-45\n", "version = '2024-13-45': it should be 1"),
         ("default: dense\ndefault: dense\n", "line 2: 'default' is written twice"),
     ):
         with pytest.raises(SparsekitError, match=says):

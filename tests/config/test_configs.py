@@ -8,7 +8,7 @@ import pytest
 
 from sparsekit import SparseConfig, explain, load, models
 from sparsekit.config import format_range
-from sparsekit.patterns import DynamicPattern
+from sparsekit.patterns import DynamicPattern, pattern_names
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
@@ -20,8 +20,8 @@ TRIANGLEMIX = {
     "qwen2.5-7b": ("20-27", 28, 4096),
     "smollm2-135m": ("21-29", 30, 1024),
 }
-# What may run below the triangle.
-COMBINED = ("vertical_slash", "flexprefill", "xattention", "block_topk", "s2o")
+# TriangleMix with another pattern below the triangle.
+COMBINED = [path for path in FILES if path.stem.startswith("trianglemix-")]
 
 
 def test_there_is_one_for_each_published_model() -> None:
@@ -45,11 +45,11 @@ def test_recipe(path: Path) -> None:
         assert found.prefill_ratio is not None and 0 < found.prefill_ratio < 1
 
 
-@pytest.mark.parametrize("name", COMBINED)
-@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-7b", "smollm2-135m"])
-def test_trianglemix_with_a_dynamic_pattern_below(model: str, name: str) -> None:
-    config = load(ROOT / "configs" / model / f"trianglemix-{name}.yaml")
-    alone = load(ROOT / "configs" / model / "trianglemix.yaml")
+@pytest.mark.parametrize("path", COMBINED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_trianglemix_with_a_dynamic_pattern_below(path: Path) -> None:
+    name = path.stem.removeprefix("trianglemix-")
+    assert name in pattern_names(DynamicPattern)
+    config, alone = load(path), load(path.parent / "trianglemix.yaml")
     assert (config.model, config.dense_below_tokens) == (alone.model, alone.dense_below_tokens)
     for layer, of_triangle in zip(config.resolve().layers, alone.resolve().layers, strict=True):
         if of_triangle.dense:

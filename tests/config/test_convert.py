@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, load
 from sparsekit.cli import app
+from sparsekit.config import ModelFacts
 from sparsekit.config.convert import convert_minference, convert_xattention
 from sparsekit.patterns import (
     AShape,
@@ -62,36 +63,48 @@ ONE = '{"0": ["vertical_and_slash", 30, 800, 1]}'
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "line 1: the end of the file: want a list with one mapping of heads for each layer"),
-        ("{}", "line 1: {}: want a list"),
-        ("[]", "no layers"),
-        (f"[{ONE}", "line 1: the end of the file: want a comma or ']'"),
-        (f"[{ONE},\n]", "line 2: ]: a comma before the end"),
-        (f"[{ONE}]\n\nmore", "line 3: more: something follows the list"),
-        (f"[{ONE},\n3]", "line 2: 3]: want a mapping of heads"),
-        (f"[{ONE},\n {{}}]", "line 2: layer 1 lists no head 0"),
-        ('[\n{"0" ["stream_llm", 1, 2]}]', 'line 2: ["stream_llm", 1, 2]}]: want a colon after the head'),
-        ('[\n{0: ["stream_llm", 1, 2]}]', "line 2: 0: want the number of a head in double quotes"),
-        ('[\n{"0": ["stream_llm", 1 2]}]', "line 2: 2]}]: not JSON: Expecting ',' delimiter"),
+        ("", "line 1 column 1: not JSON: Expecting value"),
+        ("{}", "{}: want a list with one mapping of heads for each layer"),
+        ("[]", "[]: want a list"),
+        ("3", "3: want a list"),
+        (f"[{ONE}", "line 1 column 43: not JSON: Expecting ',' delimiter"),
+        (f"[{ONE}]\n\nmore", "line 3 column 1: not JSON: Extra data"),
+        (f"[{ONE},\n3]", "layer 1: 3: want a mapping of heads"),
+        (f"[{ONE},\n {{}}]", "layer 1 lists no head 0"),
         (
-            '[\n{"zero": ["stream_llm", 1, 2]}]',
-            "line 2: layer 0, head 'zero': [\"stream_llm\", 1, 2]: a head is a whole",
+            '[\n{0: ["stream_llm", 1, 2]}]',
+            "line 2 column 2: not JSON: Expecting property name enclosed in double quotes",
         ),
-        ('[{"0": ["stream_llm", 1, 2],\n"0": ["stream_llm", 1, 2]}]', "line 2: layer 0, head '0': .*listed twice"),
-        ('[{"0": ["stream_llm", 1, 2],\n"2": ["stream_llm", 1, 2]}]', "line 1: layer 0 lists no head 1"),
+        (
+            f'[{ONE}, {{"zero": ["stream_llm", 1, 2]}}]',
+            "layer 1, head 'zero': ['stream_llm', 1, 2]: a head is a whole number",
+        ),
+        ('[{"01": ["stream_llm", 1, 2]}]', "layer 0, head '01'"),
+        ('[{"\u0663": ["stream_llm", 1, 2]}]', "a head is a whole number"),
+        ('[{"0": ["stream_llm", 1, 2],\n"0": ["stream_llm", 1, 2]}]', "layer 0, head '0': .*listed twice"),
+        ('[{"0": ["stream_llm", 1, 2],\n"2": ["stream_llm", 1, 2]}]', "layer 0 lists no head 1"),
+        ('[{"4096": ["stream_llm", 1, 2]}]', "heads are numbered from 0 to 4,095"),
+        ('[{"99999999999": ["stream_llm", 1, 2]}]', "a head is a whole number"),
+        (f"[{', '.join([ONE] * 4097)}]", "4,097 layers; at most 4,096"),
         (
             f"[{ONE},\n" + '{"0": ["stream_llm", 1, 2], "1": ["stream_llm", 1, 2]}]',
-            "line 2: layer 1 has 2 heads, layer 0",
+            "layer 1 has 2 heads, layer 0",
         ),
-        ('[{"0":\n7}]', "line 1: layer 0, head '0': 7: want [pattern, v, s, score]"),
+        ('[{"0":\n7}]', "layer 0, head '0': 7: want [pattern, v, s, score]"),
         ('[\n{"0": ["stream_llm", 1]}]', "want [pattern, v, s, score]"),
         (
             '[\n{"0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 0.0]}]',
-            "line 2: layer 0, head '0': [\"flex_vertical_and_slash\", [0.9, 4096], [0.9, 4096], 0.0]: unknown pattern; "
+            "layer 0, head '0': ['flex_vertical_and_slash', [0.9, 4096], [0.9, 4096], 0.0]: unknown pattern; "
             "one of vertical_and_slash, stream_llm, block_sparse",
         ),
         ('[\n{"0": ["vertical_and_slash", 1.5, 2, 0]}]', "v and s are whole numbers of tokens"),
+        ('[\n{"0": ["block_sparse", "a", 2, 0]}]', "v and s are whole numbers of tokens"),
+        ('[\n{"0": ["block_sparse", 1, 2, "high"]}]', "the score is a number"),
         ('[\n{"0": ["vertical_and_slash", 0, 2, 0]}]', "vertical_tokens = 0: it should be greater than or equal to 1"),
+        (f'[{{"0": ["vertical_and_slash", {10**30}, 2, 0]}}]', "is too large; numbers go up to 2,147,483,647"),
+        (f'[{{"0": ["vertical_and_slash", {"9" * 5000}, 2, 0]}}]', "not JSON: Exceeds the limit"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
     ],
 )
 def test_minference_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -142,6 +155,13 @@ def test_xattention_table_of_several(tmp_path: Path) -> None:
     assert unnamed.layers == {"0": XAttention(threshold=0.25)}
 
 
+# DuoAttention's full_attention_heads.tsv: scores of key heads, as numpy writes them.
+SCORES = "\n".join(
+    "\t".join(f"{score:.18e}" for score in row)
+    for row in ([0.60546875, 0, 0.96875], [0.99609375, 0.02490234375, 1], [0, 0.9921875, 0.4375])
+)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [
@@ -162,6 +182,17 @@ def test_xattention_table_of_several(tmp_path: Path) -> None:
         ("a = [[0.5]]\nb = [[0.5]]", {}, "2 tables (a, b): name one"),
         ("ab_4 = [[0.5]]", {"table": "ab_8"}, "no table 'ab_8'; it has ab_4. Did you mean 'ab_4'?"),
         ("0.5", {"table": "x"}, "table 'x': this file holds one table, without a name"),
+        ("[" * 5000, {}, "line 1: [[["),
+        ("-" * 100_000 + "1", {}, "line 1: ---"),
+        ("x = [[" + "-" * 100_000 + "1]]", {}, "not a table of thresholds: nested too deeply"),
+        ("[[0.5, " + "9" * 4000 + "]]", {}, "layer 0, head 1: a threshold is a number"),
+        ("[[0.5, " + "9" * 5000 + "]]", {}, "line 1: [[0.5, 999"),
+        ("[[0.5, 1e999]]", {}, "layer 0, head 1: a threshold is a number"),
+        ("[[0.5, 10]]", {}, "threshold 10.0 is not from 0 to 1"),
+        ("0.5\n" * 4097, {}, "4,097 rows; at most 4,096"),
+        ("[[0, 1],\n [1, 0]]", {}, "all numbers are 0 or 1: a mask of heads"),
+        (SCORES, {}, "line 2: the numbers go from 0.0249023 to 1: scores of heads, as DuoAttention's"),
+        ("scores = [[0.9, 0.04],\n[1.0, 0.5]]", {}, "line 1: the numbers go from 0.04 to 1"),
         ("[[0.5]]", {"stride": 7}, "line 1: layer 0: xattention: stride = 7"),
         ("of_7 = [[0.5]]", {}, "line 1: layer 0: xattention: stride = 7"),
     ],
@@ -172,6 +203,31 @@ def test_xattention_refused(tmp_path: Path, text: str, options: dict[str, Any], 
         convert_xattention(path, **options)
     assert str(error.value).startswith(str(path)) and says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_published_thresholds_are_no_scores(tmp_path: Path) -> None:
+    """Those of XAttention for Llama-3.1 hold 0, 0.00040075 and 0.96: low ones alone are not refused."""
+    path = write(tmp_path, "fuse_4: list = [[0.96, 0.0], [4.0075e-04, 0.93]]\n", "table.py")
+    config = convert_xattention(path)
+    assert config.layers["1"] == XAttention(threshold=(4.0075e-04, 0.93), stride=4)
+
+
+def test_a_file_must_fit_the_model(tmp_path: Path) -> None:
+    """Scores of key heads that look like thresholds are told by their number."""
+    model = ModelFacts(num_layers=2, num_heads=4, num_key_heads=2)
+    path = write(tmp_path, "0.9 0.4\n0.8 0.5\n", "scores.tsv")
+    with pytest.raises(
+        SparsekitError, match="a number for each of 2 key heads; want one for each of the model's 4 query"
+    ):
+        convert_xattention(path, tmp_path / "out.yaml", model=model)
+    with pytest.raises(SparsekitError, match="num_layers = 1, but the model has 2"):
+        convert_xattention(write(tmp_path, "0.9 0.9 0.9 0.9\n", "t"), model=model)
+    with pytest.raises(SparsekitError, match="num_heads = 3, but the model has 4"):
+        convert_minference(
+            write(tmp_path, json.dumps([{str(h): ["stream_llm", 1, 2] for h in range(3)}] * 2)), model=model
+        )
+    assert not (tmp_path / "out.yaml").exists()
+    assert convert_xattention(path, model=ModelFacts(num_layers=2, num_heads=2, num_key_heads=2)).layers
 
 
 # ---- files, and the command
@@ -199,5 +255,5 @@ def test_commands(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert load(out) == convert_xattention(table, stride=16)
     broken = run.invoke(app, ["convert", "minference", str(table), "-o", str(out)])
-    assert broken.exit_code == 1 and broken.stderr.startswith(f"error: {table} line 1: import torch: want a list")
+    assert broken.exit_code == 1 and broken.stderr == f"error: {table} line 1 column 1: not JSON: Expecting value.\n"
     assert run.invoke(app, ["convert", "minference", str(patterns)]).exit_code == 2

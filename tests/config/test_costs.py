@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,8 @@ from sparsekit import (
     models,
 )
 from sparsekit.call.softmax import Softmax
-from sparsekit.config.costs import Explanation, LayerExplanation, prefill_after
-from sparsekit.models import ArchFacts
+from sparsekit.config import ArchFacts, ModelFacts
+from sparsekit.config.costs import Explanation, LayerExplanation
 from sparsekit.patterns import (
     AShape,
     BlockTopK,
@@ -33,7 +32,10 @@ from sparsekit.patterns import (
     Triangle,
     Union,
     VerticalSlash,
+    XAttention,
     base,
+    pattern_class,
+    pattern_names,
     static_plan,
 )
 from sparsekit.patterns.attention import static_plan_heads
@@ -57,7 +59,8 @@ FACTS = ArchFacts(
 @pytest.fixture(autouse=True)
 def short_prompts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of dynamic patterns on a GPU too, unless a test says otherwise."""
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {})
+    for name in pattern_names(DynamicPattern):
+        monkeypatch.setattr(pattern_class(name), "pays_from_tokens", {})
 
 
 def only(pattern: object, tokens: int, heads: int = 4, **more: object) -> LayerExplanation:
@@ -185,6 +188,11 @@ ATTENTION = {
     "32K": {"dense": 0.044, "minference": 0.094, "flexprefill": 0.032, "triangle": 0.044 / 3.7},
     "128K": {"dense": 0.750, "minference": 0.229, "flexprefill": 0.220, "triangle": 0.750 / 15.3},
 }
+
+
+def prefill_after(dense_prefill: float, dense_attention: list[float], attention: list[float]) -> float:
+    """Cost of a prefill whose attention costs change, in any unit: what `explain` predicts by."""
+    return dense_prefill - sum(dense - own for dense, own in zip(dense_attention, attention, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -317,7 +325,8 @@ def test_no_budget_no_bound(dynamic: type[DynamicPattern]) -> None:
 
 
 def test_prompts_below_the_crossover_run_dense_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {"block_topk": 9000, "xattention": 7000})
+    monkeypatch.setattr(BlockTopK, "pays_from_tokens", {"cuda": 9000})
+    monkeypatch.setattr(XAttention, "pays_from_tokens", {"cuda": 7000})
     config = {"model": {"num_layers": 2, "num_heads": 4}, "layers": {"0": "block_topk", "1": "triangle"}}
     below, above = explain(config, 8999), explain(config, 9000)
     assert (below.layers[0].runs, below.layers[0].density) == ("dense", 1.0)
@@ -336,24 +345,23 @@ def test_prompts_below_the_crossover_run_dense_on_a_gpu(monkeypatch: pytest.Monk
     assert explain(mixed, 8000).layers[0].density == explain(dense_head, 8000).layers[0].density
 
 
-@dataclass(frozen=True)
-class _Sliding:
-    """Every second layer looks at a window."""
-
-    name: str = "sliding"
-    num_layers: int = 4
-    num_heads: int = 4
-    num_key_heads: int = 2
-    head_dim: int = 16
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    vocab_size: int = 256
-    layer_types: tuple[str, ...] | None = ("sliding_attention", "full_attention") * 2
-    sliding_window: int | None = 256
+# Every second layer looks at a window.
+SLIDING = ModelFacts(
+    name="sliding",
+    num_layers=4,
+    num_heads=4,
+    num_key_heads=2,
+    head_dim=16,
+    hidden_size=64,
+    intermediate_size=128,
+    vocab_size=256,
+    layer_types=("sliding_attention", "full_attention") * 2,
+    sliding_window=256,
+)
 
 
 def test_layers_that_are_not_full_attention_keep_their_own() -> None:
-    found = explain({"default": "triangle"}, 4096, _Sliding())
+    found = explain({"default": "triangle"}, 4096, SLIDING)
     assert [row.runs for row in found.layers] == ["own", "sparse", "own", "sparse"]
     own = found.layers[0]
     assert own.why == "sliding_attention layer of the model"
@@ -364,16 +372,16 @@ def test_layers_that_are_not_full_attention_keep_their_own() -> None:
 
 
 def test_own_layers_of_an_unknown_kind_are_not_guessed() -> None:
-    linear = replace(_Sliding(), layer_types=("linear_attention", "full_attention") * 2)
+    linear = SLIDING.model_copy(update={"layer_types": ("linear_attention", "full_attention") * 2})
     found = explain({"default": "triangle"}, 4096, linear)
     assert found.layers[0].density is None and found.prefill_ratio is None
-    everywhere = replace(_Sliding(), layer_types=None)
+    everywhere = SLIDING.model_copy(update={"layer_types": None})
     assert {row.runs for row in explain({}, 4096, everywhere).layers} == {"own"}
 
 
 def test_a_rule_for_a_layer_that_is_not_full_attention_is_refused() -> None:
     with pytest.raises(SparsekitError, match=r"layer 2: triangle.* cannot replace a sliding_attention layer"):
-        explain({"layers": {"2-3": "triangle"}}, 4096, _Sliding())
+        explain({"layers": {"2-3": "triangle"}}, 4096, SLIDING)
 
 
 # ---- doors

@@ -56,9 +56,9 @@ def _compile(case: list[object]) -> dict[str, int]:
     """Runs in the child process, with a driver that only names the target."""
     import torch
 
-    import sparsekit.kernels.attend.triton_blocks as kernel
     from sparsekit.call.geometry import Geometry
     from sparsekit.call.softmax import Softmax
+    from sparsekit.kernels.attend import triton_blocks as kernel
     from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
 
     capability, kind, dim, dtype = tuple(case[0]), case[1], case[2], getattr(torch, case[3])  # type: ignore[arg-type, call-overload]

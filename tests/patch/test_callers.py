@@ -114,13 +114,14 @@ def test_trainer_evaluates(model: PreTrainedModel, tmp_path: Path) -> None:
 def test_reinforcement_learning_as_in_trl(model: PreTrainedModel) -> None:
     """Rollouts from left-padded prompts, their log-probabilities, those of a copied reference model, then a step.
 
-    A copy is not patched; gradients need `handle.pause()`.
+    A copy runs the model's own attention after `remove`; gradients need `handle.pause()`.
     """
     prompts = torch.zeros(2, TOKENS, dtype=torch.long)
     prompts[0], prompts[1, 60:] = _ids(), _ids(140, seed=1)
     mask = (prompts != 0).long()
     with sparsekit.apply(model, SPARSE) as handle:
         reference = copy.deepcopy(model).eval()
+        sparsekit.remove(reference)
         options = GenerationConfig(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
         with torch.no_grad():
             whole = model.generate(input_ids=prompts, attention_mask=mask, generation_config=options)

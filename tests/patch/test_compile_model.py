@@ -257,12 +257,12 @@ def test_custom_masks_are_refused(model: PreTrainedModel) -> None:
         _logits(_compiled(model, fullgraph=False), _ids(), attention_mask=mask)
 
 
-def test_copies_run_their_own(model: PreTrainedModel) -> None:
-    """A copy is not known: its layers run uncompiled, as the model was."""
-    dense = _logits(model, _ids())
+def test_copies_are_refused(model: PreTrainedModel) -> None:
+    """A copy is not known, compiled or not."""
     with sparsekit.apply(model, SPARSE) as handle:
         other = copy.deepcopy(model)
-        assert torch.equal(_logits(_compiled(other, fullgraph=False), _ids()), dense)
+        with pytest.raises(SparsekitError, match="copy of a model"):
+            _logits(_compiled(other, fullgraph=False), _ids())
         assert handle.report().layers[1].ran == "not run"
 
 

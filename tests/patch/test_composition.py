@@ -24,19 +24,18 @@ from sparsekit.patterns import (
     DynamicPattern,
     Triangle,
     base,
+    pattern_class,
+    pattern_names,
 )
 from sparsekit.plan import BlockPlan, plan_from_block_mask
 
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
-# Budgets that leave something out of 400 tokens.
-DYNAMIC: dict[str, dict[str, Any]] = {
-    "vertical_slash": {"vertical_tokens": 30, "slash_tokens": 100, "estimate_queries": 16},
-    "flexprefill": {"gamma": 0.1, "min_budget_tokens": 1, "tau": 0.0},
-    "block_topk": {"top_k": 2},
-    "xattention": {"threshold": 0.5, "stride": 8},
-}
-S2O = {"name": "s2o", "segment_tokens": 64, "max_tokens": 64}  # which needs a layer of its own
-X = [{"name": name, **fields} for name, fields in DYNAMIC.items()]
+# One of every dynamic pattern; those that need a layer of their own apart.
+POINTS = [
+    ({"name": name, **pattern_class(name).test_points[0]}, pattern_class(name).whole_layer)
+    for name in pattern_names(DynamicPattern)
+]
+X, ALONE = [x for x, alone in POINTS if not alone], [x for x, alone in POINTS if alone]
 NAMES = [pattern["name"] for pattern in X]
 TOKENS = 400
 
@@ -53,7 +52,8 @@ def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
 @pytest.fixture(autouse=True)
 def short_prompts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """`explain` shows what a GPU does, where prompts as short as these run dense."""
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cuda", {})
+    for name in pattern_names(DynamicPattern):
+        monkeypatch.setattr(pattern_class(name), "pays_from_tokens", {})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def model() -> PreTrainedModel:
 
 def configs() -> dict[str, dict[str, Any]]:
     """Layers 0-1 and 2-3 of four: TriangleMix + X, unions, and heads that differ."""
-    made = {f"trianglemix-{x['name']}": {"layers": {"0-1": x, "2-3": TRIANGLE}} for x in [*X, S2O]}
+    made = {f"trianglemix-{x['name']}": {"layers": {"0-1": x, "2-3": TRIANGLE}} for x in [*X, *ALONE]}
     made |= {f"union-{x['name']}": {"default": {"name": "union", "of": [x, TRIANGLE]}} for x in X}
     made["union-of-dynamic"] = {"default": {"name": "union", "of": X[-2:]}}
     made["heads"] = {
@@ -166,7 +166,7 @@ def test_second_turn(name: str, model: PreTrainedModel) -> None:
 
 def test_below_its_crossover_a_pattern_runs_dense(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the heads that run something else go on running it."""
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cpu", {"block_topk": TOKENS + 1})
+    monkeypatch.setattr(BlockTopK, "pays_from_tokens", {"cpu": TOKENS + 1})
     config = {"layers": {"0": X[NAMES.index("block_topk")]}, "heads": {"1": {"0": X[NAMES.index("block_topk")]}}}
     with sparsekit.apply(model, {**config, "default": TRIANGLE}) as handle:
         _logits(model, _ids())

@@ -17,7 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import sparsekit
 from sparsekit import SparsekitError, explain, models
-from sparsekit.models import tiny, wrap_attention
+from sparsekit.models import tiny
+from sparsekit.patch.capture import wrap_attention
 
 TOKENS = 200
 WINDOW = 32
@@ -163,9 +164,8 @@ def test_triangle_is_the_model_with_that_mask(family: str) -> None:
         own = f"{kinds[row.layer]} layer of the model"
         assert (row.ran, row.why) == (("sparse", "") if kinds[row.layer] == "full_attention" else ("own", own))
     assert {row.layer for row in rows} == {i for i, kind in enumerate(kinds) if kind != "linear_attention"}
-    if family != "Gemma 4":  # its layers differ in head size, and no one size describes it
-        told = explain({"default": TRIANGLE}, TOKENS, models.facts(model)).layers
-        assert [row.runs for row in told] == ["sparse" if kind == "full_attention" else "own" for kind in kinds]
+    told = explain({"default": TRIANGLE}, TOKENS, models.facts(model)).layers
+    assert [row.runs for row in told] == ["sparse" if kind == "full_attention" else "own" for kind in kinds]
 
 
 @sliding_families
@@ -239,9 +239,12 @@ def test_a_window_by_default_alone_leaves_sliding_layers_alone() -> None:
         assert [row.ran for row in handle.report().layers] == ["own"] * 5 + ["sparse"]
 
 
-def test_facts_of_layers_that_differ_are_not_told() -> None:
-    with pytest.raises(SparsekitError, match=r"facts of gemma4_text: its layers differ \('head_dim'"):
-        models.facts(_model("Gemma 4"))
+def test_a_size_that_layers_differ_in_is_not_told() -> None:
+    """Gemma 4's head sizes: what needs them is not predicted, and named as missing."""
+    facts = models.facts(_model("Gemma 4"))
+    assert (facts.head_dim, facts.num_heads, facts.num_layers) == (None, 4, 6)
+    found = explain({"default": TRIANGLE}, TOKENS, facts)
+    assert (found.prefill_ratio, found.missing) == (None, ("head_dim",))
 
 
 def test_linear_layers_cannot_be_named() -> None:
@@ -444,11 +447,12 @@ def test_values_of_another_size_than_keys_are_refused() -> None:
     own = _logits(model, _ids())
     with sparsekit.apply(model, {"default": "dense"}):
         assert torch.equal(_logits(model, _ids()), own)
-    with (
-        sparsekit.apply(model, {"default": TRIANGLE}),
-        pytest.raises(SparsekitError, match=r"layer 0 runs triangle.*keys have size 32 and its values 16"),
-    ):
-        _logits(model, _ids())
+    for config in ({"default": TRIANGLE}, {"layers": {"2": TRIANGLE}}, {"dense_impl": "kernel"}):
+        with pytest.raises(SparsekitError, match=r"layer . runs .*size 32 and its values 16.*leave the layer dense"):
+            sparsekit.apply(model, config)
+        with pytest.raises(SparsekitError, match="keys have size 32 and its values 16"):
+            explain(config, TOKENS, models.facts(model))
+    assert torch.equal(_logits(model, _ids()), own)
 
 
 # ---- the page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.models import tiny
-from sparsekit.patch import Handle
 
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
@@ -262,7 +262,8 @@ def test_layers_do_not_ask_twice(
 
     masks = ALL_MASK_ATTENTION_FUNCTIONS
     monkeypatch.setitem(masks._local_mapping, "sdpa", counted("mask", masks["sdpa"]))
-    monkeypatch.setattr(Handle, "_prompt_columns", counted("dense", Handle._prompt_columns))
+    decide = sparsekit.patch.decide
+    monkeypatch.setattr(decide, "_why_dense", counted("dense", decide._why_dense))
     with sparsekit.apply(model, DENSE_BELOW) as handle:
         _logits(model, _ids(), attention_mask=_padded(30))
         assert sorted(asked) == ["dense", "mask"]
@@ -447,9 +448,11 @@ def test_models_that_share_a_config_object() -> None:
     own, sibling = _logits(one, _ids()), _logits(other, _ids())
     with sparsekit.apply(one, SPARSE) as handle:
         assert torch.equal(_logits(other, _ids()), sibling)
-        with sparsekit.apply(other, {"default": TRIANGLE, "min_queries": 100}):
+        with sparsekit.apply(other, {"default": TRIANGLE, "min_queries": 100}) as second:
             assert not torch.equal(_logits(other, _ids()), sibling)
-            assert torch.equal(_logits(other, _ids(tokens=90)), _logits_without(other, _ids(tokens=90)))
+            short = _logits(other, _ids(tokens=90))
+            with second.pause():
+                assert torch.equal(_logits(other, _ids(tokens=90)), short)
         assert torch.equal(_logits(other, _ids()), sibling)
         assert not torch.equal(_logits(one, _ids()), own)
         assert handle.report().warning == ""
@@ -468,19 +471,23 @@ def test_a_shared_config_that_was_switched_back_in_between() -> None:
     assert one.config._attn_implementation == "eager" and not sparsekit.patch.state.DOORS
 
 
-def _logits_without(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with sparsekit.patch.state.HANDLES[model].pause():
-        return _logits(model, ids)
-
-
-def test_copies_run_their_own(model: PreTrainedModel) -> None:
-    import copy
-
+def test_a_copy_is_applied_to_or_removed_from(model: PreTrainedModel) -> None:
+    """It is no second patched model, and never the dense one without a word; afterwards it stands alone."""
     before = _logits(model, _ids())
     with sparsekit.apply(model, SPARSE):
-        twin = copy.deepcopy(model)
+        sparse = _logits(model, _ids())
+        twin, other = copy.deepcopy(model), copy.deepcopy(model)
+        for tokens in (TOKENS, 5):
+            with pytest.raises(SparsekitError, match=r"copy of a model.*sparsekit\.apply\(copy"):
+                _logits(twin, _ids(tokens=tokens))
+        sparsekit.remove(twin)
+        assert twin.config._attn_implementation == "sdpa"
         assert torch.equal(_logits(twin, _ids()), before)
+        with sparsekit.apply(other, SPARSE):
+            assert torch.equal(_logits(other, _ids()), sparse)
+        assert torch.equal(_logits(model, _ids()), sparse)
     assert torch.equal(_logits(twin, _ids()), before)
+    assert torch.equal(_logits(other, _ids()), before)
 
 
 def test_a_forgotten_model_is_freed() -> None:

@@ -238,10 +238,10 @@ def test_a_padded_sample_means_the_same_as_alone() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["one query", "one key", "all"])
 def test_nan_and_inf_leave_a_valid_plan(where: str, value: float) -> None:
-    geometry = Geometry.of(1300, block_q=64)
+    geometry = Geometry.of(700, block_q=64)
     q, k, _ = inputs_for(geometry)
     if where == "one query":
-        q[0, 1, 1290] = value
+        q[0, 1, 690] = value
     elif where == "one key":
         k[0, 0, 200] = value
     else:
@@ -249,7 +249,7 @@ def test_nan_and_inf_leave_a_valid_plan(where: str, value: float) -> None:
     for tau in (0.0, 1.0):
         plan = _select(FlexPrefill(gamma=0.3, tau=tau, min_budget_tokens=1), geometry, q, k)
         mask = plan.to_mask()[0]
-        i, j = torch.arange(1300)[:, None], torch.arange(1300)[None]
+        i, j = torch.arange(700)[:, None], torch.arange(700)[None]
         assert int(plan.multiplicity().max()) == 1
         assert not bool((mask & (j > i)).any())
         assert bool((mask | ~((j <= i) & ((j < 128) | (i // 128 == j // 128)))).all())

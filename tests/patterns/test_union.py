@@ -150,7 +150,7 @@ def test_one_dense_member_makes_it_dense_before_anything_is_estimated(monkeypatc
 
 
 def test_a_union_runs_dense_where_its_members_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.CROSSOVER_TOKENS, "cpu", {"scattered": 301})
+    monkeypatch.setattr(Scattered, "pays_from_tokens", {"cpu": 301})
     for tokens, dense in ((300, True), (301, False)):
         geometry = Geometry.of(tokens)
         assert UNIONS[0].plan(*inputs_for(geometry)[:2], geometry, SOFTMAX).all_dense is dense
@@ -163,7 +163,7 @@ def test_a_union_runs_dense_where_its_members_do(monkeypatch: pytest.MonkeyPatch
         (["scattered", {"name": "union", "of": ["alone"]}], r"of\[1\]: .*of\[0\]: 'alone' needs a layer of its own"),
         (["scattered", "nope"], r"of\[1\]: unknown pattern 'nope'"),
         ([], "at least 1 item"),
-        ("triangle", "want a list of patterns"),
+        ("triangle", "it must be a list of patterns"),
     ],
 )
 def test_refused(of: object, says: str) -> None:

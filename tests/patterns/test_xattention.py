@@ -85,7 +85,7 @@ def test_thresholds_of_each_head() -> None:
         alone = _select(XAttention(threshold=share), geometry, q, k).to_mask()[0]
         assert torch.equal(mixed[h], alone[h if alone.shape[0] > 1 else 0])
     assert torch.equal(mixed[1], torch.ones_like(mixed[1]).tril())
-    with pytest.raises(SparsekitError, match="threshold has 3 values for 4 query heads: want one number, or 4"):
+    with pytest.raises(SparsekitError, match="threshold has 3 values for 4 query heads: give one number, or 4"):
         _select(XAttention(threshold=(0.5, 0.6, 0.7)), geometry, q, k)
 
 
@@ -167,13 +167,13 @@ def test_sink_logits_and_softcap_reach_the_estimate() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("threshold", 0, "threshold = 0: 0 is not above 0 and up to 1"),
-        ("threshold", 1.01, "threshold = 1.01: 1.01 is not above 0 and up to 1"),
-        ("threshold", math.nan, "nan is not above 0 and up to 1"),
-        ("threshold", [0.5, -1], "-1 is not above 0 and up to 1"),
-        ("threshold", [0.5, True], "want a number above 0 and up to 1, or one for each query head"),
-        ("threshold", [], "want a number above 0 and up to 1, or one for each query head"),
-        ("threshold", "most", "want a number above 0 and up to 1, or one for each query head"),
+        ("threshold", 0, "threshold = 0: 0 must be above 0 and up to 1"),
+        ("threshold", 1.01, "threshold = 1.01: 1.01 must be above 0 and up to 1"),
+        ("threshold", math.nan, "nan must be above 0 and up to 1"),
+        ("threshold", [0.5, -1], "-1 must be above 0 and up to 1"),
+        ("threshold", [0.5, True], "it must be a number above 0 and up to 1, or one for each query head"),
+        ("threshold", [], "it must be a number above 0 and up to 1, or one for each query head"),
+        ("threshold", "most", "it must be a number above 0 and up to 1, or one for each query head"),
         ("stride", 7, "stride = 7: it should be 4, 8 or 16"),
         ("stride", 32, "stride = 32: it should be 4, 8 or 16"),
         ("treshold", 0.5, "unknown field 'treshold' = 0.5; .* Did you mean 'threshold'?"),

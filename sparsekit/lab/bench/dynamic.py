@@ -22,42 +22,10 @@ from sparsekit.lab.bench.peers import load_peers
 from sparsekit.lab.bench.timing import Record
 from sparsekit.lab.provenance import place
 from sparsekit.models import EMBEDDED
-from sparsekit.patterns import Pattern, parse_pattern
+from sparsekit.patterns import DynamicPattern, Pattern, parse_pattern, pattern_class, pattern_names
 
-__all__ = ["DTYPES", "LENGTHS", "METHODS", "SWEEPS", "bench_dynamic"]
+__all__ = ["DTYPES", "LENGTHS", "bench_dynamic"]
 
-# What each method is measured with, unless its parameters are given.
-METHODS: dict[str, tuple[dict[str, Any], ...]] = {
-    "vertical_slash": ({"vertical_tokens": 1000, "slash_tokens": 6096},),
-    "flexprefill": (
-        {"gamma": 0.9, "tau": 0.1, "min_budget_tokens": 512},
-        {"gamma": 0.95, "tau": 0.1, "min_budget_tokens": 512},
-    ),
-    "xattention": ({"stride": 16, "threshold": 0.9}, {"stride": 8, "threshold": 0.9}),
-    "block_topk": ({"top_k": 100},),
-    "s2o": ({},),
-}
-# The main knob of each method, from the sparsest point on: error against density. The sparsest is also checked.
-SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
-    "vertical_slash": tuple(
-        {"vertical_tokens": v, "slash_tokens": s}
-        for v, s in (
-            (30, 128),
-            (200, 128),
-            (100, 256),
-            (100, 512),
-            (250, 1024),
-            (500, 2048),
-            (1000, 4096),
-            (1000, 6096),
-            (2000, 12288),
-        )
-    ),
-    "flexprefill": tuple({"gamma": g} for g in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)),
-    "xattention": tuple({"threshold": t} for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)),
-    "block_topk": tuple({"top_k": n} for n in (2, 4, 8, 16, 32, 64, 100, 200)),
-    "s2o": tuple({"tau": t} for t in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0)),
-}
 LENGTHS = {"cuda": (8192, 16384, 32768, 131072), "cpu": (2048,)}
 PLAN_ONLY_LENGTHS = (1 << 20,)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -87,8 +55,8 @@ def bench_dynamic(
     """Measure dynamic patterns.
 
     Args:
-        methods: patterns, as a Pattern, a name (measured with `METHODS`), or a mapping as in YAML. Default all of
-            `METHODS`.
+        methods: patterns, as a Pattern, a name (measured at its `bench_points`), or a mapping as in YAML. Default all
+            dynamic patterns.
         lengths: prompt lengths, tokens; of structured inputs and of captured prompts.
         inputs: "structured"; a model, whose q, k and v are captured; or a `.safetensors` file of captured ones.
         layers: of the model, default all. prompt: a text file for it to read, default a four-key needle prompt.
@@ -96,7 +64,7 @@ def bench_dynamic(
         dtype: default bfloat16 on a CUDA device, float32 elsewhere.
         device: default the CUDA device where there is one.
         impl: the attention kernel, as `attend` takes it.
-        sweep: vary the main knob of each method (`SWEEPS`).
+        sweep: vary the main knob of each method (its `sweep_points`).
         plan_only: select and measure that alone, without attention; by default at 2^20 tokens.
         peers: a folder with a `peers.py` (docs/results): the methods' own code, timed in the same rounds.
         repeat_ms: about so long each call is repeated, in three rounds that alternate with the others'. 0: no times.
@@ -173,9 +141,9 @@ def bench_dynamic(
 
 def _patterns(methods: Sequence[Pattern | str | Mapping[str, Any]] | None, sweep: bool) -> list[Pattern]:
     found: list[Pattern] = []
-    for method in METHODS if methods is None else methods:
+    for method in pattern_names(DynamicPattern) if methods is None else methods:
         if isinstance(method, str):
-            given = [parse_pattern({"name": method, **one}, "methods") for one in METHODS.get(method, ({},))]
+            given = [parse_pattern({"name": method, **one}, "methods") for one in pattern_class(method).bench_points]
         else:
             given = [parse_pattern(method, "methods")]
         if sweep:
@@ -185,10 +153,9 @@ def _patterns(methods: Sequence[Pattern | str | Mapping[str, Any]] | None, sweep
 
 
 def _swept(pattern: Pattern) -> list[Pattern]:
-    """The pattern with its main knob turned; itself where no sweep is known for it."""
+    """The pattern with its main knob turned; itself where it names no sweep."""
     given = given_of(pattern)
-    points = SWEEPS.get(pattern.name, ({},))
-    return [parse_pattern({"name": pattern.name, **given, **point}, "sweep") for point in points]
+    return [parse_pattern({"name": pattern.name, **given, **point}, "sweep") for point in pattern.sweep_points]
 
 
 def _known_inputs(inputs: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, writing
 
 __all__ = ["Inputs", "captured", "load_inputs", "save_inputs", "structured"]
 
@@ -124,7 +124,8 @@ def captured(
         dtype: of the model; default the faster one on `device`.
     """
     from sparsekit.lab.tasks import check_positions, prompt_ids, task
-    from sparsekit.models import capture_attention, fast_dtype, load
+    from sparsekit.models import fast_dtype, load
+    from sparsekit.patch.capture import capture_attention
 
     loaded, tokenizer = load(model, dtype=dtype or fast_dtype(device), device=device)
     check_positions(loaded, tokens)
@@ -149,8 +150,8 @@ def save_inputs(path: Path | str, inputs: Sequence[Inputs]) -> None:
     for number, one in enumerate(inputs):
         layer = "" if one.layer is None else str(one.layer)
         tensors |= {f"{number}.{layer}.{name}": getattr(one, name).transpose(1, 2).contiguous() for name in "qkv"}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=facts)
+    with writing(path, folders=True) as part:
+        save_file(tensors, part, metadata=facts)
 
 
 def load_inputs(path: Path | str) -> list[Inputs]:

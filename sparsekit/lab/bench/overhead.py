@@ -27,7 +27,7 @@ from sparsekit.lab.options import Device, Dtype, Model, Rows, Shape, device_of
 from sparsekit.lab.provenance import place
 from sparsekit.models import can_shorten
 from sparsekit.patch import apply
-from sparsekit.patch.state import HANDLES
+from sparsekit.patch.state import applied_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def bench_overhead(
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, found = model_or_shape(model, shape, dtype, where)
-    if found in HANDLES:
+    if applied_to(found):
         raise SparsekitError(
             f"{name} has sparsekit applied, and the untouched model is timed beside it: remove it first."
         )

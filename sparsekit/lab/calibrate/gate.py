@@ -19,12 +19,11 @@ from sparsekit.config import (
     load,
     parse_range,
 )
-from sparsekit.errors import SparsekitError, writable
+from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
-from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of
 from sparsekit.lab.tasks import Task
@@ -140,7 +139,7 @@ def gate(
         records: a JSONL file of the answers; an interrupted gate goes on from it.
     """
     loaded = load(config)
-    resolved, own = loaded.resolve(model_facts(facts(model))), own_layers(model, some=True)
+    resolved, own = loaded.resolve(facts(model)), own_layers(model, some=True)
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
     if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
@@ -222,7 +221,7 @@ class _Gate:
 
     def blame(self, config: SparseConfig, lost: Sequence[Prompt], quiet: bool) -> tuple[list[int], bool]:
         """(layers whose return to dense brings the lost answers back, whether it brings all back)."""
-        resolved = config.resolve(model_facts(facts(self.model)))
+        resolved = config.resolve(facts(self.model))
         own = resolved.own_layers(facts(self.model))
         sparse = [layer.layer for layer in resolved.layers if not layer.dense and layer.layer not in own]
         back: list[int] = []
@@ -276,7 +275,5 @@ def write_gated(report: GateReport, path: str | Path) -> SparseConfig:
         **report.made,
     }
     gated = load({**report.config.to_dict(), "provenance": {**report.config.provenance, "gate": said}})
-    with writable(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    gated.dump(path)
+    gated.dump(path, folders=True)
     return gated

@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.config import SparseConfig, format_range, load
+from sparsekit.config import ArchFacts, SparseConfig, format_range, load
 from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
-from sparsekit.lab.calibrate.rules import model_facts
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import content_key, content_of_code, content_of_model, made_on
 from sparsekit.lab.tasks import Task, prompt_ids
-from sparsekit.models import ArchFacts, facts, wrap_attention
+from sparsekit.models import facts
+from sparsekit.patch.call import softmax_of
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns import (
     Dense,
     DynamicPattern,
@@ -225,8 +226,8 @@ def search_heads(
 
 
 def _minference_target(arch: ArchFacts, tokens: int) -> float:
-    config = {"model": model_facts(arch).model_dump(exclude_none=True), "default": MINFERENCE_SPACE[0]}
-    return explain(config, tokens, model_facts(arch)).layers[0].tile_density or 1.0
+    config = {"model": arch.model_dump(exclude_none=True), "default": MINFERENCE_SPACE[0]}
+    return explain(config, tokens, arch).layers[0].tile_density or 1.0
 
 
 def _measure(
@@ -256,8 +257,7 @@ def _measure(
         out, found = run(module, q, k, v, mask, **kwargs)
         layer = module.layer_idx
         if layer not in own:
-            scale = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-            softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+            softmax = softmax_of(module, q, kwargs)
             for i, pattern in enumerate(patterns):
                 if kept.get(keys[layer, i]) is None:
                     kept.add(keys[layer, i], _score(pattern, q, k, v, softmax, out.transpose(1, 2)))
@@ -297,7 +297,11 @@ def _score(
 
 
 def _config(
-    arch: ArchFacts, patterns: Sequence[Pattern], chosen: Tensor, provenance: Mapping[str, Any], dense_below_tokens: int
+    arch: ArchFacts,
+    patterns: Sequence[Pattern],
+    chosen: Tensor,
+    provenance: Mapping[str, Any],
+    dense_below_tokens: int,
 ) -> SparseConfig:
     """Layers whose heads agree are a layer rule; thresholds of one layer are one pattern; other layers have heads."""
     layers: dict[str, list[int]] = {}
@@ -318,7 +322,7 @@ def _config(
         heads[str(layer)] = {format_range(numbers): patterns[i].to_yaml() for i, numbers in by.items()}
     data = {
         "version": 1,
-        "model": model_facts(arch).model_dump(exclude_none=True),
+        "model": arch.model_dump(exclude_none=True),
         "dense_below_tokens": dense_below_tokens,
         "default": "dense",
         "layers": {format_range(numbers): whole[key] for key, numbers in layers.items()},

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.config import ModelFacts, load
+from sparsekit.config import load
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.blocks import (
     grouped,
@@ -47,7 +47,9 @@ from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import content_of_model, made_on
 from sparsekit.lab.tasks import Task
-from sparsekit.models import facts, wrap_attention
+from sparsekit.models import facts
+from sparsekit.patch.call import softmax_of
+from sparsekit.patch.capture import wrap_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,8 +210,7 @@ def probe_batch(
             near = (at < sections.sink_tokens) | (at[a:b, None] - at < sections.window_tokens)
             sums.add(layer, weights, gradient, near, rows[:, :, a:b])
 
-        scale = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        softmax = softmax_of(module, q, kwargs)
         out: Tensor = _Probed.apply(q, k, v, softmax, report)
         return out.transpose(1, 2).contiguous(), None
 
@@ -253,13 +254,14 @@ def activations_alone(model: PreTrainedModel) -> Iterator[None]:
 
 
 def own_layers(model: PreTrainedModel, *, some: bool = False) -> dict[int, str]:
-    """Layers that are not full causal attention, each with the reason.
+    """Layers that cannot run sparse, each with the reason: not full causal attention, or not computed by a kernel.
 
     Raises:
         SparsekitError: with `some`, where that are all of them: nothing can be measured.
     """
     arch = facts(model)
-    own = load({}).resolve(ModelFacts(num_layers=arch.num_layers, num_heads=arch.num_heads)).own_layers(arch)
+    missing = {i: f"layer that no kernel computes ({why})" for i, why in enumerate(arch.not_computed or ()) if why}
+    own = missing | load({}).resolve(arch).own_layers(arch)
     if some and len(own) == arch.num_layers:
         raise SparsekitError(
             f"every layer of {arch.name} keeps its own attention (layer 0 is a {own[0]}): there is nothing to measure, "

@@ -20,10 +20,9 @@ from sparsekit.config import (
 )
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.calibrate.probe import Probe
-from sparsekit.models import ArchFacts
 from sparsekit.patterns import Pattern, parse_pattern
 
-__all__ = ["RULES", "apply_rule", "from_list", "lowest_k", "model_facts", "search", "suffix", "write_config"]
+__all__ = ["RULES", "apply_rule", "from_list", "lowest_k", "search", "suffix", "write_config"]
 
 RULES = ("suffix", "lowest_k", "list", "search")
 NOTE = "the rule and its constant are sparsekit's choice; no publication gives them"
@@ -127,13 +126,8 @@ def _of_probe(probe: Probe) -> dict[str, Any]:
     }
 
 
-def model_facts(arch: ArchFacts) -> ModelFacts:
-    """A model's facts as a config says them, for checks and for `explain`."""
-    return ModelFacts(**{name: getattr(arch, name) for name in ModelFacts.model_fields})
-
-
 def write_config(
-    arch: ArchFacts,
+    arch: ModelFacts,
     patterns: Mapping[int, Pattern | str | Mapping[str, Any]],
     provenance: Mapping[str, Any],
     *,
@@ -152,7 +146,7 @@ def write_config(
     return load(
         {
             "version": 1,
-            "model": model_facts(arch).model_dump(exclude_none=True),
+            "model": arch.model_dump(exclude_none=True),
             "dense_below_tokens": dense_below_tokens,
             "default": "dense",
             "layers": {key: pattern.to_yaml() for key, pattern in layers.items()},

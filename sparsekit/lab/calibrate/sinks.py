@@ -23,27 +23,18 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.config import (
-    LayerPatterns,
-    SparseConfig,
-    format_range,
-    load,
-)
+from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.calibrate.blocks import row_blocks, scores, wide
 from sparsekit.lab.calibrate.probe import activations_alone, own_layers
-from sparsekit.lab.calibrate.prompts import (
-    TASKS,
-    Prompt,
-    ask,
-    make_prompts,
-)
-from sparsekit.lab.calibrate.rules import model_facts
+from sparsekit.lab.calibrate.prompts import TASKS, Prompt, ask, make_prompts
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task
-from sparsekit.models import facts, wrap_attention
+from sparsekit.models import facts
+from sparsekit.patch.call import softmax_of
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns.attention import plan_heads
 
 if TYPE_CHECKING:
@@ -268,7 +259,7 @@ def inspect_model(
     if gradient and config is None:
         raise SparsekitError("gradient: it is measured on what a config drops; give the config.")
     loaded = None if config is None else load(config)
-    resolved = None if loaded is None else loaded.resolve(model_facts(facts(model)))
+    resolved = None if loaded is None else loaded.resolve(facts(model))
     own = own_layers(model, some=True)
     if resolved is not None:
         resolved.own_layers(facts(model))
@@ -311,8 +302,7 @@ def _look(
         layer = module.layer_idx
         if layer in own:
             return out, weights
-        scale = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        softmax = softmax_of(module, q, kwargs)
         with torch.no_grad():
             seen = columns(q, k, softmax, score_tokens)
             found[layer] = _measures(seen, k, v, names, epsilon, learned=softmax.sink_logits is not None)

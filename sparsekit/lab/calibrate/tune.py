@@ -14,18 +14,18 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.config import SparseConfig, format_range
+from sparsekit.config import ArchFacts, SparseConfig, format_range
 from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.calibrate.records import Records
-from sparsekit.lab.calibrate.rules import model_facts, write_config
+from sparsekit.lab.calibrate.rules import write_config
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task
-from sparsekit.models import ArchFacts, facts
+from sparsekit.models import facts
 from sparsekit.patterns import Pattern, parse_pattern
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _open_layers(model: PreTrainedModel, arch: ArchFacts, layers: Sequence[int] 
 def _static_cost(pattern: Pattern, tokens: int, arch: ArchFacts) -> float | None:
     """explain's tile density of a pattern; None for one that chooses from the prompt."""
     config = write_config(arch, {}, {}, dense_below_tokens=0).model_copy(update={"default": pattern})
-    counted = explain(config, tokens, model_facts(arch)).layers[0]
+    counted = explain(config, tokens, arch).layers[0]
     return counted.tile_density
 
 

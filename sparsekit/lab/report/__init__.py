@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ from string import Template
 from typing import Any
 
 from sparsekit.config import format_range, load
-from sparsekit.errors import SparsekitError, writable
+from sparsekit.errors import SparsekitError, writing
 from sparsekit.lab.sweep import read_results
 from sparsekit.lab.sweep.best import overview
 from sparsekit.lab.sweep.runs import config_key
@@ -61,9 +59,11 @@ def write_report(results: Sequence[str | Path], out: str | Path, *, title: str |
     others = [file for file in results if file not in probes]
     records, remarks = read_results(others) if others or not probes else ([], [])
     if table_alone:
-        _write(path, markdown_report(records, title=title))
+        page = markdown_report(records, title=title)
     else:
-        _write(path, _page(records, [_probe(file) for file in probes], title))
+        page = _page(records, [_probe(file) for file in probes], title)
+    with writing(path, folders=True) as part:
+        part.write_text(page, encoding="utf-8")
     return remarks
 
 
@@ -257,20 +257,3 @@ def _probe(file: str | Path) -> dict[str, Any]:
         says += f" Layers {format_range(own)} keep the model's own attention and were not probed."
     named = {"file": Path(file).name, "model": probe.model, "says": says}
     return {**named, "layers": [layer.layer for layer in layers], **found}
-
-
-# ---- the file
-
-
-def _write(path: Path, page: str) -> None:
-    """All of the page, or what stood there before."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with writable(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(page, encoding="utf-8")
-            part.replace(path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
-            raise

@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from sparsekit.errors import SparsekitError, nearest
-from sparsekit.lab.sweep.invalid import one_line
-from sparsekit.patterns import parse_pattern, pattern_class
+from sparsekit.errors import SparsekitError, nearest, one_line, shown
+from sparsekit.patterns import bounded, parse_pattern, pattern_class
 
 __all__ = ["PLACES", "RANGES", "Axis", "Range", "label_of", "overlap", "plain", "read_axis", "said_of", "set_value"]
 
 RANGES = "ranges"  # an axis `ranges.21-29` moves the rule that the base writes under "21-29"
 CONFIG_FIELDS = ("default", "layers", "heads", "dense_below_tokens", "min_queries", "dense_impl")
 PLACES = ("model", "task", "tokens", "seed")  # what a constraint may name beside the axes
+MOST_VALUES = 1000  # of an axis
 
 
 class Range(BaseModel):
@@ -38,6 +38,7 @@ class Range(BaseModel):
     @field_validator("low", "high", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
+        bounded(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError("it should be a number")
         return value
@@ -79,21 +80,23 @@ class Axis:
 
 
 def read_axis(name: str, said: Any, base: Mapping[str, Any]) -> Axis:
-    where = f"axes.{name}"
+    where = f"axes.{name if len(name) <= 60 else shown(name)}"
     if name in ("model", "models", "tasks", "lengths", "seeds", "samples"):
         raise SparsekitError(f"{where}: write `{name}` beside `axes`, not in it.")
     path, values = name, said
     if isinstance(said, Mapping) and ("path" in said or not {"low", "high"} & set(said)):
         if set(said) != {"path", "values"}:
             raise SparsekitError(
-                f"{where} = {dict(said)!r}: an axis is a list of values, {{path: ..., values: [...]}}, or in a search "
-                "a range {low: ..., high: ...}."
+                f"{where} = {shown(dict(said))}: an axis is a list of values, {{path: ..., values: [...]}}, or in a "
+                "search a range {low: ..., high: ...}."
             )
         path, values = said["path"], said["values"]
         if not isinstance(name, str) or not name.isidentifier() or name in PLACES:
-            raise SparsekitError(f"{where}: a name of one's own is one word, and none of {', '.join(PLACES)}.")
+            raise SparsekitError(f"{where}: the name of an axis must be one word, and not one of {', '.join(PLACES)}.")
     if not isinstance(path, str):
-        raise SparsekitError(f"{where}: the path {path!r} is no text, such as layers.21-29.window_tokens.")
+        raise SparsekitError(
+            f"{where}: the path must be a string such as layers.21-29.window_tokens; got {shown(path)}."
+        )
     parts = tuple(path.split("."))
     last = parts[-1]
     own = last if name == path and last.isidentifier() else name
@@ -101,12 +104,14 @@ def read_axis(name: str, said: Any, base: Mapping[str, Any]) -> Axis:
         _check_path(where, parts, base)
         return Axis(own, parts, _range(where, values))
     if not isinstance(values, list):
-        raise SparsekitError(f"{where} = {values!r}: a list of values is needed.")
+        raise SparsekitError(f"{where} = {shown(values)}: a list of values is needed.")
     if not values:
         raise SparsekitError(f"{where}: empty grid: an axis needs at least one value.")
+    if len(values) > MOST_VALUES:
+        raise SparsekitError(f"{where}: {len(values):,} values; an axis has at most {MOST_VALUES:,}.")
     for i, value in enumerate(values):
         if value in values[:i]:
-            raise SparsekitError(f"{where}: {plain(value)!r} stands twice.")
+            raise SparsekitError(f"{where}: {shown(plain(value))} is listed twice.")
     _check_path(where, parts, base)
     return Axis(own, parts, tuple(values))
 
@@ -124,14 +129,14 @@ def _check_path(where: str, path: tuple[str, ...], base: Mapping[str, Any]) -> N
     allowed = (*CONFIG_FIELDS, RANGES)
     if first not in allowed:
         raise SparsekitError(
-            f"{where}: {first!r} names no field: one of {', '.join(allowed)}.{nearest(first, allowed)}"
+            f"{where}: unknown field {shown(first)}: one of {', '.join(allowed)}.{nearest(first, allowed)}"
         )
     if first == RANGES:
         layers = list(base.get("layers", {}))
         if len(rest) != 1 or rest[0] not in layers:
             said = ".".join(rest)
             raise SparsekitError(
-                f"{where}: {said!r} is no rule under `layers` of the base: {', '.join(layers) or 'it has none'}."
+                f"{where}: the base has no rule {shown(said)} under `layers`; it has {', '.join(layers) or 'none'}."
                 f"{nearest(said, layers)}"
             )
         return
@@ -141,7 +146,7 @@ def _check_path(where: str, path: tuple[str, ...], base: Mapping[str, Any]) -> N
         if not isinstance(node, Mapping) or part not in node:
             keys = list(node) if isinstance(node, Mapping) else []
             raise SparsekitError(
-                f"{where}: {part!r} is no rule under {first!r} of the base: {', '.join(keys) or 'it has none'}."
+                f"{where}: the base has no rule {shown(part)} under `{first}`; it has {', '.join(keys) or 'none'}."
                 f"{nearest(part, keys)}"
             )
         node = node[part]
@@ -157,14 +162,14 @@ def _check_field(where: str, path: Sequence[str], pattern: Any) -> None:
     fields = [name for name in pattern_class(parsed.name).model_fields if name != "name"]
     if path[0] not in fields:
         raise SparsekitError(
-            f"{where}: {path[0]!r} names no field of {parsed.name}: {', '.join(fields) or 'it has none'}."
+            f"{where}: {parsed.name} has no field {shown(path[0])}; it has {', '.join(fields) or 'none'}."
             f"{nearest(path[0], fields)}"
         )
     if len(path) == 1:
         return
     inner = getattr(parsed, path[0])
-    if not isinstance(inner, list | tuple) or not path[1].isdecimal() or int(path[1]) >= len(inner):
-        raise SparsekitError(f"{where}: {'.'.join(path)!r} names no field of {parsed.name}.")
+    if not isinstance(inner, list | tuple) or path[1] not in map(str, range(len(inner))):
+        raise SparsekitError(f"{where}: {parsed.name} has no field {shown('.'.join(path))}.")
     if len(path) > 2:
         _check_field(where, path[2:], inner[int(path[1])])
 

@@ -15,16 +15,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sparsekit.config import SparseConfig, load, parse_yaml
-from sparsekit.errors import SparsekitError, nearest
+from sparsekit.errors import SparsekitError, nearest, one_line, read_text, shown
 from sparsekit.lab.provenance import content_of_code, content_of_source, patterns_of
 from sparsekit.lab.sweep.axes import (
     PLACES,
@@ -39,13 +41,15 @@ from sparsekit.lab.sweep.axes import (
 )
 from sparsekit.lab.sweep.best import parse_rule
 from sparsekit.lab.sweep.constraints import Constraint, fulfilled
-from sparsekit.lab.sweep.invalid import one_line
 from sparsekit.lab.sweep.runs import Run
 from sparsekit.lab.tasks import PYDOC, read_corpus, task
 
 __all__ = ["OBJECTIVES", "Question", "Search", "load_question"]
 
 OBJECTIVES = ("score", "density", "time", "kl")  # of a search: the first goes up, the others down
+MOST_COMBINATIONS = 100_000  # of axes, models, tasks, lengths and seeds, before constraints leave some out
+MOST_RUNS = 10_000  # of a sweep
+MOST_OF_A_LIST = 1000
 
 
 class Search(BaseModel):
@@ -64,9 +68,9 @@ class Search(BaseModel):
 
     objectives: list[str] = Field(min_length=1)
     subject_to: str | None = None
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=MOST_RUNS)
     seed: int = Field(0, ge=0, lt=2**32)
-    batch: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1, le=MOST_RUNS)
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -74,7 +78,7 @@ class Search(BaseModel):
         values = _several(value)
         for one in values:
             if one not in OBJECTIVES:
-                raise SparsekitError(f"{one!r} is none of {', '.join(OBJECTIVES)}.{nearest(one, OBJECTIVES)}")
+                raise SparsekitError(f"{shown(one)} is none of {', '.join(OBJECTIVES)}.{nearest(one, OBJECTIVES)}")
         return values
 
     @field_validator("subject_to")
@@ -110,9 +114,9 @@ class Question(BaseModel):
     model: list[str] = Field(min_length=1)
     base: SparseConfig = SparseConfig()
     tasks: list[str] = Field(min_length=1)
-    lengths: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    samples: int = Field(24, ge=1)
-    seeds: list[int] = Field([0], min_length=1)
+    lengths: list[Annotated[int, Field(ge=1, lt=2**31)]] = Field(min_length=1)
+    samples: int = Field(24, ge=1, lt=2**31)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     axes: dict[str, Any] = {}
     constraints: list[str] = []
     dense: bool = True
@@ -146,6 +150,13 @@ class Question(BaseModel):
             )
         elif not self.dense:
             raise SparsekitError("search: needs `dense: true`, which its trials are held against.")
+        places = len(self.model) * len(self.tasks) * len(self.lengths) * len(self.seeds)
+        count = places * (1 if self.search is not None else self._combinations(axes))
+        if count > MOST_COMBINATIONS:
+            raise SparsekitError(
+                f"axes: {count:,} combinations of axes, models, tasks, lengths and seeds; at most "
+                f"{MOST_COMBINATIONS:,}: take values out, or write `search:`."
+            )
         for i, axis in enumerate(axes):
             for other in axes[:i]:
                 if axis.name == other.name:
@@ -173,24 +184,45 @@ class Question(BaseModel):
                 raise SparsekitError(f"tasks: {name} reads a text: write `corpus: FOLDER`, or `corpus: {PYDOC}`.")
         if self.corpus:
             read_corpus(self.corpus)
-        points: list[tuple[dict[str, Any], SparseConfig]] = []
+        places = self._places()
+        grid = self._grid(axes, rules, places)
+        found: dict[str, Run] = {}
+        configs: dict[int, SparseConfig] = {}
+        for place, chosen in zip(places, grid, strict=True):
+            if self.dense:
+                run = self._run(place, "dense", {}, None, device, samples)
+                found.setdefault(run.key, run)
+            for number, values in chosen:
+                if number not in configs:
+                    configs[number] = self._config(axes, values)
+                said = said_of(axes, values)
+                run = self._run(place, label_of(said), said, configs[number], device, samples)
+                found.setdefault(run.key, run)
+        if self.search is None and not any(run.config is not None for run in found.values()):
+            why = "no combination fulfils the constraints" if rules and not any(grid) else "nothing differs from dense"
+            raise SparsekitError(
+                f"empty grid: {why}; {self._combinations(axes)} combinations, {len(rules)} constraints."
+            )
+        return list(found.values())
+
+    def _combinations(self, axes: Sequence[Axis]) -> int:
+        return prod(len(axis.some()) for axis in axes)
+
+    def _grid(
+        self, axes: Sequence[Axis], rules: Sequence[Constraint], places: Sequence[Mapping[str, Any]]
+    ) -> list[list[tuple[int, tuple[Any, ...]]]]:
+        """For each place the combinations of values, numbered, that fulfil the constraints; none of a search."""
         if self.search is not None:
             self._check_each_value(axes, rules)
-        else:
-            every = product(*(axis.some() for axis in axes))
-            points = [(said_of(axes, values), self._config(axes, values)) for values in every]
-        found: dict[str, Run] = {}
-        for place in self._places():
-            chosen = [self._run(place, "dense", {}, None, device, samples)] if self.dense else []
-            for said, config in points:
-                if fulfilled(rules, place, said):
-                    chosen.append(self._run(place, label_of(said), said, config, device, samples))
-            for one in chosen:
-                found.setdefault(one.key, one)
-        if self.search is None and not any(run.config is not None for run in found.values()):
-            why = "no combination fulfils the constraints" if points and rules else "nothing differs from dense"
-            raise SparsekitError(f"empty grid: {why}; {len(points)} combinations, {len(rules)} constraints.")
-        return list(found.values())
+            return [[] for _ in places]
+        every = list(enumerate(product(*(axis.some() for axis in axes))))
+        grid = [[one for one in every if fulfilled(rules, place, said_of(axes, one[1]))] for place in places]
+        count = sum(map(len, grid)) + len(places) * self.dense
+        if count > MOST_RUNS:
+            raise SparsekitError(
+                f"axes: {count:,} runs; at most {MOST_RUNS:,}: take values out, add constraints, or write `search:`."
+            )
+        return grid
 
     def combination(self, values: Sequence[Any], *, device: str = "cpu", samples: int | None = None) -> list[Run]:
         """The runs of one combination, a value for each axis; none where one of them does not fulfil a constraint.
@@ -277,22 +309,17 @@ def load_question(source: Question | Mapping[str, Any] | str | Path) -> Question
         data: Any = dict(source)
     elif isinstance(source, str) and "\n" in source:
         data = parse_yaml(source, where)
+    elif isinstance(source, str | Path):
+        where, folder = str(source), Path(source).parent
+        data = parse_yaml(read_text(source, "sweep"), where)
     else:
-        path = Path(source)
-        where, folder = str(path), path.parent
-        if not path.is_file():
-            beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise SparsekitError(f"sweep {where!r}: no such file.{nearest(where, beside)}")
-        try:
-            data = parse_yaml(path.read_text(encoding="utf-8"), where)
-        except (OSError, UnicodeDecodeError) as error:
-            raise SparsekitError(f"sweep {where!r} cannot be read as text: {error}.") from None
+        raise SparsekitError(f"sweep {shown(source)}: want a path, YAML text, a mapping or a Question.")
     if not isinstance(data, Mapping):
         raise SparsekitError(f"{where}: a mapping is needed (question, model, base, tasks, lengths, axes, ...).")
     try:
         base = data.get("base", {})
         if isinstance(base, str):
-            base = load(folder / base if (folder / base).is_file() else Path(base))
+            base = load(folder / base if os.path.isfile(folder / base) else Path(base))
         asked = Question.model_validate({**data, "base": load(base) if isinstance(base, Mapping) else base})
         asked.varied()
     except ValidationError as error:
@@ -305,7 +332,11 @@ def load_question(source: Question | Mapping[str, Any] | str | Path) -> Question
 def _several(value: Any) -> list[Any]:
     """One, or a list of different ones."""
     values = value if isinstance(value, list) else [value]
+    if not values:
+        raise SparsekitError("empty grid: at least one is needed")
+    if len(values) > MOST_OF_A_LIST:
+        raise SparsekitError(f"{len(values):,} are listed; at most {MOST_OF_A_LIST:,}")
     for i, one in enumerate(values):
         if one in values[:i]:
-            raise SparsekitError(f"{one!r} stands twice")
+            raise SparsekitError(f"{shown(one)} is listed twice")
     return values

@@ -241,7 +241,7 @@ PATTERNS = [BlockTopK(top_k=2), XAttention(threshold=0.6), XAttention(threshold=
 
 @pytest.fixture
 def everything_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("select", "block_scores"):
+    for module in ("topk", "blocks", "block_scores"):
         monkeypatch.setattr(f"sparsekit.kernels.select.{module}.runs_triton", lambda device, impl=None: impl != "torch")
 
 

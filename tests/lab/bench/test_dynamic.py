@@ -29,6 +29,7 @@ from sparsekit.lab.bench import (
 )
 from sparsekit.lab.bench.inputs import load_inputs, save_inputs
 from sparsekit.lab.bench.peers import load_peers
+from sparsekit.patch.capture import capture_attention
 from sparsekit.patterns import Pattern
 from sparsekit.patterns.base import DynamicPattern
 from sparsekit.plan import BlockPlan, dense_plan, plan_from_block_mask
@@ -47,6 +48,8 @@ def loudest(monkeypatch: pytest.MonkeyPatch) -> type[DynamicPattern]:
 
         name: Literal["loudest"] = "loudest"
         source: ClassVar[str] = "test"
+        bench_points = ({"top_k": 3},)
+        sweep_points = tuple({"top_k": n} for n in (1, 2, 4))
         top_k: int = Field(2, ge=1, description="tiles")
         broken: bool = Field(False, description="leaves the diagonal out")
 
@@ -62,8 +65,6 @@ def loudest(monkeypatch: pytest.MonkeyPatch) -> type[DynamicPattern]:
             near = (tile + bk > start) & (tile < start + geometry.block_q)
             return plan_from_block_mask(mask & ~near if self.broken else mask | near, geometry)
 
-    monkeypatch.setitem(dynamic.METHODS, "loudest", ({"top_k": 3},))
-    monkeypatch.setitem(dynamic.SWEEPS, "loudest", tuple({"top_k": n} for n in (1, 2, 4)))
     return Loudest
 
 
@@ -126,16 +127,16 @@ def test_captured_inputs_are_what_the_layers_attend_to(tmp_path: Path) -> None:
     with torch.no_grad():
         model(ids)
     hook.remove()
-    found = models.capture_attention(model, ids, [2, 1])
+    found = capture_attention(model, ids, [2, 1])
     assert sorted(found) == [1, 2] and ALL_ATTENTION_FUNCTIONS._local_mapping == before
     q, k, v = found[2]
     assert q.shape == (1, 4, 80, 16) and k.shape == v.shape == (1, 2, 80, 16)
     own = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert torch.allclose(own.transpose(1, 2).flatten(2), outputs[0], atol=1e-6)
-    assert sorted(models.capture_attention(model, ids)) == [0, 1, 2, 3]
+    assert sorted(capture_attention(model, ids)) == [0, 1, 2, 3]
     for layers in ([4], []):
         with pytest.raises(SparsekitError, match="at least one, out of"):
-            models.capture_attention(model, ids, layers)
+            capture_attention(model, ids, layers)
 
 
 @pytest.mark.slow
@@ -282,10 +283,12 @@ def test_plan_only_runs_no_attention(loudest: type[DynamicPattern], monkeypatch:
 
 
 def test_what_is_published_is_measured() -> None:
-    """Every setting and every sweep point of a known pattern is one that the pattern takes."""
-    for name in dynamic.METHODS:
-        if name in registry.pattern_names():
-            assert dynamic._patterns([name], sweep=False) and len(dynamic._patterns([name], sweep=True)) > 2
+    """Every bench point and every sweep point is one that its pattern takes, and none is there twice."""
+    for name in registry.pattern_names(DynamicPattern):
+        cls = registry.pattern_class(name)
+        assert len(dynamic._patterns([name], sweep=False)) == len(cls.bench_points)
+        assert len(dynamic._patterns([name], sweep=True)) == len(cls.sweep_points)
+    assert {pattern.name for pattern in dynamic._patterns(None, False)} == set(registry.pattern_names(DynamicPattern))
 
 
 # ---- peers

@@ -17,7 +17,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.lab.calibrate.heads import assign, search_heads, threshold_ladder
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.tasks import prompt_ids
-from sparsekit.models import capture_attention
+from sparsekit.patch.capture import capture_attention
 from sparsekit.patterns import parse_pattern, static_plan
 
 NARROW = {"name": "a_shape", "sink_tokens": 4, "window_tokens": 64}

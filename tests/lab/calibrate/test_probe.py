@@ -20,7 +20,7 @@ from sparsekit.lab.calibrate.probe import (
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.tasks import prompt_ids
-from sparsekit.models import wrap_attention
+from sparsekit.patch.capture import wrap_attention
 
 CUT = Sections(sink_tokens=3, window_tokens=7, last_tokens=6)
 N, TARGET = 40, 17

@@ -13,7 +13,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.sinks import columns, inspect_model, sink_scores
-from sparsekit.models import wrap_attention
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns import parse_pattern, static_plan
 
 TRIANGLE = {"name": "triangle", "sink_tokens": 2, "window_tokens": 40, "last_tokens": 16}
