@@ -21,14 +21,12 @@ from sparsekit.cli.calibrate import calibrate_app, inspect
 from sparsekit.cli.evaluate import eval_, report, sweep
 from sparsekit.cli.options import (
     Config,
-    Device,
     Json,
     Model,
     Seed,
     Tokens,
     Yaml,
     command_line,
-    device_of,
 )
 from sparsekit.cli.printing import (
     busy,
@@ -39,6 +37,7 @@ from sparsekit.cli.printing import (
     print_table,
 )
 from sparsekit.errors import SparsekitError, shown
+from sparsekit.lab.options import Device, device_of
 
 if TYPE_CHECKING:
     from sparsekit.config import SparseConfig
@@ -106,6 +105,26 @@ def _system_error(error: OSError) -> int:
     return 1
 
 
+class _Benches(TyperGroup):
+    """The commands of `sparsekit.lab.bench`, which import torch and the kernels: read when one of them is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self._read())
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        return self._read().get(name)
+
+    def _read(self) -> Any:
+        if not self.commands:
+            from sparsekit.lab.bench import BENCHES
+
+            benches = typer.Typer(rich_markup_mode=None)
+            for name, command in BENCHES.items():
+                benches.command(name)(command)
+            self.commands = typer.main.get_group(benches).commands
+        return self.commands
+
+
 app = typer.Typer(
     name="sparsekit",
     cls=_OneLineErrors,
@@ -117,7 +136,7 @@ app = typer.Typer(
 )
 plots_app = typer.Typer(help="Draw pictures of a config.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plots_app, name="plots")
-bench_app = typer.Typer(help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(cls=_Benches, help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
 convert_app = typer.Typer(
@@ -277,42 +296,6 @@ def _say_shape(config: SparseConfig, model: str | None) -> None:
     if model is None:
         layers, heads = config.model.num_layers, config.model.num_heads
         typer.echo(f"for a model of {layers} layers and {heads} query heads; --model checks it", err=True)
-
-
-# The benches' options are their own: lists without repeating the option, and a door without typer.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-@bench_app.command("kernel", context_settings=_PASS_ON)
-def _bench_kernel(context: typer.Context) -> None:
-    """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first. `--help` lists options."""
-    from sparsekit.lab.bench import kernel
-
-    raise typer.Exit(kernel.main(context.args))
-
-
-@bench_app.command("dynamic", context_settings=_PASS_ON)
-def _bench_dynamic(context: typer.Context) -> None:
-    """Dynamic patterns: density, recall, error, cost of estimating and attending. `--help` lists options."""
-    from sparsekit.lab.bench import dynamic_command
-
-    raise typer.Exit(dynamic_command.main(context.args))
-
-
-@bench_app.command("overhead", context_settings=_PASS_ON)
-def _bench_overhead(context: typer.Context) -> None:
-    """Decoding and short prompts with a config applied, against the untouched model. `--help` lists options."""
-    from sparsekit.lab.bench import overhead
-
-    raise typer.Exit(overhead.main(context.args))
-
-
-@bench_app.command("prefill", context_settings=_PASS_ON)
-def _bench_prefill(context: typer.Context) -> None:
-    """Time to the first token and peak memory of configs, against the untouched model. `--help` lists options."""
-    from sparsekit.lab.bench import prefill
-
-    raise typer.Exit(prefill.main(context.args))
 
 
 app.add_typer(calibrate_app, name="calibrate")

@@ -12,14 +12,12 @@ from sparsekit.cli.options import (
     GATE,
     Below,
     Config,
-    Device,
     Dtype,
     ExactDtype,
     Gate,
     Json,
     JsonFile,
     Length,
-    Lengths,
     PatternList,
     Picture,
     RecordFile,
@@ -32,12 +30,10 @@ from sparsekit.cli.options import (
     command_line,
     gated,
     load_weights,
-    numbers_of,
-    patterns_of,
-    words_of,
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError, shown
+from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, words_of
 
 calibrate_app = typer.Typer(
     help="Measure which layers of a model bear which pattern, and write a config that passed its gate.",
@@ -97,7 +93,7 @@ def _calibrate_rule(
     k: Annotated[int | None, typer.Option("--k", help="lowest_k: number of layers.")] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="list: the layers, such as `5,7,10-20`.")] = None,
     budget: Annotated[float, typer.Option("--budget", help="search: KL from dense, in nats per token.")] = 0.002,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="search: number of prompts.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="search: number of prompts, at least 2.")] = 8,
     tokens: Annotated[str, typer.Option("--tokens", "-n", help="search: prompt lengths, comma-separated.")] = "2048",
     dense_below: Below = 1024,
     gate: Gate = GATE,
@@ -150,7 +146,7 @@ def _calibrate_tune(
         int | None, typer.Option("--cost-tokens", help="Prompt length at which costs count.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts for a single layer.")] = 3,
-    verify: Annotated[int, typer.Option("--verify", min=1, help="Prompts for a whole mixture.")] = 12,
+    verify: Annotated[int, typer.Option("--verify", min=2, help="Prompts for a whole mixture, at least 2.")] = 12,
     layers: Annotated[
         str | None, typer.Option("--layers", help="Layers that may be sparse, such as `5,7,10-20`.")
     ] = None,

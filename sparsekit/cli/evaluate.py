@@ -9,21 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from sparsekit.cli.options import (
-    Device,
     Dtype,
     Json,
-    Lengths,
     Samples,
     Seed,
     Tasks,
     command_line,
-    device_of,
     load_weights,
-    numbers_of,
-    words_of,
 )
 from sparsekit.cli.printing import busy, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
+from sparsekit.lab.options import Device, Lengths, device_of, numbers_of, words_of
 
 
 def eval_(

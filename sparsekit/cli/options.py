@@ -14,10 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsekit.cli.printing import busy
-from sparsekit.errors import SparsekitError, shown
-
-LARGEST = 2**31 - 1
-MOST_NUMBERS = 1000  # of a list that is typed
+from sparsekit.lab.options import LARGEST, device_of
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Prompt length in tokens.")]
@@ -29,9 +26,6 @@ Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .ya
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or `smollm2-135m`; weights are read.")
-]
-Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one, else the CPU.")
 ]
 Dtype = Annotated[
     str | None,
@@ -48,7 +42,6 @@ Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of the prompts, comma
 Tasks = Annotated[str, typer.Option("--tasks", help="Tasks, comma-separated.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Number of prompts.")]
 Length = Annotated[int, typer.Option("--tokens", "-n", min=1, max=LARGEST, help="Prompt length in tokens.")]
-Lengths = Annotated[str, typer.Option("--tokens", "-n", help="Prompt lengths in tokens, comma-separated.")]
 RecordFile = Annotated[
     Path | None, typer.Option("--records", help="JSONL file of measurements; an interrupted run resumes from it.")
 ]
@@ -107,53 +100,13 @@ def command_line() -> str:
     return shlex.join(["sparsekit", *sys.argv[1:]])
 
 
-def device_of(name: str) -> str:
-    """The device that `--device` names: `auto` is a CUDA GPU if there is one, else the CPU."""
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_weights(model: str, device: str, dtype: str | None, *, exact: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer); `exact`: in float32 on a CPU where no dtype was asked for."""
     from sparsekit.models import fast_dtype, load
 
+    device = device_of(device)
     with busy(f"loading {model}"):
         chosen: Any = dtype
-        device = device_of(device)
         if dtype is None and device == "cpu":
             chosen = "float32" if exact else fast_dtype(device)
         return load(model, dtype=chosen, device=device)
-
-
-def words_of(text: str) -> list[str]:
-    """Words separated by commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers_of(text: str, option: str) -> list[int]:
-    """Whole numbers separated by commas."""
-    words = words_of(text)
-    if not words or not all(word.isascii() and word.isdigit() for word in words):
-        raise SparsekitError(f"{option} {shown(text)}: want whole numbers, comma-separated, such as 1024,2048.")
-    if len(words) > MOST_NUMBERS:
-        raise SparsekitError(f"{option}: {len(words):,} numbers; at most {MOST_NUMBERS:,}.")
-    large = next((word for word in words if len(word) > 10 or int(word) > LARGEST), None)
-    if large is not None:
-        raise SparsekitError(f"{option}: {shown(large)[1:-1]} is too large; numbers go up to {LARGEST:,}.")
-    return [int(word) for word in words]
-
-
-def patterns_of(text: str, option: str = "--patterns") -> list[Any]:
-    """Names, and mappings as in YAML, separated by commas; read as strictly as a config."""
-    from sparsekit.config import parse_yaml
-
-    try:
-        return list(parse_yaml(f"[{text}]", f"{option} {shown(text)}"))
-    except SparsekitError as error:
-        raise SparsekitError(
-            f"{str(error).removesuffix('.')}; want names, or mappings such as {{name: triangle, window_tokens: 256}}, "
-            "comma-separated."
-        ) from None

@@ -6,11 +6,9 @@ layer. Every prompt is prefilled by all four and answered from that prefill, so 
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
@@ -20,19 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sparsekit import __version__
 from sparsekit.config import SparseConfig, load
-from sparsekit.lab.evaluate import (
-    Answer,
-    answer,
-    kl_divergence,
-    layers_summary,
-    mean_interval,
-    share_interval,
-)
+from sparsekit.errors import SparsekitError
+from sparsekit.lab.answers import Answer, answer, kl_divergence
+from sparsekit.lab.evaluate import layers_summary
+from sparsekit.lab.journal import Journal, replacing
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import measured_on
+from sparsekit.lab.stats import mean_interval, share_interval
 from sparsekit.lab.tasks import Sample, Task, task
 from sparsekit.patch import apply
 
@@ -95,13 +90,26 @@ class Outcome:
 
 
 def read_outcomes(path: Path | str) -> list[Outcome]:
-    """The outcomes that a `results.jsonl` holds, in the order of its settings."""
+    """The outcomes that a `results.jsonl` holds, in the order of its settings; an unfinished last line is left out."""
+    journal = _journal(path)
+    rows, _ = journal.read()
+    if not rows:
+        raise SparsekitError(f"{journal}: no record in there.")
     outcomes: dict[str, Outcome] = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
+    for row in rows:
         config = None if row["config"] is None else load(row["config"])
         outcomes.setdefault(row["setting"], Outcome(Setting(row["setting"], config))).add(row)
     return list(outcomes.values())
+
+
+def _journal(path: Path | str) -> Journal:
+    return Journal(path, "results", "`sparsekit demo`", _lacking)
+
+
+def _lacking(row: Any) -> str:
+    names = ("setting", "config", "task", "tokens", "score", "kl_nats_per_token", "ttft_s", "density")
+    missing = [name for name in names if not isinstance(row, dict) or name not in row]
+    return f"without {', '.join(missing)}" if missing else ""
 
 
 def run_demo(
@@ -141,14 +149,15 @@ def run_demo(
     console.print(f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} (the faster one here).")
 
     outcomes = [Outcome(setting) for setting in settings]
-    run = _Run(model, tokenizer, outcomes, _meta(dtype, seed, device, command), folder / "results.jsonl")
-    with _progress(console) as progress:
-        bar = progress.add_task("prompts", total=None)
-        for number, (kind, sample, tokens, needed) in enumerate(_prompts(tokenizer, samples, seed)):
+    made = {"model": MODEL, "seed": seed, "cpu": torch.backends.cpu.get_cpu_capability(), "command": command}
+    with replacing(_journal(folder / "results.jsonl")) as add, progress("prompts", None, console=console) as step:
+        run = _Run(model, tokenizer, outcomes, lambda row: add({**row, **made, **measured_on(model)}))
+        for kind, sample, tokens, needed in _prompts(tokenizer, samples, seed):
             if not needed and time.monotonic() - start > budget_s:
                 break
-            progress.update(bar, completed=number, description=f"{kind.name}, {tokens} tokens")
+            step.shows(f"{kind.name}, {tokens} tokens")
             run.prompt(kind, sample, tokens)
+            step(1)
     _draw_masks(settings, folder, console)
     console.print(_table(outcomes))
     console.print(_question(run.example))
@@ -157,20 +166,17 @@ def run_demo(
 
 
 class _Run:
-    """The model, what has been seen of it, and the record file."""
+    """The model, and what has been seen of it; `add` keeps a row."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         outcomes: list[Outcome],
-        meta: dict[str, Any],
-        records: Path,
+        add: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self.model, self.tokenizer, self.outcomes, self.meta = model, tokenizer, outcomes, meta
-        self.records = records
+        self.model, self.tokenizer, self.outcomes, self.add = model, tokenizer, outcomes, add
         self.example: tuple[Sample, list[str]] | None = None
-        records.write_text("")
         with torch.inference_mode():
             for tokens in (512, 1024):  # first calls are slow
                 self.model(torch.arange(1, tokens + 1, device=model.device)[None])
@@ -204,11 +210,9 @@ class _Run:
             "kl_nats_per_token": kl_divergence(answers[0], got),
             "ttft_s": got.ttft_s,
             "density": density,
-            **self.meta,
         }
         outcome.add(row)
-        with self.records.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.add(row)
 
 
 def _prompts(
@@ -312,35 +316,6 @@ def _draw_masks(settings: Sequence[Setting], folder: Path, console: Console) -> 
         if setting.config is not None:
             name = "".join(c if c.isalnum() else "-" for c in setting.label.lower()).strip("-").replace("--", "-")
             draw_masks(setting.config, tokens=2048, out=folder / f"mask-{name}.png")
-
-
-def _meta(dtype: torch.dtype, seed: int, device: str, command: str) -> dict[str, Any]:
-    import transformers
-
-    return {
-        "model": MODEL,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "sparsekit": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": command,
-    }
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 if __name__ == "__main__":  # python -m sparsekit.lab.demo results.jsonl: the table as Markdown

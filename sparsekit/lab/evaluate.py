@@ -1,8 +1,7 @@
 """How a model answers prompts of known answer: score, time to first token, density, and what decoding sees.
 
 `answer` reads one prompt; `evaluate` reads many, under several configs, and gives a record for each config, task and
-length. The answer is decoded after the prefill, densely, as in use; so a sparse prefill is judged by the keys and
-values it left.
+length.
 
 >>> from sparsekit.lab.evaluate import evaluate
 >>> for record in evaluate(model, tokenizer, {"dense": None}, tasks=["passkey"], lengths=[256], samples=2):
@@ -15,19 +14,14 @@ from __future__ import annotations
 import json
 import math
 import platform
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from sparsekit import __version__
 from sparsekit.config import (
     LayerPatterns,
     SparseConfig,
@@ -35,13 +29,17 @@ from sparsekit.config import (
     load,
 )
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.answers import Answer, Reading, answer, kl_divergence, read_on
+from sparsekit.lab.provenance import content_of_model, measured_on
+from sparsekit.lab.stats import mean_interval, mean_of_known, quantile, share_interval
 from sparsekit.lab.tasks import (
     Sample,
     Task,
+    check_positions,
     prompt_ids,
+    read_corpus,
     task,
 )
-from sparsekit.models import can_shorten
 from sparsekit.patch import Handle, LayerReport, apply
 
 if TYPE_CHECKING:
@@ -54,194 +52,10 @@ __all__ = [
     "answer",
     "evaluate",
     "kl_divergence",
-    "mean_interval",
     "read_on",
-    "share_interval",
 ]
 
-Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
-LAST_ROWS = 128  # of a prompt, judged apart from those before: what patterns with dense last rows keep
-EARLIER_ROWS = 512
 QUANTILES = (0.2, 0.8)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt, answered.
-
-    Attributes:
-        text: what greedy decoding gives.
-        score: the task's, of `text`, from 0 to 1.
-        ttft_s: seconds from the prompt's ids to the first token's logits, planning included.
-        tokens: length of the prompt.
-        logprobs: float64 (A, vocabulary), log-probabilities at the A tokens of the true answer, teacher-forced.
-        layers: what each layer did with the prompt; empty without a handle.
-    """
-
-    text: str
-    score: float
-    ttft_s: float
-    tokens: int
-    logprobs: Tensor
-    layers: tuple[LayerReport, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Negative log-likelihoods in nats a token: of a prompt's continuation, and of the prompt's own rows.
-
-    Attributes:
-        nll: of the continuation, decoded densely after the prefill.
-        last_rows: of the prompt's last 128 rows.
-        earlier_rows: of the 512 rows before those; None where there are none.
-        tokens: length of the prompt.
-        layers: what each layer did with the prompt; empty without a handle.
-    """
-
-    nll: float
-    last_rows: float
-    earlier_rows: float | None
-    tokens: int
-    layers: tuple[LayerReport, ...] = ()
-
-
-@torch.inference_mode()
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    sample: Sample,
-    *,
-    handle: Handle | None = None,
-    stop_when_found: bool = False,
-) -> Answer:
-    """Prefill the prompt once; decode greedily from it; then, from the same prefill, read the true answer's tokens.
-
-    Args:
-        handle: of a patched model: it is paused once the prompt is read, however long the answer is.
-        stop_when_found: stop decoding when every answer was found, where further text cannot change the score; and
-            take the true answer's tokens as a draft, which is kept as far as each is the likeliest.
-    """
-    ids = prompt_ids(tokenizer, sample).to(model.device)
-    _synchronize(model.device)
-    start = time.perf_counter()
-    prefill: Any = model(ids, use_cache=True, logits_to_keep=1)
-    _synchronize(model.device)
-    seconds = time.perf_counter() - start
-    layers = () if handle is None else handle.report().layers
-
-    first, cache = prefill.logits[:, -1], prefill.past_key_values
-    spare = None if can_shorten(cache) else deepcopy(cache)
-    truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
-        model.device
-    )
-
-    def text_of(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def found(tokens: list[int]) -> bool:
-        return stop_when_found and task.metric == "recall" and task.score(text_of(tokens), sample) == 1
-
-    with nullcontext() if handle is None else handle.pause():
-        if stop_when_found and spare is None:
-            logits = _read_truth(model, first, cache, truth)
-            same = (logits[0].argmax(-1) == truth[0]).cumprod(0)
-            kept = min(int(same.sum()), truth.shape[1] - 1, task.max_new_tokens - 1)
-            _shorten(cache, ids.shape[1] + kept)
-            draft = truth[0, :kept].tolist()
-            text = text_of(_greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
-        else:
-            text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
-            if spare is None:
-                _shorten(cache, ids.shape[1])
-            logits = _read_truth(model, first, cache if spare is None else spare, truth)
-    # In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding.
-    logprobs = logits[0].double().log_softmax(-1)
-    return Answer(text, task.score(text, sample), seconds, ids.shape[1], logprobs, layers)
-
-
-@torch.inference_mode()
-def read_on(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    sample: Sample,
-    *,
-    handle: Handle | None = None,
-) -> Reading:
-    """Prefill the prompt as the model does now; then read its continuation with the model's own attention.
-
-    Args:
-        task: says how many tokens of the continuation are read.
-        handle: of a patched model: it is paused for the continuation.
-    """
-    ids = prompt_ids(tokenizer, sample).to(model.device)
-    n = ids.shape[1]
-    kept = min(LAST_ROWS + EARLIER_ROWS, n)
-    prefill: Any = model(ids, use_cache=True, logits_to_keep=kept)
-    truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    truth = truth[:, : task.max_new_tokens].to(model.device)
-    layers = () if handle is None else handle.report().layers
-    with nullcontext() if handle is None else handle.pause():
-        rest: Any = model(truth[:, :-1], past_key_values=prefill.past_key_values, use_cache=True)
-    logits = torch.cat([prefill.logits[:, -1:], rest.logits], 1)[0]
-    prompt = _nll(prefill.logits[0, :-1], ids[0, n - kept + 1 :])
-    earlier = prompt[: -(LAST_ROWS - 1)]
-    return Reading(
-        nll=float(_nll(logits, truth[0]).mean()),
-        last_rows=float(prompt[-(LAST_ROWS - 1) :].mean()),
-        earlier_rows=float(earlier.mean()) if len(earlier) else None,
-        tokens=n,
-        layers=layers,
-    )
-
-
-def _nll(logits: Tensor, truth: Tensor) -> Tensor:
-    """float32 (n,): -log p of each true token, of logits (n, vocabulary)."""
-    return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="none")
-
-
-def _read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor) -> Tensor:
-    """Logits (1, A, vocabulary) at the A tokens of `truth` after a prefill, whose cache grows by A - 1."""
-    logits = first[:, None]
-    if truth.shape[1] > 1:
-        rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, rest.logits], 1)
-    return logits
-
-
-def _shorten(cache: Any, tokens: int) -> None:
-    """Take off what a cache holds beyond its first `tokens`."""
-    beyond = cache.get_seq_length() - tokens
-    if beyond:
-        cache.crop(-beyond)
-
-
-def _greedy(
-    model: PreTrainedModel,
-    logits: Tensor,
-    cache: Any,
-    count: int,
-    done: Callable[[list[int]], bool],
-    draft: Sequence[int] = (),
-) -> list[int]:
-    """Up to `count` greedy tokens that follow a prefill, whose cache grows by them; fewer where `done(tokens)`.
-
-    The first are `draft`, which the cache has already; `logits` (1, vocabulary) are of the next.
-    """
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    stop = set(ends) if isinstance(ends, list) else {ends}
-    tokens = list(draft)
-    while len(tokens) < count:
-        tokens.append(int(logits.argmax(-1)))
-        if tokens[-1] in stop or len(tokens) == count or done(tokens):
-            break
-        step: Any = model(torch.tensor([tokens[-1:]], device=model.device), past_key_values=cache, use_cache=True)
-        logits = step.logits[:, -1]
-    return tokens
-
-
-# ---- many prompts
 
 
 Config = SparseConfig | Mapping[str, Any] | str | Path | None
@@ -286,14 +100,14 @@ def evaluate(
 class Evaluator:
     """A model that answers the same prompts under many configs; what dense attention says to them is kept.
 
-    The prompts and dense answers of one task, length and seed are kept at a time: ask for all configs of these before
-    going on.
+    The prompts and dense answers of one task, length and seed are kept at a time, while weights and texts stay the
+    same: ask for all configs of these before going on.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.name = name or model.config._name_or_path or type(model).__name__
-        self._key: tuple[Task, int, int, int] | None = None
+        self._key: tuple[Any, ...] | None = None
         self._samples: list[Sample] = []
         self._dense: list[Answer] = []
         self._warm: set[tuple[int, str]] = set()
@@ -337,15 +151,13 @@ class Evaluator:
     def _prepare(self, kind: Task, tokens: int, samples: int, seed: int) -> None:
         if samples < 1:
             raise SparsekitError(f"samples = {samples}: at least one.")
-        key = (kind, tokens, samples, seed)
-        if key == self._key:
-            return
-        config: Any = self.model.config.get_text_config(decoder=True)
-        most = getattr(config, "max_position_embeddings", None)
-        if most is not None and tokens > most:
-            raise SparsekitError(f"tokens = {tokens}: {self.name} has {most} positions; ask for at most as many.")
-        self._samples = kind.samples(self.tokenizer, tokens=tokens, count=samples, seed=seed)
-        self._key, self._dense = key, []
+        check_positions(self.model, tokens)
+        corpus = getattr(kind, "corpus", None)
+        text = None if corpus is None else read_corpus(corpus).digest
+        key = (kind, text, tokens, samples, seed, content_of_model(self.model, self.tokenizer))
+        if key != self._key:
+            self._samples = kind.samples(self.tokenizer, tokens=tokens, count=samples, seed=seed)
+            self._key, self._dense = key, []
 
     def _warm_up(self, config: SparseConfig | None, tokens: int) -> None:
         """One prefill that nobody times: the first of its kind compiles kernels, and makes static plans."""
@@ -376,8 +188,8 @@ class Evaluator:
             "kl_width": width if math.isfinite(width) else None,
             "same_text": mean(float(a.text == b.text) for a, b in zip(self._dense, found, strict=True)),
             "ttft_s": median(times),
-            "ttft_s_p20": _quantile(times, QUANTILES[0]),
-            "ttft_s_p80": _quantile(times, QUANTILES[1]),
+            "ttft_s_p20": quantile(times, QUANTILES[0]),
+            "ttft_s_p80": quantile(times, QUANTILES[1]),
             **layers_summary([a.layers for a in found]),
             "scores": scores,
             "texts": [a.text for a in found],
@@ -414,24 +226,25 @@ def _kind_of_prefill(config: SparseConfig | None, device: torch.device) -> str:
 def layers_summary(prompts: Sequence[Sequence[LayerReport]]) -> dict[str, Any]:
     """What the layers did, over prompts: `density` and `tile_density`, `layer_density`, and `plan_ms` of a prompt.
 
-    Layers that kept their own attention have no density, and are not in the means.
+    Layers that kept their own attention have no density, and are not in the means. Without a handle there are no
+    layers, and all is dense.
+
+    Raises:
+        SparsekitError: every layer kept its own attention, so that there is no density.
     """
     if not any(prompts):
         return {"density": 1.0, "tile_density": 1.0, "layer_density": None, "plan_ms": 0.0}
-    by_layer = [_mean_of(layer.density for layer in column) for column in zip(*prompts, strict=True)]
-    tiles = _mean_of(layer.tile_density for layers in prompts for layer in layers)
-    density = _mean_of(by_layer)
+    by_layer = [mean_of_known(layer.density for layer in column) for column in zip(*prompts, strict=True)]
+    tiles = mean_of_known(layer.tile_density for layers in prompts for layer in layers)
+    density = mean_of_known(by_layer)
+    if density is None or tiles is None:
+        raise SparsekitError("every layer kept its own attention: the config changes nothing, and has no density.")
     return {
-        "density": 1.0 if density is None else density,
-        "tile_density": 1.0 if tiles is None else tiles,
+        "density": density,
+        "tile_density": tiles,
         "layer_density": [None if share is None else round(share, 6) for share in by_layer],
         "plan_ms": median(sum(layer.plan_ms or 0.0 for layer in layers) for layers in prompts),
     }
-
-
-def _mean_of(shares: Iterable[float | None]) -> float | None:
-    told = [share for share in shares if share is not None]
-    return mean(told) if told else None
 
 
 class PeakMemory:
@@ -474,60 +287,3 @@ def spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
         }
         for run, numbers in runs.items()
     ]
-
-
-def measured_on(model: PreTrainedModel) -> dict[str, Any]:
-    import transformers
-
-    device = model.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "sparsekit": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-# ---- numbers
-
-
-def kl_divergence(dense: Answer, other: Answer) -> float:
-    """KL(dense || other) in nats a token, over the tokens of the true answer."""
-    p = dense.logprobs
-    return float((p.exp() * (p - other.logprobs)).sum(-1).mean())
-
-
-def share_interval(scores: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): 95% Wilson interval of a share, from scores of 0 to 1."""
-    n, mean = len(scores), sum(scores) / len(scores)
-    centre, spread = mean + Z95**2 / (2 * n), Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
-    return mean, max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95% interval by the normal distribution); the width of one value is infinite."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, math.inf
-    return mean, Z95 * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    """The value below which that share lies, between the two nearest."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,11 +11,8 @@ that are judged are themselves of a sparse prefill; texts are generated densely 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
-import math
-import numbers
 import random
 import sys
 import time
@@ -34,12 +31,19 @@ from torch import Tensor
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.evaluate import (
-    Z95,
     Config,
     PeakMemory,
     layers_summary,
-    measured_on,
     spelled_out,
+)
+from sparsekit.lab.lm_eval_scores import scores_of
+from sparsekit.lab.provenance import (
+    content_key,
+    content_of_code,
+    content_of_files,
+    content_of_model,
+    measured_on,
+    patterns_of,
 )
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.sweep.runs import canonical, config_key
@@ -102,12 +106,31 @@ class LmEvalTasks:
         return [leaf for member in members for leaf in self._expanded(member)]
 
     def definition(self, name: str) -> Any:
-        """What a task of one's own says, its members' words included; None for lm-eval's."""
+        """What a task of one's own says and reads, its members' included; None for lm-eval's."""
         entry = self.manager.task_index.get(name)
         if entry is None or self.include is None or not Path(entry.yaml_path or "/").is_relative_to(self.include):
             return None
         members = entry.cfg.get("task") if entry.kind.name == "GROUP" else []
-        return [entry.cfg, *(self.definition(member) for member in members if isinstance(member, str))]
+        code = [file for suffix in (".py", ".yaml", ".yml") for file in self.include.rglob(f"*{suffix}")]
+        reads = content_of_files(
+            [*code, *_data_files([entry.cfg.get("dataset_path"), entry.cfg.get("dataset_kwargs")])]
+        )
+        return [entry.cfg, reads, *(self.definition(member) for member in members if isinstance(member, str))]
+
+
+def _data_files(named: Any) -> Iterator[Path]:
+    """The files of this machine that are named, anywhere in text, lists and mappings, and those of named folders."""
+    if isinstance(named, Mapping):
+        for name, value in named.items():
+            if name != "cache_dir":
+                yield from _data_files(value)
+    elif isinstance(named, (list, tuple)):
+        for value in named:
+            yield from _data_files(value)
+    elif isinstance(named, str) and Path(named).is_file():
+        yield Path(named)
+    elif isinstance(named, str) and Path(named).is_dir():
+        yield from (file for file in Path(named).rglob("*") if file.is_file())
 
 
 def run_lm_eval(
@@ -234,22 +257,22 @@ class _Harness:
         self.model, self.tasks = model, tasks
         self._loaded: set[str] = set()
         self.name = name or model.config._name_or_path or type(model).__name__
+        self._content = content_of_model(model, tokenizer)
         with _silent("lm_eval.models"):  # it warns that a model that is loaded takes no options of loading
             self.lm: Any = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
 
     def key(self, config: SparseConfig | None, asked: Mapping[str, Any]) -> str:
-        """Of what is computed, not of how it is called: equal for equal work."""
+        """Of all that the result depends on; of data sets on the hub by their names."""
         what = {
-            "harness": LM_EVAL,
-            "model": self.name,
+            "harness": [LM_EVAL, version("lm_eval"), content_of_code(patterns_of(config))],
+            "model": [self.name, self._content],
             "config": canonical(config),
             **asked,
             "definition": self.tasks.definition(asked["task"]),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
         }
-        text = json.dumps(what, sort_keys=True, separators=(",", ":"), default=str)
-        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+        return content_key(what)
 
     def run(
         self, config: SparseConfig | None, task: str, *, limit: int | None, num_fewshot: int | None, seed: int
@@ -260,6 +283,8 @@ class _Harness:
                 results = self._results(task, limit, num_fewshot, seed)
             resolved = None if handle is None else spelled_out(handle.resolved.layers)
         measured = measured_on(self.model)
+        if not read.tokens:
+            raise SparsekitError(f"task {task!r}: lm-eval asked the model nothing.")
         return {
             "config_key": config_key(config),
             "status": "ok",
@@ -267,13 +292,13 @@ class _Harness:
             "model": self.name,
             "task": task,
             "task_version": str(results["versions"].get(task)),
-            "tokens": max(read.tokens, default=0),
+            "tokens": max(read.tokens),
             "seed": seed,
             "limit": limit,
             "num_fewshot": results["n-shot"].get(task),
-            **_scores(results, task),
+            **scores_of(results, task),
             **layers_summary(read.layers),
-            "sparse_prompts": read.sparse / max(len(read.tokens), 1),
+            "sparse_prompts": read.sparse / len(read.tokens),
             "prompt_tokens": read.tokens,
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.of,
@@ -342,79 +367,6 @@ class _Prompts:
         if self._begins and self._handle is not None:
             self.layers.append(self._handle.report().layers)
             self.sparse += any(layer.sparse for layer in self.layers[-1])
-
-
-# ---- what lm-eval says
-
-
-def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The part of a record that is about quality, from lm-eval's results of one task or group."""
-    told, metrics = results["results"][task], _metrics(results, task)
-    if not metrics:
-        raise SparsekitError(f"task {task!r}: lm-eval gives no number for it.")
-    listed = [str(entry["metric"]) for entry in results["configs"].get(task, {}).get("metric_list") or []]
-    chosen = next((name for first in listed for name in metrics if name.split(",")[0] == first), next(iter(metrics)))
-    metric, _, filtered = chosen.partition(",")
-    leaves = list(dict.fromkeys(_leaves(results, task)))
-    samples = [s for leaf in leaves for s in results["samples"][leaf] if s["filter"] == (filtered or "none")]
-    values = [sample[metric] for sample in samples if metric in sample]
-    rises = metrics[chosen]["higher_is_better"]
-    each = [float(value) for value in values] if rises and all(map(_is_number, values)) else []
-    called, score, low, high = _rising(chosen, metrics[chosen])
-    if each and low is not None and high is not None and all(0 <= value <= 1 for value in each):
-        low, high = max(low, 0.0), min(high, 1.0)
-    texts = [sample["filtered_resps"][0] for sample in samples]
-    return {
-        "samples": int(told.get("sample_count", {}).get(f"{metric},{filtered or 'none'}", told["sample_len"])),
-        "metric": called,
-        "score": score,
-        "score_low": low,
-        "score_high": high,
-        "metrics": metrics,
-        "scores": each,
-        **({"texts": texts} if texts and all(isinstance(text, str) for text in texts) else {}),
-        **({"subtasks": {leaf: _metrics(results, leaf) for leaf in leaves}} if leaves != [task] else {}),
-    }
-
-
-def _metrics(results: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
-    """`acc`, or `exact_match,strict-match` where a filter stands before it -> value, stderr, higher_is_better."""
-    told, found = results["results"][task], {}
-    rising = results["higher_is_better"].get(task, {})
-    for key, value in told.items():
-        name, comma, filtered = key.partition(",")
-        if not comma or name.endswith("_stderr") or not _is_number(value) or not math.isfinite(value):
-            continue
-        stderr = told.get(f"{name}_stderr,{filtered}")
-        known = _is_number(stderr) and math.isfinite(stderr)
-        found[name if filtered == "none" else key] = {
-            "value": float(value),
-            "stderr": float(stderr) if known else None,
-            "higher_is_better": rising.get(name) is not False,
-        }
-    return found
-
-
-def _rising(name: str, metric: Mapping[str, Any]) -> tuple[str, float, float | None, float | None]:
-    """(name, score, low, high) that grow with quality: the metric; 1 / perplexity; or the metric's negative."""
-    value, width = metric["value"], None if metric["stderr"] is None else Z95 * metric["stderr"]
-    if not metric["higher_is_better"] and name.split(",")[0].endswith("perplexity"):
-        low, high = (None, None) if width is None else (1 / (value + width), 1 / max(value - width, 1.0))
-        return f"1/{name}", 1 / value, low, high
-    if not metric["higher_is_better"]:
-        name, value = f"-{name}", -value
-    return (name, value, None, None) if width is None else (name, value, value - width, value + width)
-
-
-def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
-    """The tasks of a group, of its groups too; a task itself."""
-    if task in results["samples"]:
-        return [task]
-    return [leaf for child in results["group_subtasks"].get(task, []) for leaf in _leaves(results, child)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real | np.bool_)
 
 
 # ---- lm-eval

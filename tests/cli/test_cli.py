@@ -20,6 +20,7 @@ from sparsekit.cli import (
     doctor,
     validate,
 )
+from sparsekit.lab.bench import BENCHES
 from sparsekit.patterns import Triangle, pattern_names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -182,11 +183,26 @@ def test_demo_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_bench_needs_a_card_and_names_its_options() -> None:
-    result = run.invoke(app, ["bench", "kernel", "--lengths", "4096"])
+    result = run.invoke(app, ["bench", "kernel", "--tokens", "4096"])
     if not torch.cuda.is_available():
         assert result.exit_code == 1
         assert "bench kernel needs a CUDA device" in result.output
     assert "--repeat-ms" in run.invoke(app, ["bench", "kernel", "--help"]).output
+
+
+def test_benches_have_one_frame_and_one_vocabulary() -> None:
+    """Every bench of the registry is a command; importing the commands reads none of them."""
+    listed = out("bench", "--help")
+    for name in BENCHES:
+        assert name in listed
+        options = out("bench", name, "--help")
+        assert "--output" in options and "--dtype" in options and "--lengths" not in options and "--out " not in options
+        assert "--tokens" in options or name == "overhead"
+        assert "auto" in options or name == "kernel"
+    unknown = run.invoke(app, ["bench", "kernels"])
+    assert unknown.exit_code == 2 and "kernels" in unknown.output
+    code = "import sys, sparsekit.cli; assert not {'sparsekit.lab.bench', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- the frame

@@ -13,12 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekit import models
 from sparsekit.lab import demo
-from sparsekit.lab.evaluate import (
-    Answer,
-    kl_divergence,
-    mean_interval,
-    share_interval,
-)
+from sparsekit.lab.evaluate import Answer, kl_divergence
+from sparsekit.lab.stats import mean_interval, share_interval
 
 
 def test_demo_end_to_end(

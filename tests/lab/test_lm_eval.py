@@ -18,7 +18,7 @@ import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.cli import app
 from sparsekit.lab import lm_eval as harness
-from sparsekit.lab.evaluate import Z95
+from sparsekit.lab import lm_eval_scores
 from sparsekit.lab.lm_eval import (
     LmEvalTasks,
     ran_dense,
@@ -27,6 +27,7 @@ from sparsekit.lab.lm_eval import (
     table,
 )
 from sparsekit.lab.report import report_data
+from sparsekit.lab.stats import Z95
 from sparsekit.lab.sweep import read_results
 from sparsekit.lab.sweep.results import ResultFile
 
@@ -127,7 +128,16 @@ def test_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SparsekitError, match="include 'nowhere': no such folder"):
         LmEvalTasks(["mmlu"], "nowhere")
     own = LmEvalTasks(["mine"], tmp_path)
-    assert own.definition("mine") == [{"task": "mine", "doc_to_text": "{{q}}"}] and own.definition("mmlu") is None
+    said, read = own.definition("mine")
+    assert said == {"task": "mine", "doc_to_text": "{{q}}"} and read is None and own.definition("mmlu") is None
+    seen = {read}
+    (tmp_path / "data.json").write_text("1")
+    said["dataset_kwargs"] = {"data_files": {"test": [str(tmp_path / "data.json")]}, "cache_dir": str(tmp_path)}
+    for data, code in (("1", ""), ("2", ""), ("2", "def f(): ..."), ("2", "def f(): pass")):
+        (tmp_path / "data.json").write_text(data)
+        (tmp_path / "code.py").write_text(code)
+        seen.add(own.definition("mine")[1])
+    assert len(seen) == 5
 
 
 def _results(
@@ -155,18 +165,18 @@ def test_a_score_with_its_interval() -> None:
     values = [{"acc": float(n > 0), "acc_norm": float(n > 1)} for n in range(4)]
     rises = {"acc": True, "acc_norm": True}
     results = _results(said, values, rises=rises, listed=["acc_norm", "acc"], filtered="none")
-    found = harness._scores(results, "door")
+    found = lm_eval_scores.scores_of(results, "door")
     assert (found["metric"], found["score"], found["samples"]) == ("acc_norm", 0.5, 4)
     assert found["scores"] == [0, 0, 1, 1]
     assert found["score_low"] == 0 and found["score_high"] == 1  # 0.5 +- 0.566, of a share
     assert found["metrics"]["acc"] == {"value": 0.75, "stderr": 0.25, "higher_is_better": True}
     results["results"]["door"]["acc_norm_stderr,none"] = 0.1
-    found = harness._scores(results, "door")
+    found = lm_eval_scores.scores_of(results, "door")
     assert found["score_low"] == pytest.approx(0.5 - Z95 * 0.1) and found["score_high"] == pytest.approx(
         0.5 + Z95 * 0.1
     )
     results["results"]["door"]["acc_norm_stderr,none"] = "N/A"  # a single document
-    assert harness._scores(results, "door")["score_low"] is None
+    assert lm_eval_scores.scores_of(results, "door")["score_low"] is None
 
 
 def test_filters_and_texts() -> None:
@@ -174,7 +184,7 @@ def test_filters_and_texts() -> None:
     values = [{"exact_match": 1.0}, {"exact_match": 0.0}]
     results = _results(said, values, rises={"exact_match": True}, listed=["exact_match"], filtered="strict")
     results["samples"]["door"] += [{**sample, "filter": "flexible"} for sample in results["samples"]["door"]]
-    found = harness._scores(results, "door")
+    found = lm_eval_scores.scores_of(results, "door")
     assert (found["metric"], found["score"], found["scores"]) == ("exact_match,strict", 0.5, [1, 0])
     assert found["texts"] == ["red", "blue"] and list(found["metrics"]) == [
         "exact_match,strict",
@@ -195,7 +205,9 @@ def test_filters_and_texts() -> None:
 def test_a_score_grows_with_quality(metric: str, stderr: Any, expected: tuple[Any, ...]) -> None:
     said = {f"{metric},none": 8.0, f"{metric}_stderr,none": stderr}
     values = [{metric: (-177.0, 370)}] * 2
-    found = harness._scores(_results(said, values, rises={metric: False}, listed=[metric], filtered="none"), "door")
+    found = lm_eval_scores.scores_of(
+        _results(said, values, rises={metric: False}, listed=[metric], filtered="none"), "door"
+    )
     assert tuple(found[name] for name in ("metric", "score", "score_low", "score_high")) == pytest.approx(expected)
     assert found["metrics"][metric]["value"] == 8 and found["scores"] == []
 
@@ -208,12 +220,12 @@ def test_a_group_has_a_score_of_its_tasks() -> None:
     one["higher_is_better"]["house"] = {"acc": True}
     one["group_subtasks"] = {"house": ["inner", "door"], "inner": ["window", "door"]}
     one["results"]["house"] = {"alias": "house", "sample_len": 9, "acc,none": 0.5, "sample_count": {"acc,none": 4}}
-    found = harness._scores(one, "house")
+    found = lm_eval_scores.scores_of(one, "house")
     assert (found["metric"], found["score"], found["samples"], found["scores"]) == ("acc", 0.5, 4, [1, 0, 1, 0])
     assert list(found["subtasks"]) == ["window", "door"] and found["subtasks"]["window"]["exact_match"]["value"] == 1
     one["results"]["house"] = {"alias": "house", "sample_len": 9, "acc,none": float("nan")}
     with pytest.raises(SparsekitError, match="task 'house': lm-eval gives no number"):
-        harness._scores(one, "house")
+        lm_eval_scores.scores_of(one, "house")
 
 
 def test_one_file_for_both_kinds_of_tasks(tmp_path: Path) -> None:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import yaml
+import typer
 
+from sparsekit.config import parse_range
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.bench.dynamic import (
-    DTYPES,
-    LENGTHS,
-    bench_dynamic,
-    input_facts,
-)
-from sparsekit.lab.bench.inputs import captured, save_inputs
+from sparsekit.lab.bench.dynamic import LENGTHS, bench_dynamic
+from sparsekit.lab.bench.dynamic_rows import input_facts
+from sparsekit.lab.bench.inputs import captured
+from sparsekit.lab.bench.inputs import save_inputs as write_inputs
+from sparsekit.lab.options import Device, Dtype, Rows, device_of, numbers_of, patterns_of, words_of
 from sparsekit.models import EMBEDDED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["main", "table"]
+__all__ = ["command", "table"]
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("pairs", "pair_density", "{:.4f}"),
@@ -85,71 +84,66 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{name}{sync}{''.join(tail)}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`sparsekit bench dynamic`."""
-    parser = argparse.ArgumentParser(
-        prog="sparsekit bench dynamic",
-        description="Dynamic patterns: what they keep and lose, what estimating and attending cost; correctness first.",
-    )
-    parser.add_argument("--methods", nargs="+", help="names, or YAML mappings; default all dynamic patterns")
-    parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths, tokens")
-    parser.add_argument("--inputs", nargs="+", default=["structured"], help="structured, a model, a .safetensors file")
-    parser.add_argument("--layers", type=int, nargs="+", help="of the model; default all")
-    parser.add_argument("--prompt", help="a text file for the model to read; default a four-key needle prompt")
-    parser.add_argument("--heads", type=int, default=32, help="of structured inputs")
-    parser.add_argument("--key-heads", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default bfloat16 on a CUDA device, else float32")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
-    parser.add_argument("--impl", help="the attention kernel; default the best here")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sweep", action="store_true", help="vary each method's main knob: error against density")
-    parser.add_argument("--plan-only", action="store_true", help="selection alone; by default at 2^20 tokens")
-    parser.add_argument("--peers", metavar="FOLDER", help="with a peers.py: the methods' own code, in the same rounds")
-    parser.add_argument("--repeat-ms", type=float, default=200, help="of each call; 0: no times")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file for the rows")
-    parser.add_argument(
-        "--save-inputs", metavar="FILE", help="capture from the one model given, write, measure nothing"
-    )
-    given = vars(parser.parse_args(argv))
-    save = given.pop("save_inputs")
-    try:
-        if save is not None:
-            return _save(save, given)
-        methods = given.pop("methods")
-        rows = bench_dynamic(methods=methods and [_method(one) for one in methods], show=_print, **given)
-    except SparsekitError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+def command(
+    patterns: Annotated[
+        str | None, typer.Option(help="Comma-separated: names, or mappings as in YAML; default all dynamic ones.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", "-n", help="Prompt lengths in tokens, comma-separated.")
+    ] = None,
+    inputs: Annotated[
+        str, typer.Option(help="structured, a model, a .safetensors file; comma-separated.")
+    ] = "structured",
+    layers: Annotated[str | None, typer.Option(help="Of the model: `5,7,10-20`; default all.")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="A text file for the model to read; default a four-key needle prompt.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads of structured inputs.")] = 32,
+    key_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 8,
+    dim: Annotated[int, typer.Option(min=1, help="Head size.")] = 128,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    impl: Annotated[str | None, typer.Option(help="The attention kernel; default the best here.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Vary the main knob: error against density.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Selection alone; default at 2^20 tokens.")] = False,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder with a peers.py: the methods' own code, in the same rounds.")
+    ] = None,
+    repeat_ms: Annotated[float, typer.Option(help="Of each call; 0: no times.")] = 200,
+    output: Rows = None,
+    save_inputs: Annotated[
+        Path | None, typer.Option(help="Capture from the one model given, write, measure nothing.")
+    ] = None,
+) -> None:
+    """Dynamic patterns: what they keep and lose, what estimating and attending cost; correctness first."""
+    where = device_of(device)
+    lengths = None if tokens is None else numbers_of(tokens, "--tokens")
+    of_model: dict[str, Any] = {
+        "layers": None if layers is None else parse_range(layers), "seed": seed, "prompt": prompt
+    }  # fmt: skip
+    if save_inputs is not None:
+        _save(save_inputs, words_of(inputs), lengths or LENGTHS["cpu"], where, of_model)
+        return
+    rows = bench_dynamic(
+        methods=None if patterns is None else patterns_of(patterns), lengths=lengths, inputs=words_of(inputs),
+        heads=heads, key_heads=key_heads, dim=dim, dtype=dtype, device=where, impl=impl, sweep=sweep,
+        plan_only=plan_only, peers=peers, repeat_ms=repeat_ms, out=output, show=_print, **of_model,
+    )  # fmt: skip
     failed = [row for row in rows if row["case"] == "failed"]
     for row in failed:
-        print(f"failed: {_label(row)}", file=sys.stderr)
-    return 1 if failed else 0
+        typer.echo(f"failed: {_label(row)}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
-def _method(text: str) -> str | dict[str, Any]:
-    """A name, or a mapping that YAML reads."""
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SparsekitError(f"methods: {text!r} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, (str, dict)):
-        raise SparsekitError(f"methods: {text!r} is neither a name nor a mapping with `name` and parameters.")
-    return found
-
-
-def _save(path: str, given: Mapping[str, Any]) -> int:
-    models = [name for name in given["inputs"] if name != "structured" and not name.endswith(".safetensors")]
+def _save(path: Path, inputs: Sequence[str], lengths: Sequence[int], device: str, options: Mapping[str, Any]) -> None:
+    models = [name for name in inputs if name != "structured" and not name.endswith(".safetensors")]
     if len(models) != 1:
         raise SparsekitError(f"--save-inputs captures from one model: --inputs {', '.join(EMBEDDED)}, say.")
-    options = {name: given[name] for name in ("layers", "seed", "prompt")}
-    device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = [
-        one for n in given["lengths"] or LENGTHS["cpu"] for one in captured(models[0], n, device=device, **options)
-    ]
-    save_inputs(path, [one.to(torch.device("cpu"), torch.bfloat16) for one in found])
-    print(json.dumps([input_facts(one) for one in found]))
-    return 0
+    found = [one for n in lengths for one in captured(models[0], n, device=device, **options)]
+    write_inputs(path, [one.to(torch.device("cpu"), torch.bfloat16) for one in found])
+    typer.echo(json.dumps([input_facts(one) for one in found]))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -123,14 +123,12 @@ def captured(
         seed: of that needle prompt.
         dtype: of the model; default the faster one on `device`.
     """
-    from sparsekit.lab.tasks import prompt_ids, task
+    from sparsekit.lab.tasks import check_positions, prompt_ids, task
     from sparsekit.models import fast_dtype, load
     from sparsekit.patch.capture import capture_attention
 
     loaded, tokenizer = load(model, dtype=dtype or fast_dtype(device), device=device)
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or tokens
-    if tokens > longest:
-        raise SparsekitError(f"lengths: {model} reads at most {longest} tokens, not {tokens}.")
+    check_positions(loaded, tokens)
     if prompt is None:
         what = f"needle4, seed {seed}"
         ids = prompt_ids(tokenizer, task("needle4").samples(tokenizer, tokens=tokens, count=1, seed=seed)[0])

@@ -1,6 +1,6 @@
 """The kernel, timed: correctness first, then medians and spreads beside the best alternatives, in one run on one card.
 
-    sparsekit bench kernel --out docs/results/kernel.jsonl
+    sparsekit bench kernel -o docs/results/kernel.jsonl
 
 Peers: PyTorch's SDPA on cuDNN and on FlashAttention-2, and compiled FlexAttention on the same static masks, whose mask
 is built outside the clock and timed apart, compilation left out. A rate counts what is visited: `2 N^2 D H` for dense,
@@ -9,28 +9,25 @@ is built outside the clock and timed apart, compilation left out. A rate counts 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.kernels import attend, choose_call, choose_device, preferred_tile
-from sparsekit.lab.bench.command import finished
-from sparsekit.lab.bench.timing import (
-    Record,
-    place,
-    rounds,
-    spread,
-)
+from sparsekit.lab.bench.kernel_peers import LAST, SINK, WINDOW, Shape, peer_call
+from sparsekit.lab.bench.timing import Record, rounds, spread
+from sparsekit.lab.options import Dtype, Lengths, Rows, numbers_of, words_of
+from sparsekit.lab.provenance import place
 from sparsekit.plan import (
     CAUSAL,
     BlockPlan,
@@ -41,16 +38,13 @@ from sparsekit.plan import (
     unpack,
 )
 
-__all__ = ["CASES", "PEERS", "bench_kernel", "main"]
+__all__ = ["CASES", "PEERS", "bench_kernel", "command"]
 
 CASES = ("dense", "triangle", "random", "columns", "launch")
 PEERS = ("cudnn", "flash", "flex")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-SINK, WINDOW, LAST = 8, 512, 128  # Triangle as TriangleMix publishes it
 RANDOM_DENSITY = 0.1
 COLUMNS = 1024
-# FlexAttention's mask is evaluated pair by pair, and its dense form runs at half the rate: longer ones are left out.
-FLEX_DENSE_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -61,17 +55,6 @@ class _Run:
     call: Callable[[], Any]
     flops: float | None
     extra: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention call. `heads` over `key_heads` of size `dim`."""
-
-    tokens: int
-    heads: int
-    key_heads: int
-    dim: int
-    dtype: torch.dtype
 
 
 def bench_kernel(
@@ -113,23 +96,27 @@ def bench_kernel(
         for value in given:
             if value not in allowed:
                 raise SparsekitError(f"{name}={value!r}: out of {', '.join(allowed)}.{nearest(value, allowed)}")
+    if not lengths or not cases or min(lengths) < 1:
+        raise SparsekitError(f"lengths={list(lengths)}, cases={list(cases)}: at least one of each, of 1 token or more.")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise SparsekitError(f"dtype={dtype!r}: bfloat16 or float16.{nearest(dtype, ('bfloat16', 'float16'))}")
     impls = _kernels() if impls is None else impls
     element = getattr(torch, dtype)
-    record = _Record(out, show)
-    for impl in impls:
-        record.add(_correctness(impl, heads, key_heads, dim, element))
-    for tokens in lengths:
-        shape = Shape(tokens, heads, key_heads, dim, element)
-        long = tokens in sorted(lengths)[-2:]
-        wanted = [case for case in cases if case != "launch" and (long or case in ("dense", "triangle"))]
-        for row in _rows(shape, wanted, impls, peers, repeat_ms):
-            record.add(row)
-    if million and "triangle" in cases:
-        for row in _rows(Shape(1 << 20, heads, key_heads, dim, element), ["triangle"], impls, (), repeat_ms):
-            record.add(row)
-    if "launch" in cases:
+    with _Record(out, show) as record:
         for impl in impls:
-            record.add(_launch_cost(impl, heads, key_heads, dim, element))
+            record.add(_correctness(impl, heads, key_heads, dim, element))
+        for tokens in lengths:
+            shape = Shape(tokens, heads, key_heads, dim, element)
+            long = tokens in sorted(lengths)[-2:]
+            wanted = [case for case in cases if case != "launch" and (long or case in ("dense", "triangle"))]
+            for row in _rows(shape, wanted, impls, peers, repeat_ms):
+                record.add(row)
+        if million and "triangle" in cases:
+            for row in _rows(Shape(1 << 20, heads, key_heads, dim, element), ["triangle"], impls, (), repeat_ms):
+                record.add(row)
+        if "launch" in cases:
+            for impl in impls:
+                record.add(_launch_cost(impl, heads, key_heads, dim, element))
     return record.rows
 
 
@@ -299,7 +286,7 @@ def _rows(
     for case in cases:
         runs: list[_Run] = []
         for peer in peers:
-            run, extra = _peer(peer, case, shape, q, k, v)
+            run, extra = peer_call(peer, case, shape, q, k, v)
             if run is not None:
                 flops = 2.0 * shape.tokens**2 * shape.dim * shape.heads if case == "dense" else None
                 runs.append(_Run(peer, run, flops, extra))
@@ -357,57 +344,6 @@ def _row(case: str, impl: str, shape: Shape, all_ms: Sequence[float], flops: flo
     }
 
 
-def _peer(
-    peer: str, case: str, shape: Shape, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Callable[[], Any] | None, dict[str, Any]]:
-    """What to time, and its mask-building time apart. None where the peer has no such case."""
-    if peer == "flex":
-        return _flex(case, shape, q, k, v)
-    if case != "dense":
-        return None, {}
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backend = SDPBackend.CUDNN_ATTENTION if peer == "cudnn" else SDPBackend.FLASH_ATTENTION
-
-    def run() -> Tensor:
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    try:
-        run()
-    except RuntimeError as error:
-        return None, {"missing": str(error).splitlines()[0]}
-    return run, {}
-
-
-def _flex(case: str, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Any] | None, dict[str, Any]]:
-    if case not in ("dense", "triangle") or (case == "dense" and shape.tokens > FLEX_DENSE_TOKENS):
-        return None, {}
-    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-
-    last = shape.tokens - LAST
-
-    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j <= i
-
-    def triangle(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & ((j < SINK) | (i - j < WINDOW) | (i >= last))
-
-    def build() -> BlockMask:
-        return create_block_mask(rule, None, None, shape.tokens, shape.tokens, device="cuda", _compile=True)
-
-    torch._dynamo.reset()
-    rule = causal if case == "dense" else triangle
-    build()  # compiles
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    mask = build()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True), {"plan_ms": round(seconds * 1e3, 3)}
-
-
 def _launch_cost(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Host microseconds of one `attend` with a cached plan, while the device keeps up (256 tokens)."""
     shape = Shape(256, heads, key_heads, dim, dtype)
@@ -430,25 +366,22 @@ def _launch_cost(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.d
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`sparsekit bench kernel`."""
-    parser = argparse.ArgumentParser(prog="sparsekit bench kernel", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", help="JSONL file for the rows")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--key-heads", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--impls", nargs="+", help="triton, hopper; default: all that run here")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), help=", ".join(CASES))
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), help=", ".join(PEERS))
-    parser.add_argument("--no-million", action="store_true", help="leave Triangle at 2^20 tokens out")
-    parser.add_argument("--repeat-ms", type=int, default=200)
-    given = parser.parse_args(argv)
-    return finished(
-        lambda: bench_kernel(
-            lengths=given.lengths, heads=given.heads, key_heads=given.key_heads, dim=given.dim, dtype=given.dtype,
-            impls=given.impls, cases=given.cases, peers=given.peers, million=not given.no_million,
-            repeat_ms=given.repeat_ms, out=given.out, show=lambda line: print(line, flush=True),
-        )
+def command(
+    tokens: Lengths = "4096,8192,16384,32768,65536,131072",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    key_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 8,
+    dim: Annotated[int, typer.Option(min=1, help="Head size.")] = 128,
+    dtype: Dtype = "bfloat16",
+    impls: Annotated[str | None, typer.Option(help="triton,hopper; default all that run here.")] = None,
+    cases: Annotated[str, typer.Option(help="Comma-separated.")] = "dense,triangle,random,columns,launch",
+    peers: Annotated[str, typer.Option(help="Comma-separated; may be empty.")] = "cudnn,flash,flex",
+    million: Annotated[bool, typer.Option(help="Triangle at 2^20 tokens too.")] = True,
+    repeat_ms: Annotated[int, typer.Option(min=1, help="Of each row.")] = 200,
+    output: Rows = None,
+) -> None:
+    """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first."""
+    bench_kernel(
+        lengths=numbers_of(tokens, "--tokens"), heads=heads, key_heads=key_heads, dim=dim, dtype=dtype or "bfloat16",
+        impls=None if impls is None else words_of(impls), cases=words_of(cases), peers=words_of(peers), million=million,
+        repeat_ms=repeat_ms, out=output, show=typer.echo,
     )  # fmt: skip

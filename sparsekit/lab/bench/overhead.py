@@ -9,25 +9,22 @@ turns.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.bench.command import add_model_arguments, finished
 from sparsekit.lab.bench.shapes import model_or_shape
-from sparsekit.lab.bench.timing import (
-    Record,
-    place,
-    spread,
-    synchronize,
-)
+from sparsekit.lab.bench.timing import Record, spread, synchronize
+from sparsekit.lab.options import Device, Dtype, Model, Rows, Shape, device_of
+from sparsekit.lab.provenance import place
 from sparsekit.models import can_shorten
 from sparsekit.patch import apply
 from sparsekit.patch.state import applied_to
@@ -35,7 +32,7 @@ from sparsekit.patch.state import applied_to
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["bench_overhead", "main"]
+__all__ = ["bench_overhead", "command"]
 
 STOCK_RUNS = 4
 
@@ -50,7 +47,7 @@ def bench_overhead(
     rounds: int = 21,
     dtype: str | None = None,
     device: str | None = None,
-    out: str | None = None,
+    out: Path | str | None = None,
     show: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows `prompt` and `decode`: the model with sparsekit applied, over the same model without it.
@@ -75,13 +72,16 @@ def bench_overhead(
         SparsekitError: an unknown shape, a model that sparsekit is applied to, or logits that are not the untouched
         model's.
     """
+    if min(prompt_tokens, decode_tokens, rounds) < 1:
+        raise SparsekitError(
+            f"prompt_tokens = {prompt_tokens}, decode_tokens = {decode_tokens}, rounds = {rounds}: at least 1 of each."
+        )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, found = model_or_shape(model, shape, dtype, where)
     if applied_to(found):
         raise SparsekitError(
             f"{name} has sparsekit applied, and the untouched model is timed beside it: remove it first."
         )
-    record = Record(out, place(where))
     vocab = found.config.get_text_config().vocab_size
     ids = torch.randint(3, vocab, (1, prompt_tokens + decode_tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(where)
@@ -95,28 +95,31 @@ def bench_overhead(
     facts = {"model": name, "dtype": str(found.dtype).removeprefix("torch."), "prompt_tokens": prompt_tokens}
     config = {"default": "triangle", "dense_below_tokens": prompt_tokens + 1}
     twin = _twin(found)
-    for case, steps in (("prompt", (prompt,)), ("decode", following)):
-        sides = [_Side(twin), _Side(found)]
-        if case == "decode":  # both behind the same keys and values: a card may read a prompt to other last bits again
-            sides = [_Side(twin, copy.deepcopy(cache)), _Side(found, cache)]
-            facts |= {"decode_tokens": decode_tokens}
-        times: list[tuple[float, float]] = []
-        errors: list[tuple[float, float]] = []
-        for ours, stock in (sides, sides[::-1]):
-            with apply(ours.model, config) as handle:
-                errors.append(_same(ours, stock, steps))
-                times += _in_turns(ours, stock, steps, rounds, where)
-                if "sparse" in {row.ran for row in handle.report().layers}:
-                    raise SparsekitError("a layer ran sparse where every layer should run dense.")
-        row: dict[str, Any] = {"case": case, **facts, "rounds": rounds, "turns": len(times)}
-        row["error"], row["stock_error"] = map(max, zip(*errors, strict=True))
-        row |= _compared(times)
-        if case == "decode":
-            row["tokens_per_second"] = round(1e3 / row["ms"], 2)
-            row["stock_tokens_per_second"] = round(1e3 / row["stock_ms"], 2)
-        record.add(row)
-        if show is not None:
-            show(_line(row))
+    with Record(out, place(where)) as record:
+        for case, steps in (("prompt", (prompt,)), ("decode", following)):
+            sides = [_Side(twin), _Side(found)]
+            if (
+                case == "decode"
+            ):  # both behind the same keys and values: a card may read a prompt to other last bits again
+                sides = [_Side(twin, copy.deepcopy(cache)), _Side(found, cache)]
+                facts |= {"decode_tokens": decode_tokens}
+            times: list[tuple[float, float]] = []
+            errors: list[tuple[float, float]] = []
+            for ours, stock in (sides, sides[::-1]):
+                with apply(ours.model, config) as handle:
+                    errors.append(_same(ours, stock, steps))
+                    times += _in_turns(ours, stock, steps, rounds, where)
+                    if "sparse" in {row.ran for row in handle.report().layers}:
+                        raise SparsekitError("a layer ran sparse where every layer should run dense.")
+            row: dict[str, Any] = {"case": case, **facts, "rounds": rounds, "turns": len(times)}
+            row["error"], row["stock_error"] = map(max, zip(*errors, strict=True))
+            row |= _compared(times)
+            if case == "decode":
+                row["tokens_per_second"] = round(1e3 / row["ms"], 2)
+                row["stock_tokens_per_second"] = round(1e3 / row["stock_ms"], 2)
+            record.add(row)
+            if show is not None:
+                show(_line(row))
     return record.rows
 
 
@@ -224,15 +227,18 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['case']:7} {times}; time {row['ratio']:.4f} ({row['ratio_low']:.4f} to {row['ratio_high']:.4f})"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`sparsekit bench overhead`."""
-    parser = argparse.ArgumentParser(
-        prog="sparsekit bench overhead",
-        description="Decoding and short prompts with a config applied, against the untouched model, in one run.",
-    )
-    parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--decode-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=21)
-    add_model_arguments(parser)
-    given = vars(parser.parse_args(argv))
-    return finished(lambda: bench_overhead(**given, show=lambda line: print(line, flush=True)))
+def command(
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 2048,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Decoded one by one in each round.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each of the two copies.")] = 21,
+    model: Model = None,
+    shape: Shape = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    output: Rows = None,
+) -> None:
+    """Decoding and short prompts with a config applied, against the untouched model, in one run."""
+    bench_overhead(
+        prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, rounds=rounds, model=model, shape=shape, dtype=dtype,
+        device=device_of(device), out=output, show=typer.echo,
+    )  # fmt: skip

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from sparsekit.config import SparseConfig, load
-from sparsekit.lab.bench.command import add_model_arguments, finished
+from sparsekit.errors import SparsekitError
 from sparsekit.lab.bench.shapes import model_or_shape
-from sparsekit.lab.bench.timing import (
-    Record,
-    place,
-    spread,
-    synchronize,
-)
+from sparsekit.lab.bench.timing import Record, spread, synchronize
+from sparsekit.lab.options import Device, Dtype, Lengths, Model, Rows, Shape, device_of, numbers_of
+from sparsekit.lab.provenance import place
 from sparsekit.patch import apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["bench_prefill", "main"]
+__all__ = ["bench_prefill", "command"]
 
 STOCK = "untouched"
 
@@ -40,7 +38,7 @@ def bench_prefill(
     rounds: int = 2,
     dtype: str | None = None,
     device: str | None = None,
-    out: str | None = None,
+    out: Path | str | None = None,
     show: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each length and config, and one for the untouched model: a prompt into a fresh cache, one token out.
@@ -66,37 +64,42 @@ def bench_prefill(
     Raises:
         SparsekitError: an unknown shape, or a config that does not fit the model.
     """
+    if not configs or not lengths or min(lengths) < 1 or rounds < 1:
+        raise SparsekitError(
+            f"{len(configs)} configs, lengths = {list(lengths)}, rounds = {rounds}: at least one of each, and "
+            "no length below 1 token."
+        )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = [(str(config) if isinstance(config, str) else f"config {i}", load(config))
               for i, config in enumerate(configs)]  # fmt: skip
     name, found = model_or_shape(model, shape, dtype, where)
-    record = Record(out, place(where))
     vocab = found.config.get_text_config().vocab_size
     facts = {"case": "prefill", "model": name, "dtype": str(found.dtype).removeprefix("torch."), "rounds": rounds}
-    for tokens in lengths:
-        prompt = torch.randint(3, vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
-        times: dict[str, list[float]] = {STOCK: [], **{label: [] for label, _ in loaded}}
-        seen: dict[str, dict[str, Any]] = {}
-        for n in range(rounds + 1):
-            ms, memory = _timed(found, prompt, where)
-            times[STOCK] += [ms] * (n > 0)
-            seen[STOCK] = {**memory, "tile_density": 1.0, "sparse_layers": 0}
-            for label, config in loaded:
-                with apply(found, config) as handle:
-                    ms, memory = _timed(found, prompt, where)
-                    layers = handle.report().layers
-                times[label] += [ms] * (n > 0)
-                tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
-                density = round(mean(tiles), 4) if tiles else 1.0
-                sparse = sum(layer.sparse for layer in layers)
-                seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse}
-        stock = spread(times[STOCK])["ms"]
-        for label, all_ms in times.items():
-            row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
-            row["faster"] = round(stock / row["ms"], 4)
-            record.add(row)
-            if show is not None:
-                show(_line(row))
+    with Record(out, place(where)) as record:
+        for tokens in lengths:
+            prompt = torch.randint(3, vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
+            times: dict[str, list[float]] = {STOCK: [], **{label: [] for label, _ in loaded}}
+            seen: dict[str, dict[str, Any]] = {}
+            for n in range(rounds + 1):
+                ms, memory = _timed(found, prompt, where)
+                times[STOCK] += [ms] * (n > 0)
+                seen[STOCK] = {**memory, "tile_density": 1.0, "sparse_layers": 0}
+                for label, config in loaded:
+                    with apply(found, config) as handle:
+                        ms, memory = _timed(found, prompt, where)
+                        layers = handle.report().layers
+                    times[label] += [ms] * (n > 0)
+                    tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
+                    density = round(mean(tiles), 4) if tiles else 1.0
+                    sparse = sum(layer.sparse for layer in layers)
+                    seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse}
+            stock = spread(times[STOCK])["ms"]
+            for label, all_ms in times.items():
+                row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
+                row["faster"] = round(stock / row["ms"], 4)
+                record.add(row)
+                if show is not None:
+                    show(_line(row))
     return record.rows
 
 
@@ -119,15 +122,18 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`sparsekit bench prefill`."""
-    parser = argparse.ArgumentParser(
-        prog="sparsekit bench prefill",
-        description="Time to the first token and peak memory of configs, against the untouched model, in one run.",
-    )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="a YAML file")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072], help="of the prompt, tokens")
-    parser.add_argument("--rounds", type=int, default=2)
-    add_model_arguments(parser)
-    given = vars(parser.parse_args(argv))
-    return finished(lambda: bench_prefill(**given, show=lambda line: print(line, flush=True)))
+def command(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="YAML files.")],
+    tokens: Lengths = "8192,32768,131072",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed readings of each.")] = 2,
+    model: Model = None,
+    shape: Shape = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    output: Rows = None,
+) -> None:
+    """Time to the first token and peak memory of configs, against the untouched model, in one run."""
+    bench_prefill(
+        configs, model=model, shape=shape, lengths=numbers_of(tokens, "--tokens"), rounds=rounds, dtype=dtype,
+        device=device_of(device), out=output, show=typer.echo,
+    )  # fmt: skip

@@ -1,24 +1,18 @@
-"""What both benches share: medians in rounds, where a row was measured, and the file the rows go to."""
+"""What benches share: medians in rounds, and the file that the rows go to."""
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekit import __version__
-from sparsekit.errors import writable, writing
+from sparsekit.lab.journal import Journal, replacing
 
-__all__ = ["ROUNDS", "Record", "milliseconds", "place", "rounds", "spread", "synchronize"]
+__all__ = ["ROUNDS", "Record", "milliseconds", "rounds", "spread", "synchronize"]
 
 SPREAD = (0.5, 0.2, 0.8)
 ROUNDS = 3
@@ -68,44 +62,27 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def place(device: torch.device) -> dict[str, Any]:
-    """Where rows are measured: device, versions, date, and this process' command."""
-    on_card = device.type == "cuda"
-    door = "python -m sparsekit.lab.bench" if Path(sys.argv[0]).parent.name == "bench" else "sparsekit"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_card else platform.processor() or platform.machine(),
-        "sparsekit": __version__,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda if on_card else None,
-        "python": platform.python_version(),
-        "threads": None if on_card else torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "command": f"{door} {shlex.join(sys.argv[1:])}",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-class Record:
-    """Rows so far, each with where it was measured; written to a JSONL file row by row."""
+class Record(AbstractContextManager["Record"]):
+    """Rows so far, each with where it was measured. Use `with`: a file has them all when the block ends, and until then
+    they are in `FILE.part`.
+    """
 
     def __init__(self, path: Path | str | None, where: dict[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.path = Path(path) if path else None
         self.place = where
-        if self.path is not None:
-            with writable(self.path):  # found out before anything is measured
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.open("a").close()
+        self._journal = None if path is None else Journal(path, "rows", "`sparsekit bench`")
+        self._open = ExitStack()
+        self._write: Callable[[Mapping[str, Any]], None] | None = None
+
+    def __enter__(self) -> Record:
+        if self._journal is not None:
+            self._write = self._open.enter_context(replacing(self._journal))
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append({**row, **self.place})
-        if self.path is not None:
-            with writing(self.path) as part:
-                part.write_text("".join(json.dumps(one) + "\n" for one in self.rows), encoding="utf-8")
+        if self._write is not None:
+            self._write(self.rows[-1])

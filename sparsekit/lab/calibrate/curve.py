@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Judge
 from sparsekit.lab.calibrate.probe import own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import make_prompts
-from sparsekit.lab.calibrate.records import measured_on
-from sparsekit.lab.evaluate import mean_interval, share_interval
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import made_on
+from sparsekit.lab.stats import mean_interval, share_interval
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patterns import Pattern, parse_pattern
@@ -80,10 +80,12 @@ def start_layer_curve(
     Layers that are not full causal attention stay as they are. The first start is the safest (the deepest), so that an
     interrupted run has whole rows; `records` makes it go on.
     """
-    arch, own = facts(model), own_layers(model)
-    wrong = [start for start in starts if not 0 <= start < arch.num_layers]
-    if wrong or not starts:
-        raise SparsekitError(f"starts {list(starts)}: at least one layer, out of 0-{arch.num_layers - 1}.")
+    arch, own = facts(model), own_layers(model, some=True)
+    last = max(layer for layer in range(arch.num_layers) if layer not in own)
+    if not starts or not all(0 <= start <= last for start in starts):
+        raise SparsekitError(f"starts {list(starts)}: at least one layer, out of 0-{last}, the last sparse one.")
+    if not patterns:
+        raise SparsekitError("patterns: at least one.")
     candidates = [parse_pattern(pattern) for pattern in patterns]
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
     judge = Judge(model, tokenizer, prompts, records)
@@ -108,4 +110,4 @@ def start_layer_curve(
                 )
                 step(1)
     described = {"tasks": sorted({p.task.name for p in prompts}), "tokens": tokens, "seed": seed}
-    return Curve(arch.name, described, measured_on(model), tuple(rows))
+    return Curve(arch.name, described, made_on(model), tuple(rows))

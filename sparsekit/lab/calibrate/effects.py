@@ -12,15 +12,12 @@ import torch
 
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.prompts import Prompt
-from sparsekit.lab.calibrate.records import Records, content_key, fingerprint
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.shared import SharedLayers
-from sparsekit.lab.evaluate import (
-    Answer,
-    answer,
-    kl_divergence,
-    mean_interval,
-)
+from sparsekit.lab.provenance import content_key, content_of_code, content_of_model
+from sparsekit.lab.stats import standard_error
 from sparsekit.patch import Handle, apply
 from sparsekit.patterns import DynamicPattern, Pattern
 
@@ -53,8 +50,8 @@ class Effect:
 
     @property
     def kl_at_most(self) -> float:
-        """The mean, plus its standard error where there are several prompts."""
-        return self.mean_kl + (mean_interval(self.kl)[1] / 1.96 if len(self.kl) > 1 else 0.0)
+        """The mean, plus its standard error; infinite of one prompt, which does not show how prompts differ."""
+        return self.mean_kl + standard_error(self.kl)
 
     @property
     def lost(self) -> float:
@@ -65,7 +62,7 @@ class Effect:
         return {
             "prompts": len(self.kl),
             "kl": self.mean_kl,
-            "kl_at_most": self.kl_at_most,
+            "kl_at_most": self.kl_at_most if len(self.kl) > 1 else None,
             "score": mean(self.score),
             "dense_score": mean(self.dense_score),
             "same": mean(self.same),
@@ -86,9 +83,11 @@ class Judge:
         records: Records | str | Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        if not self.prompts:
+            raise SparsekitError("there are no prompts to measure on.")
         self.records = records if isinstance(records, Records) else Records(records)
         self.measured = 0  # forwards that were really run, dense ones not counted
-        self._weights = fingerprint(model)
+        self._content = content_of_model(model, tokenizer)
         self._dense: dict[str, Answer] = {}
         self._shared = SharedLayers(model)
 
@@ -123,8 +122,9 @@ class Judge:
 
     def _row(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
         mixture = {str(layer): patterns[layer].model_dump(mode="json") for layer in sorted(patterns)}
-        place = {"kind": "effect", "model": self._weights, "device": self.model.device.type}
-        key = {**place, "prompt": prompt.key, "layers": mixture}
+        place = {"kind": "effect", "model": self._content, "device": self.model.device.type}
+        code = content_of_code([prompt.task, *patterns.values()])
+        key = {**place, "code": code, "prompt": prompt.key, "layers": mixture}
         row: dict[str, Any] | None = self.records.get(key)
         return row if row is not None else self.records.add(key, self._measure(patterns, prompt))
 

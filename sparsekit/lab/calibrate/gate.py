@@ -20,10 +20,12 @@ from sparsekit.config import (
     parse_range,
 )
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.calibrate.progress import progress
+from sparsekit.lab.answers import Answer, answer, kl_divergence
+from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
-from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
-from sparsekit.lab.evaluate import Answer, answer, kl_divergence
+from sparsekit.lab.calibrate.records import Records
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
@@ -67,6 +69,8 @@ class GateReport:
 
     def why(self) -> str:
         """Why it did not pass, in a sentence; nothing where it did."""
+        if not self.checks:
+            return "nothing was checked."
         lost = [c for c in self.checks if c.verdict == "lost"]
         if lost:
             worst = max(lost, key=lambda c: c.dense - c.sparse)
@@ -135,7 +139,7 @@ def gate(
         records: a JSONL file of the answers; an interrupted gate goes on from it.
     """
     loaded = load(config)
-    loaded.resolve(facts(model))
+    resolved, own = loaded.resolve(facts(model)), own_layers(model, some=True)
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
     if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
@@ -143,12 +147,16 @@ def gate(
             f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
             "tokens run dense under this config (dense_below_tokens), so they check nothing; give longer ones."
         )
+    if not tasks:
+        raise SparsekitError("tasks: at least one.")
     prompts = [
         prompt
         for length in tokens
         for kind in tasks
         for prompt in make_prompts(model, tokenizer, tasks=[kind], tokens=[length], count=samples, seeds=[seed])
     ]
+    if all(layer.dense or layer.layer in own for layer in resolved.layers):
+        raise SparsekitError("the config runs no layer of this model sparse, so there is nothing to check.")
     run = _Gate(model, tokenizer, Records(records))
     with progress("gate", len(prompts), quiet=quiet) as step:
         rows = []
@@ -167,7 +175,7 @@ def gate(
         if (prompt.task.name, prompt.tokens) in lost and row["sparse"] < row["dense"]
     ]
     blamed, regained = run.blame(loaded, worst[:BLAMED_PROMPTS], quiet) if worst else ([], False)
-    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, measured_on(model))
+    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, made_on(model))
 
 
 def _check(name: str, tokens: int, rows: Sequence[Mapping[str, Any]], bound: float, dense_at_least: float) -> Check:
@@ -184,12 +192,13 @@ class _Gate:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Records) -> None:
         self.model, self.tokenizer, self.records = model, tokenizer, records
-        self._weights = fingerprint(model)
+        self._content = content_of_model(model, tokenizer)
 
     def row(self, config: SparseConfig, prompt: Prompt) -> dict[str, Any]:
         meaning = {name: value for name, value in config.to_dict().items() if name not in ("provenance", "model")}
-        key = {"kind": "gate", "model": self._weights, "device": self.model.device.type, "prompt": prompt.key}
-        key["config"] = meaning
+        place = {"kind": "gate", "model": self._content, "device": self.model.device.type}
+        code = content_of_code([prompt.task, *patterns_of(config)])
+        key = {**place, "code": code, "prompt": prompt.key, "config": meaning}
         found: dict[str, Any] | None = self.records.get(key)
         return found if found is not None else self.records.add(key, self._measure(config, prompt))
 

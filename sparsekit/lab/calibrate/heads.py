@@ -26,14 +26,10 @@ from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.calibrate.probe import own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
-from sparsekit.lab.calibrate.records import (
-    Records,
-    content_key,
-    fingerprint,
-    measured_on,
-)
+from sparsekit.lab.calibrate.records import Records
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import content_key, content_of_code, content_of_model, made_on
 from sparsekit.lab.tasks import Task, prompt_ids
 from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
@@ -192,14 +188,12 @@ def search_heads(
     if not patterns or alone:
         named = f"{alone[0]} needs a layer of its own, and cannot be chosen by head" if alone else "no candidates"
         raise SparsekitError(f"candidates: {named}.")
-    arch, own = facts(model), own_layers(model)
-    if len(own) == arch.num_layers:
-        raise SparsekitError(f"every layer keeps its own attention (layer 0 is a {own[0]}): no head can be chosen.")
+    arch, own = facts(model), own_layers(model, some=True)
     target = _minference_target(arch, tokens) if flops is None else flops
     if not 0 < target <= 1:
         raise SparsekitError(f"flops = {target}: a share of dense attention's, above 0 and up to 1.")
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
-    kept, weights = Records(records), fingerprint(model)
+    kept, weights = Records(records), content_of_model(model, tokenizer)
     with progress("heads", len(prompts) * (arch.num_layers - len(own)), quiet=quiet) as step:
         measure = lambda prompt: _measure(model, tokenizer, prompt, patterns, kept, weights, own, step)  # noqa: E731
         found = [measure(prompt) for prompt in prompts]
@@ -222,7 +216,7 @@ def search_heads(
             "seed": seed,
             "samples": samples,
         },
-        **measured_on(model),
+        **made_on(model),
     }
     config = _config(arch, patterns, chosen, provenance, dense_below_tokens)
     search = HeadSearch(config, tuple(patterns), error, cost, chosen, target)
@@ -250,7 +244,8 @@ def _measure(
     arch = facts(model)
     shape = arch.num_layers, arch.num_heads, len(patterns) + 1
     error, cost = (torch.full(shape, float("nan"), dtype=torch.float64) for _ in range(2))
-    base = {"kind": "heads", "model": weights, "prompt": prompt.key}
+    code = content_of_code([prompt.task, *patterns])
+    base = {"kind": "heads", "model": weights, "device": model.device.type, "code": code, "prompt": prompt.key}
     keys = {
         (layer, i): {**base, "layer": layer, "pattern": pattern.model_dump(mode="json")}
         for layer in range(arch.num_layers)

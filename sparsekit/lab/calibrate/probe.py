@@ -37,14 +37,15 @@ from sparsekit.lab.calibrate.blocks import (
     times,
     wide,
 )
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import (
     TASKS,
     Prompt,
     ask,
     make_prompts,
 )
-from sparsekit.lab.calibrate.records import Records, fingerprint, measured_on
+from sparsekit.lab.calibrate.records import Records
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import content_of_model, made_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
@@ -252,11 +253,21 @@ def activations_alone(model: PreTrainedModel) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def own_layers(model: PreTrainedModel) -> dict[int, str]:
-    """Layers that cannot run sparse, each with the reason: not full causal attention, or not computed by a kernel."""
+def own_layers(model: PreTrainedModel, *, some: bool = False) -> dict[int, str]:
+    """Layers that cannot run sparse, each with the reason: not full causal attention, or not computed by a kernel.
+
+    Raises:
+        SparsekitError: with `some`, where that are all of them: nothing can be measured.
+    """
     arch = facts(model)
     missing = {i: f"layer that no kernel computes ({why})" for i, why in enumerate(arch.not_computed or ()) if why}
-    return missing | load({}).resolve(arch).own_layers(arch)
+    own = missing | load({}).resolve(arch).own_layers(arch)
+    if some and len(own) == arch.num_layers:
+        raise SparsekitError(
+            f"every layer of {arch.name} keeps its own attention (layer 0 is a {own[0]}): there is nothing to measure, "
+            "and none can be sparse."
+        )
+    return own
 
 
 # ---- the probe of a model
@@ -300,8 +311,14 @@ class Probe:
             raise SparsekitError(f"section {section!r}: one of {', '.join(SECTIONS)}.")
         found = [layer.signed if signed else layer.gradient for layer in self.layers]
         values = [None if by is None else by[section] for by in found]
-        most = max((abs(value) for value in values if value is not None), default=0.0)
-        return [None if value is None else value / most if most else 0.0 for value in values]
+        known = [abs(value) for value in values if value is not None]
+        if not known or not 0 < (most := max(known)) < math.inf or any(map(math.isnan, known)):
+            told = f"gradients of {min(known)} to {max(known)}" if known else "no layer was probed"
+            raise SparsekitError(
+                f"probe of {self.model}, section {section}: {told}, so no layer can be told from another; probe in "
+                "float32 (--dtype float32), longer prompts, or a model of full attention."
+            )
+        return [None if value is None else value / most for value in values]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "probe", **asdict(self)}
@@ -350,12 +367,15 @@ def probe(
     Raises:
         SparsekitError: prompts beyond the model's positions, or a model outside transformers' attention interface.
     """
+    own_layers(model, some=True)
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=seeds)
     if batch < 1:
         raise SparsekitError(f"batch = {batch}: at least 1.")
+    if not sections.pairs(tokens)[SECTIONS.index("middle")]:
+        raise SparsekitError(f"tokens = {tokens}: sinks, window and last rows of {sections} leave no Middle section.")
     kept = Records(records)
-    base = {"kind": "probe", "model": fingerprint(model), "sections": asdict(sections)}
-    keys = [{**base, **prompt.key} for prompt in prompts]
+    place = {"model": content_of_model(model, tokenizer), "device": model.device.type}
+    keys = [{"kind": "probe", **place, "sections": asdict(sections), **prompt.key} for prompt in prompts]
     with progress("probe", len(prompts), quiet=quiet) as step:
         waiting = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if kept.get(key) is None]
         step(len(prompts) - len(waiting))
@@ -402,7 +422,7 @@ def _summed(rows: Sequence[Any], model: PreTrainedModel, sections: Sections, pro
         )
         for i in range(stacked["gradient"].shape[1])
     ]
-    return Probe(facts(model).name, sections, len(rows), prompts, measured_on(model), tuple(layers))
+    return Probe(facts(model).name, sections, len(rows), prompts, made_on(model), tuple(layers))
 
 
 def read_probe(path: str | Path) -> Probe:

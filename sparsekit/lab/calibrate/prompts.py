@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.provenance import content_key
 from sparsekit.lab.tasks import (
     Sample,
     Task,
+    check_positions,
     prompt_ids,
     task,
 )
@@ -20,24 +22,30 @@ from sparsekit.lab.tasks import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TASKS", "Prompt", "ask", "check_positions", "make_prompts"]
+__all__ = ["TASKS", "Prompt", "ask", "make_prompts"]
 
 TASKS = ("needle4", "passkey")  # one asks for a fact among like ones, the other for the only one
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample, and all that says which one it is: task, budget in tokens, seed and index."""
+    """A sample, and all that says which one it is: task, budget in tokens, seed and index; and what it holds.
+
+    Attributes:
+        content: digest of the ids that the model reads, of the answers, and of how many tokens one may take.
+    """
 
     task: Task
     sample: Sample
     tokens: int
     seed: int
     index: int
+    content: str
 
     @property
     def key(self) -> dict[str, Any]:
-        return {"task": self.task.name, "tokens": self.tokens, "seed": self.seed, "index": self.index}
+        where = {"task": self.task.name, "tokens": self.tokens, "seed": self.seed, "index": self.index}
+        return {**where, "content": self.content}
 
 
 def make_prompts(
@@ -68,18 +76,10 @@ def make_prompts(
     for at, (seed, kind, length) in enumerate(places):
         share = len(range(at, count, len(places)))
         found = kind.samples(tokenizer, tokens=length, count=share, seed=seed)
-        out += [Prompt(kind, sample, length, seed, index) for index, sample in enumerate(found)]
+        for index, sample in enumerate(found):
+            read = [prompt_ids(tokenizer, sample)[0].tolist(), sample.answers, kind.max_new_tokens, kind.metric]
+            out.append(Prompt(kind, sample, length, seed, index, content_key(read)))
     return sorted(out, key=lambda prompt: (prompt.index, prompt.tokens))
-
-
-def check_positions(model: PreTrainedModel, tokens: int) -> None:
-    """An error where prompts of that length leave the positions that the model was made for."""
-    config: Any = model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and tokens > most:
-        raise SparsekitError(
-            f"tokens = {tokens}: the model has {most} positions, and its answers beyond them say nothing."
-        )
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[Tensor, int]:

@@ -23,24 +23,14 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.config import (
-    LayerPatterns,
-    SparseConfig,
-    format_range,
-    load,
-)
+from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.calibrate.blocks import row_blocks, scores, wide
 from sparsekit.lab.calibrate.probe import activations_alone, own_layers
-from sparsekit.lab.calibrate.progress import progress
-from sparsekit.lab.calibrate.prompts import (
-    TASKS,
-    Prompt,
-    ask,
-    make_prompts,
-)
-from sparsekit.lab.calibrate.records import measured_on
+from sparsekit.lab.calibrate.prompts import TASKS, Prompt, ask, make_prompts
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
@@ -155,14 +145,20 @@ class Inspection:
     layers: tuple[LayerSinks, ...]
 
     @property
-    def sink_tokens(self) -> int:
-        """First keys that hold every sink column below position 64 that is one in at least half of the samples."""
+    def sink_tokens(self) -> int | None:
+        """First keys that hold every sink column below position 64 that is one in at least half of the samples; None
+        where no layer was measured.
+        """
+        if all(layer.own for layer in self.layers):
+            return None
         found = [at for layer in self.layers for at, share in layer.sinks.items() if share >= 0.5 and at < INITIAL]
         return max(found, default=-1) + 1
 
     def answer(self) -> list[str]:
         """How many sink tokens this model needs, and where they are, in sentences."""
         probed = [layer for layer in self.layers if not layer.own]
+        if not probed:
+            return ["No layer was measured, so nothing can be said of sinks."]
         near: dict[int, list[int]] = {}
         elsewhere: dict[int, list[int]] = {}
         names = {column["position"]: column["token"] for layer in probed for column in layer.top}
@@ -200,6 +196,8 @@ class Inspection:
         if dropped:
             most, at = max(dropped)
             lines.append(f"{self.config} drops at most {most:.3f} of a layer's attention (layer {at}).")
+        if unmeasured := [layer.layer for layer in self.layers if layer.own]:
+            lines.append(f"Layers {format_range(unmeasured)} keep their own attention and were not measured.")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,7 +260,7 @@ def inspect_model(
         raise SparsekitError("gradient: it is measured on what a config drops; give the config.")
     loaded = None if config is None else load(config)
     resolved = None if loaded is None else loaded.resolve(facts(model))
-    own = own_layers(model)
+    own = own_layers(model, some=True)
     if resolved is not None:
         resolved.own_layers(facts(model))
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=seeds)
@@ -273,11 +271,14 @@ def inspect_model(
             found.append(_look(model, tokenizer, prompt, sparse, own, epsilon, score_tokens, gradient))
             step(1)
     count = facts(model).num_layers
+    missing = [i for i in range(count) if i not in own and not all(i in sample for sample in found)]
+    if missing:
+        raise SparsekitError(f"layers {format_range(missing)} ran no attention that could be looked at.")
     layers = [LayerSinks(i, own[i]) if i in own else _joined(i, [sample[i] for sample in found]) for i in range(count)]
     described = {"tasks": sorted({p.task.name for p in prompts}), "tokens": tokens, "seeds": list(seeds)}
     label = "" if config is None else (str(config) if isinstance(config, str | Path) else "the config")
     return Inspection(
-        facts(model).name, len(prompts), described, epsilon, score_tokens, label, measured_on(model), tuple(layers)
+        facts(model).name, len(prompts), described, epsilon, score_tokens, label, made_on(model), tuple(layers)
     )
 
 

@@ -19,10 +19,11 @@ from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.probe import own_layers
-from sparsekit.lab.calibrate.progress import progress
 from sparsekit.lab.calibrate.prompts import make_prompts
-from sparsekit.lab.calibrate.records import Records, measured_on
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import write_config
+from sparsekit.lab.progress import progress
+from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patterns import Pattern, parse_pattern
@@ -191,6 +192,8 @@ def tune(
     candidates = list(dict.fromkeys(p for p in map(parse_pattern, patterns) if p.name != "dense"))
     if not candidates or budget <= 0:
         raise SparsekitError(f"{len(candidates)} candidates, budget = {budget}: at least one, and above 0.")
+    if verify < 2:
+        raise SparsekitError(f"verify = {verify}: at least 2 prompts, of which a standard error can be told.")
     open_layers = _open_layers(model, arch, layers)
     kept = Records(records)
     make = lambda count, seeds: make_prompts(  # noqa: E731
@@ -223,8 +226,10 @@ def tune(
         },
         "cost": {"tokens": length, "attention_flops_of_dense": round(cost, 4)},
         "verified": None if best is None else best[0].effect.to_dict(),
-        "note": "no mixture held; everything is dense" if best is None else "chosen by measurement on these prompts",
-        **measured_on(model),
+        "note": f"{_why_dense(search.rounds)}; everything is dense"
+        if best is None
+        else "chosen by measurement on these prompts",
+        **made_on(model),
     }
     config = write_config(arch, chosen, provenance, dense_below_tokens=dense_below_tokens)
     allowance = 0.0 if best is None else best[0].allowance
@@ -232,9 +237,9 @@ def tune(
 
 
 def _open_layers(model: PreTrainedModel, arch: ArchFacts, layers: Sequence[int] | None) -> list[int]:
-    own = own_layers(model)
-    if len(own) == arch.num_layers:
-        raise SparsekitError(f"every layer keeps its own attention (layer 0 is a {own[0]}): none can be sparse.")
+    own = own_layers(model, some=True)
+    if layers is not None and not layers:
+        raise SparsekitError("layers: at least one that may be sparse.")
     if layers is None:
         return [i for i in range(arch.num_layers) if i not in own]
     for layer in layers:
@@ -327,10 +332,16 @@ class _Search:
         return holds
 
 
+def _why_dense(rounds: Sequence[Round]) -> str:
+    if not rounds:
+        return "no candidate costs less than dense attention and fits the budget alone, so no mixture was measured"
+    return "no mixture held the budget on whole prompts"
+
+
 def summary(tuned: Tuned) -> list[str]:
     """What came out, in sentences."""
     if tuned.dense:
-        return ["No mixture held the budget on whole prompts: everything stays dense."]
+        return [f"Everything stays dense: {_why_dense(tuned.rounds)}."]
     runs: dict[str, list[int]] = {}
     for layer, pattern in sorted(tuned.chosen.items()):
         runs.setdefault(_label(pattern), []).append(layer)

@@ -75,6 +75,9 @@ def markdown_report(records: Sequence[Mapping[str, Any]], *, title: str | None =
         title: a line above the table; default the question that the records tell.
     """
     done = [{**record, "config_key": _key(record)} for record in records if record.get("status", "ok") == "ok"]
+    if not done:
+        first = f": {records[0].get('error', 'no reason given')}" if records else ""
+        raise SparsekitError(f"none of {len(records)} records is of a run that succeeded{first}")
     head, rows = overview(done)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -227,6 +230,8 @@ def _probe(file: str | Path) -> dict[str, Any]:
 
     probe = read_probe(file)
     layers = [layer for layer in probe.layers if layer.gradient is not None]
+    if not layers:
+        raise SparsekitError(f"probe {str(file)!r}: no layer of {probe.model} was probed.")
 
     def of(field: str) -> dict[str, list[Any]]:
         return {name: [_rounded(getattr(layer, field)[name]) for layer in layers] for name in SECTIONS}

@@ -111,6 +111,8 @@ def best(records: Sequence[Mapping[str, Any]], rule: str) -> Best:
     found = [standing for standing in standings(records) if standing.config is not None]
     if not found:
         raise SparsekitError("best: no config has a record for every task, length and seed that dense has.")
+    if "score" in parsed.metrics and not found[0].dense_score:
+        raise SparsekitError("best: dense attention's own score is 0, so no score can be held against it.")
     keep = [standing for standing in found if parsed.keeps(standing)]
     if not keep:
         near = max(found, key=lambda standing: standing.score)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.evaluate import Evaluator
+from sparsekit.lab.progress import Bar, progress
+from sparsekit.lab.provenance import content_of_source
 from sparsekit.lab.sweep.question import Question, load_question
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.sweep.runs import Run
@@ -120,8 +117,9 @@ def run_sweep(
         maker = maker or (partial(make_runner, kept=len(runs)) if trials else make_runner)
         with (
             _crew(executor, maker, devices, address, gpus) as finish,
-            _Shown(len(runs) * (1 + trials), sum(map(_weight, runs)) * (1 + trials), quiet) as shown,
+            progress("", sum(map(_weight, runs)) * (1 + trials), quiet=quiet) as bar,
         ):
+            shown = _Shown(bar, len(runs) * (1 + trials))
 
             def answer(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 had = {run.key for run in summary.runs}
@@ -190,6 +188,8 @@ class _ModelRunner:
             self._evaluators.clear()
             dtype = fast_dtype(self.device) if run.dtype is None and self.device == "cpu" else run.dtype
             try:
+                if None not in (run.source, now := content_of_source(run.model)) and now != run.source:
+                    raise SparsekitError(f"model {run.model!r} has changed since the sweep began: start it again.")
                 model, tokenizer = load(run.model, dtype=dtype, device=self.device)
             except Exception as error:
                 self._refused[wanted] = said(error)
@@ -240,51 +240,27 @@ def _check_busy(batch: int, runs: int, executor: str, devices: Sequence[str]) ->
 # ---- progress
 
 
-class _Shown(AbstractContextManager["_Shown"]):
-    """A bar with the time left on a terminal's stderr, a line for each run elsewhere. Time goes by tokens read."""
+class _Shown:
+    """How far a sweep is, by tokens that were read; the count is of runs."""
 
-    def __init__(self, runs: int, weight: int, quiet: bool) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self.quiet = quiet
-        self.lines = not quiet and not self.console.is_terminal
-        self.total, self.count, self.todo = runs, 0, weight
-        self.read, self.start = 0, time.monotonic()
-        self.id = self.bar.add_task("", total=self.todo, count=self._counted())
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    def __init__(self, bar: Bar, runs: int) -> None:
+        self.bar, self.runs, self.count = bar, runs, 0
 
     def starts(self, todo: Sequence[Run], weight: int, count: int) -> None:
         """The next runs; and how many there are besides that need not be done, and what they weigh."""
         self.count += count
-        self.todo -= weight
-        self.bar.update(self.id, total=self.todo, count=self._counted(), description=str(todo[0]) if todo else None)
-        if todo:
-            self.bar.start()
+        left = (self.bar.total or 0) - weight
+        self.bar.shows(str(todo[0]) if todo else None, self._counted(), total=left)
 
     def finished(self, run: Run, record: Mapping[str, Any]) -> None:
         self.count += 1
-        self.read += _weight(run)
-        self.bar.update(self.id, advance=_weight(run), description=str(run), count=self._counted())
-        said = f"failed: {record['error']}" if record["status"] == "failed" else f"{record.get('score', 0):.3f}"
-        if self.lines:
-            left = (time.monotonic() - self.start) / self.read * (self.todo - self.read)
-            print(f"{self._counted()} {run}: {said} ({left / 60:.0f} min left)", file=sys.stderr, flush=True)
-        elif record["status"] == "failed" and not self.quiet:
-            self.bar.console.print(f"{run}: {said}", markup=False)
+        self.bar(_weight(run), str(run), self._counted())
+        failed = record["status"] == "failed"
+        told = f"failed: {record['error']}" if failed else f"{record.get('score', 0):.3f}"
+        self.bar.says(f"{self._counted()} {run}: {told}", always=failed)
 
     def _counted(self) -> str:
-        return f"{self.count}/{self.total}"
+        return f"{self.count}/{self.runs}"
 
 
 def _weight(run: Run) -> int:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sparsekit.config import SparseConfig, load, parse_yaml
 from sparsekit.errors import SparsekitError, nearest, one_line, read_text, shown
+from sparsekit.lab.provenance import content_of_code, content_of_source, patterns_of
 from sparsekit.lab.sweep.axes import (
     PLACES,
     RANGES,
@@ -249,7 +250,8 @@ class Question(BaseModel):
         device: str,
         samples: int | None,
     ) -> Run:
-        reads = task(place["task"], self.corpus) != task(place["task"])
+        kind = task(place["task"], self.corpus)
+        reads = kind != task(place["task"])
         return Run(
             label=label,
             axes=said,
@@ -259,6 +261,8 @@ class Question(BaseModel):
             corpus_digest=read_corpus(self.corpus).digest if reads and self.corpus else None,
             dtype=self.dtype,
             device=device.partition(":")[0],
+            source=content_of_source(place["model"]),
+            code=content_of_code([kind, *patterns_of(config)]),
             **place,
         )
 

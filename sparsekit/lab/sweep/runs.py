@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparsekit.config import SparseConfig, parse_range
+from sparsekit.lab.provenance import content_key, patterns_of
 from sparsekit.patterns import Pattern
 
 __all__ = ["Run", "canonical", "config_key", "groups"]
@@ -23,6 +22,8 @@ class Run:
         config: None is the model as it is.
         corpus: of the tasks that read one, and its digest.
         device: its kind, "cpu" or "cuda"; another kind is another run.
+        source: digest of the model's files, where there are any.
+        code: digest of the code that computes.
     """
 
     model: str
@@ -37,10 +38,17 @@ class Run:
     corpus_digest: str | None = None
     dtype: str | None = None
     device: str = "cpu"
+    source: str | None = None
+    code: str = ""
 
     @property
     def key(self) -> str:
-        """Of what is computed, not of how it is called: equal for equal work."""
+        """Of all that the result depends on, not of how it is called: equal for equal work."""
+        return content_key([self.asked, self.source, self.code])
+
+    @property
+    def asked(self) -> str:
+        """Of what is asked, of a model by its name: the same when the model's weights or the code have changed."""
         said = {
             "model": self.model,
             "config": canonical(self.config),
@@ -52,12 +60,13 @@ class Run:
             "dtype": self.dtype,
             "device": self.device,
         }
-        return _digest(said)
+        return content_key(said)
 
     def identity(self) -> dict[str, Any]:
         """What every record says of its run, failed or not."""
         return {
             "key": self.key,
+            "asked": self.asked,
             "label": self.label,
             "axes": dict(self.axes),
             "config_key": config_key(self.config),
@@ -76,8 +85,7 @@ def canonical(config: SparseConfig | None) -> Any:
     """What a config makes a model do, as JSON: layer by layer as written, with every parameter; None for dense."""
     if config is None:
         return None
-    patterns = [config.default, *config.layers.values(), *(p for rule in config.heads.values() for p in rule.values())]
-    if config.dense_impl == "model" and all(pattern.name == "dense" for pattern in patterns):
+    if config.dense_impl == "model" and all(pattern.name == "dense" for pattern in patterns_of(config)):
         return None
 
     def dumped(pattern: Pattern) -> Any:
@@ -100,7 +108,7 @@ def canonical(config: SparseConfig | None) -> Any:
 
 def config_key(config: SparseConfig | None) -> str:
     """Equal for configs that do the same."""
-    return "dense" if canonical(config) is None else _digest(canonical(config))
+    return "dense" if canonical(config) is None else content_key(canonical(config))
 
 
 def groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
@@ -109,8 +117,3 @@ def groups(runs: Sequence[Run]) -> Iterator[list[Run]]:
     for run in runs:
         found.setdefault((run.model, run.task, run.tokens, run.seed, run.samples), []).append(run)
     yield from found.values()
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

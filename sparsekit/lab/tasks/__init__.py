@@ -3,6 +3,7 @@
 from sparsekit.lab.tasks.base import (
     Sample,
     Task,
+    check_positions,
     prompt_ids,
     prompt_text,
     recall,
@@ -14,8 +15,6 @@ from sparsekit.lab.tasks.corpus import PYDOC, read_corpus
 from sparsekit.lab.tasks.counted_words import CommonWords, FrequentWords
 from sparsekit.lab.tasks.key_value import KeyValue
 from sparsekit.lab.tasks.needle import (
-    NEEDLE4,
-    PASSKEY,
     Needle,
     Passkey,
 )
@@ -24,8 +23,6 @@ from sparsekit.lab.tasks.perplexity import Perplexity
 from sparsekit.lab.tasks.variables import VariableTracking
 
 __all__ = [
-    "NEEDLE4",
-    "PASSKEY",
     "PYDOC",
     "CommonWords",
     "FrequentWords",
@@ -37,6 +34,7 @@ __all__ = [
     "Sample",
     "Task",
     "VariableTracking",
+    "check_positions",
     "prompt_ids",
     "prompt_text",
     "read_corpus",

@@ -11,6 +11,7 @@ True
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -43,14 +44,22 @@ class Corpus:
         return " ".join((self.words * rounds if rounds > 1 else self.words)[start : start + count])
 
 
-@lru_cache(maxsize=4)
 def read_corpus(name: str) -> Corpus:
     """The .txt, .md and .rst files below a folder in the order of their paths, a single file, or `pydoc`.
 
     Raises:
         SparsekitError: no such folder, no text in it, or a file that is not UTF-8.
     """
-    words = _pydoc().split() if name == PYDOC else _read(Path(name).expanduser()).split()
+    files = () if name == PYDOC else _files(Path(name).expanduser())
+    stats = [file.stat() for file in files]
+    written = tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+    return _corpus(name, tuple(files), written)
+
+
+@lru_cache(maxsize=4)
+def _corpus(name: str, files: tuple[Path, ...], written: tuple[tuple[int, int, int], ...]) -> Corpus:
+    """Read again where a file's size or a time says that it was written."""
+    words = (_pydoc() if name == PYDOC else _read(name, files)).split()
     if not words:
         raise SparsekitError(f"corpus {name!r} holds no words.")
     return Corpus(name, tuple(words), hashlib.blake2b(" ".join(words).encode(), digest_size=6).hexdigest())
@@ -72,13 +81,17 @@ def _pydoc() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def _read(path: Path) -> str:
+def _files(path: Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     if not path.exists():
         raise SparsekitError(f"corpus {str(path)!r}: there is no such folder.")
     if not files:
         raise SparsekitError(f"corpus {str(path)!r}: no {', '.join(SUFFIXES)} file in it.")
+    return files
+
+
+def _read(name: str, files: Sequence[Path]) -> str:
     try:
         return "\n".join(file.read_text(encoding="utf-8") for file in files)
     except (OSError, UnicodeDecodeError) as error:
-        raise SparsekitError(f"corpus {str(path)!r} cannot be read as text: {error}.") from None
+        raise SparsekitError(f"corpus {name!r} cannot be read as text: {error}.") from None

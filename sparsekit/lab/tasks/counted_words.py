@@ -29,7 +29,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.tasks.base import Sample, Task, register
 from sparsekit.lab.tasks.needle import ADJECTIVES, NOUNS
 
-__all__ = ["CWE", "FWE", "CommonWords", "FrequentWords"]
+__all__ = ["CommonWords", "FrequentWords"]
 
 SHORT_TOKENS = 4096  # below this, cwe repeats words less often
 SINGLE_TOKENS = 8192  # below this, single words are enough for it
@@ -191,5 +191,5 @@ def _codes(rng: Random, letters: int) -> Iterator[str]:
             yield word
 
 
-CWE = register(CommonWords("cwe", max_new_tokens=120))
-FWE = register(FrequentWords("fwe", max_new_tokens=50))
+register(CommonWords("cwe", max_new_tokens=120))
+register(FrequentWords("fwe", max_new_tokens=50))

@@ -28,7 +28,7 @@ from uuid import UUID
 
 from sparsekit.lab.tasks.base import Sample, Task, register
 
-__all__ = ["KV_RETRIEVAL", "KeyValue"]
+__all__ = ["KeyValue"]
 
 _MARKS = re.compile(r"""[\n:"'.,?!{}]""")
 
@@ -65,4 +65,4 @@ def _uuid(rng: Random) -> str:
     return str(UUID(int=rng.getrandbits(128), version=4))
 
 
-KV_RETRIEVAL = register(KeyValue("kv_retrieval", max_new_tokens=50))
+register(KeyValue("kv_retrieval", max_new_tokens=50))

@@ -20,7 +20,7 @@ from random import Random
 
 from sparsekit.lab.tasks.base import Sample, Task, register
 
-__all__ = ["NEEDLE4", "PASSKEY", "Needle", "Passkey"]
+__all__ = ["Needle", "Passkey"]
 
 NOISE = (
     "The grass is green.",
@@ -114,5 +114,5 @@ def _hide(needles: dict[str, float], units: int) -> str:
     return " ".join(sentences)
 
 
-PASSKEY = register(Passkey("passkey", max_new_tokens=10))
-NEEDLE4 = register(Needle("needle4", max_new_tokens=14))
+register(Passkey("passkey", max_new_tokens=10))
+register(Needle("needle4", max_new_tokens=14))

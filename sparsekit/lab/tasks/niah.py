@@ -40,7 +40,7 @@ from sparsekit.lab.tasks.needle import (
     NOUNS,
 )
 
-__all__ = ["NIAH", "Niah"]
+__all__ = ["Niah"]
 
 Kind = Literal["words", "numbers", "uuids"]
 
@@ -143,16 +143,14 @@ _MAKE: dict[str, Callable[[Random], str]] = {
 }
 
 # scripts/synthetic.yaml of the RULER repository.
-NIAH = tuple(
-    register(new)
-    for new in (
-        Niah("niah_single_1", 128),
-        Niah("niah_single_2", 128, "essay"),
-        Niah("niah_single_3", 128, "essay", value="uuids"),
-        Niah("niah_multikey_1", 128, "essay", keys=4),
-        Niah("niah_multikey_2", 128, "needle"),
-        Niah("niah_multikey_3", 128, "needle", key="uuids", value="uuids"),
-        Niah("niah_multivalue", 128, "essay", values=4),
-        Niah("niah_multiquery", 128, "essay", keys=4, queries=4),
-    )
-)
+for _new in (
+    Niah("niah_single_1", 128),
+    Niah("niah_single_2", 128, "essay"),
+    Niah("niah_single_3", 128, "essay", value="uuids"),
+    Niah("niah_multikey_1", 128, "essay", keys=4),
+    Niah("niah_multikey_2", 128, "needle"),
+    Niah("niah_multikey_3", 128, "needle", key="uuids", value="uuids"),
+    Niah("niah_multivalue", 128, "essay", values=4),
+    Niah("niah_multiquery", 128, "essay", keys=4, queries=4),
+):
+    register(_new)

@@ -26,7 +26,7 @@ from typing import ClassVar
 from sparsekit.lab.tasks.base import Sample, Task, register
 from sparsekit.lab.tasks.corpus import need_corpus
 
-__all__ = ["PERPLEXITY", "Perplexity"]
+__all__ = ["Perplexity"]
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ class Perplexity(Task):
         return math.exp(-float(prediction))
 
 
-PERPLEXITY = register(Perplexity("perplexity", max_new_tokens=128))
+register(Perplexity("perplexity", max_new_tokens=128))

@@ -32,7 +32,7 @@ from string import ascii_uppercase
 from sparsekit.lab.tasks.base import Sample, Task, register
 from sparsekit.lab.tasks.needle import NOISE
 
-__all__ = ["VT", "VariableTracking"]
+__all__ = ["VariableTracking"]
 
 EXAMPLE_LINES = 14  # of noise; the example then has at most 500 tokens, which is RULER's bound
 
@@ -96,4 +96,4 @@ class VariableTracking(Task):
         )
 
 
-VT = register(VariableTracking("vt", max_new_tokens=30))
+register(VariableTracking("vt", max_new_tokens=30))

@@ -96,7 +96,7 @@ def test_the_interval_holds_the_median_of_all_turns() -> None:
 def test_command(tmp_path: Path) -> None:
     run, file = CliRunner(), tmp_path / "rows.jsonl"
     options = ["--shape", "tiny", "--prompt-tokens", "80", "--decode-tokens", "3", "--rounds", "2", "--device", "cpu"]
-    result = run.invoke(app, ["bench", "overhead", *options, "--out", str(file)])
+    result = run.invoke(app, ["bench", "overhead", *options, "-o", str(file)])
     assert result.exit_code == 0, result.output
     assert len(file.read_text().splitlines()) == 2
     assert run.invoke(app, ["bench", "overhead", "--shape", "tini", "--device", "cpu"]).exit_code == 1

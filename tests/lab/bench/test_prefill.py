@@ -73,7 +73,7 @@ def test_layers_with_a_window_of_their_own_have_no_density() -> None:
 
 def test_command(config: str) -> None:
     result = CliRunner().invoke(
-        app, ["bench", "prefill", config, "--shape", "tiny", "--lengths", "200", "--rounds", "1"]
+        app, ["bench", "prefill", config, "--shape", "tiny", "--tokens", "200", "--rounds", "1"]
     )
     assert result.exit_code == 0, result.output
     assert "untouched" in result.output and config in result.output

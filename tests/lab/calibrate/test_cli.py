@@ -64,7 +64,7 @@ def test_probe_then_rule(tiny, right) -> None:
     assert config.provenance["rule"] == "lowest_k" and config.provenance["gate"]["passed"]
     assert config.provenance["command"].startswith("sparsekit")
     assert "chose no layer" in out("calibrate", "rule", "m", "--rule", "lowest_k", "--k", "0", *common, code=1)
-    search = ["--rule", "search", "--samples", "1", "--tokens", "300", "--budget", "9", "--bound", "0.9"]
+    search = ["--rule", "search", "--samples", "2", "--tokens", "300", "--budget", "9", "--bound", "0.9"]
     out("calibrate", "rule", "m", *search, *common)
     assert sum(not layer.dense for layer in load("c.yaml").resolve().layers) == 4
 
@@ -85,7 +85,7 @@ def test_tune_and_heads(tiny, right) -> None:
     patterns = "{name: triangle, window_tokens: 64, last_tokens: 16}, {name: a_shape, window_tokens: 64}"
     short = ["--tokens", "300", "--samples", "1", *GATE]
     said = out(
-        "calibrate", "tune", "m", "--patterns", patterns, "--budget", "5", "--lost", "0.9", "--verify", "1", *short,
+        "calibrate", "tune", "m", "--patterns", patterns, "--budget", "5", "--lost", "0.9", "--verify", "2", *short,
         "--records", "t.jsonl", "--report", "t.json", "-o", "t.yaml",
     )  # fmt: skip
     assert "Attention FLOPs" in said and "written to t.yaml" in said
@@ -114,8 +114,8 @@ def test_inspect(tiny) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["probe", "m", "--seeds", "a"], "--seeds 'a': whole numbers parted by commas"),
-        (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "256"], "must end in .png"),
+        (["probe", "m", "--seeds", "a"], "--seeds 'a': whole numbers separated by commas"),
+        (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "400"], "must end in .png"),
         (["rule", "m", "--rule", "suffix", "-o", "c.yaml"], "needs a probe"),
         (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "list", "-o", "c.yaml"], "one pattern for all"),
         (["tune", "m", "--patterns", "{name: triangle", "-o", "c.yaml"], "--patterns '{name: triangle'"),

@@ -201,7 +201,7 @@ def test_tune_stays_dense_rather_than_break(adversary) -> None:
     assert found.dense and found.cost == 1
     assert "everything is dense" in found.config.provenance["note"]
     assert all(layer.dense for layer in found.config.resolve().layers)
-    assert summary(found) == ["No mixture held the budget on whole prompts: everything stays dense."]
+    assert summary(found)[0].startswith("Everything stays dense: no candidate costs less than dense")
 
 
 @pytest.mark.parametrize("name", sorted(set(pattern_names()) - {"dense", "union", "a_shape", "triangle"}))
@@ -210,7 +210,7 @@ def test_every_dynamic_pattern_can_be_a_candidate(adversary, name: str) -> None:
     if any(field.is_required() for field in pattern_class(name).model_fields.values()):
         pytest.skip(f"{name} has no defaults")
     model, tokenizer = adversary
-    found = tune(model, tokenizer, [name], budget=1.0, layers=[2], tokens=[500], samples=1, verify=1, **OPTIONS)
+    found = tune(model, tokenizer, [name], budget=1.0, layers=[2], tokens=[500], samples=1, verify=2, **OPTIONS)
     [choice] = found.choices
     assert choice.pattern.name == name
     assert 0 < choice.cost <= 1
@@ -311,9 +311,9 @@ def test_a_layer_that_cannot_be_sparse_is_named() -> None:
 
 def test_a_model_of_windows_alone_is_refused() -> None:
     model = models.tiny("mistral", vocab_size=len(WORDS), sliding_window=8)
-    with pytest.raises(SparsekitError, match=r"every layer keeps its own attention \(layer 0 is a sliding_attention"):
+    with pytest.raises(SparsekitError, match=r"keeps its own attention \(layer 0 is a sliding_attention"):
         tune(model, Words(), [TRIANGLE], tokens=[400], **OPTIONS)
-    with pytest.raises(SparsekitError, match=r"every layer keeps its own attention"):
+    with pytest.raises(SparsekitError, match=r"every layer .* keeps its own attention"):
         search_heads(model, Words(), [TRIANGLE], flops=0.9, tokens=400)
 
 

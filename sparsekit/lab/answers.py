@@ -1,0 +1,219 @@
+"""One prompt, read and answered: text, score, time to first token, and the log-probabilities of the true answer.
+
+The answer is decoded after the prefill, densely, as in use; so a sparse prefill is judged by the keys and values it
+left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import SparsekitError
+from sparsekit.lab.tasks import Sample, Task, prompt_ids
+from sparsekit.models import can_shorten
+from sparsekit.patch import Handle, LayerReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Answer", "Reading", "answer", "kl_divergence", "read_on"]
+
+LAST_ROWS = 128  # of a prompt, judged apart from those before: what patterns with dense last rows keep
+EARLIER_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, answered.
+
+    Attributes:
+        text: what greedy decoding gives.
+        score: the task's, of `text`, from 0 to 1.
+        ttft_s: seconds from the prompt's ids to the first token's logits, planning included.
+        tokens: length of the prompt.
+        logprobs: float64 (A, vocabulary), log-probabilities at the A tokens of the true answer, teacher-forced.
+        layers: what each layer did with the prompt; empty without a handle.
+    """
+
+    text: str
+    score: float
+    ttft_s: float
+    tokens: int
+    logprobs: Tensor
+    layers: tuple[LayerReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Negative log-likelihoods in nats a token: of a prompt's continuation, and of the prompt's own rows.
+
+    Attributes:
+        nll: of the continuation, decoded densely after the prefill.
+        last_rows: of the prompt's last 128 rows.
+        earlier_rows: of the 512 rows before those; None where there are none.
+        tokens: length of the prompt.
+        layers: what each layer did with the prompt; empty without a handle.
+    """
+
+    nll: float
+    last_rows: float
+    earlier_rows: float | None
+    tokens: int
+    layers: tuple[LayerReport, ...] = ()
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    sample: Sample,
+    *,
+    handle: Handle | None = None,
+    stop_when_found: bool = False,
+) -> Answer:
+    """Prefill the prompt once; decode greedily from it; then, from the same prefill, read the true answer's tokens.
+
+    Args:
+        handle: of a patched model: it is paused once the prompt is read, however long the answer is.
+        stop_when_found: stop decoding when every answer was found, where further text cannot change the score; and
+            take the true answer's tokens as a draft, which is kept as far as each is the likeliest.
+    """
+    ids = prompt_ids(tokenizer, sample).to(model.device)
+    _synchronize(model.device)
+    start = time.perf_counter()
+    prefill: Any = model(ids, use_cache=True, logits_to_keep=1)
+    _synchronize(model.device)
+    seconds = time.perf_counter() - start
+    layers = () if handle is None else handle.report().layers
+
+    first, cache = prefill.logits[:, -1], prefill.past_key_values
+    spare = None if can_shorten(cache) else deepcopy(cache)
+    truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
+        model.device
+    )
+
+    def text_of(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def found(tokens: list[int]) -> bool:
+        return stop_when_found and task.metric == "recall" and task.score(text_of(tokens), sample) == 1
+
+    with nullcontext() if handle is None else handle.pause():
+        if stop_when_found and spare is None:
+            logits = _read_truth(model, first, cache, truth)
+            same = (logits[0].argmax(-1) == truth[0]).cumprod(0)
+            kept = min(int(same.sum()), truth.shape[1] - 1, task.max_new_tokens - 1)
+            _shorten(cache, ids.shape[1] + kept)
+            draft = truth[0, :kept].tolist()
+            text = text_of(_greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
+        else:
+            text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
+            if spare is None:
+                _shorten(cache, ids.shape[1])
+            logits = _read_truth(model, first, cache if spare is None else spare, truth)
+    # In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding.
+    logprobs = logits[0].double().log_softmax(-1)
+    return Answer(text, task.score(text, sample), seconds, ids.shape[1], logprobs, layers)
+
+
+@torch.inference_mode()
+def read_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    sample: Sample,
+    *,
+    handle: Handle | None = None,
+) -> Reading:
+    """Prefill the prompt as the model does now; then read its continuation with the model's own attention.
+
+    Args:
+        task: says how many tokens of the continuation are read.
+        handle: of a patched model: it is paused for the continuation.
+    """
+    ids = prompt_ids(tokenizer, sample).to(model.device)
+    n = ids.shape[1]
+    if n < 2:
+        raise SparsekitError(f"{task.name}: a prompt of {n} tokens has no row to judge; ask for more tokens.")
+    kept = min(LAST_ROWS + EARLIER_ROWS, n)
+    prefill: Any = model(ids, use_cache=True, logits_to_keep=kept)
+    truth = tokenizer(f" {sample.answers[0]}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    truth = truth[:, : task.max_new_tokens].to(model.device)
+    layers = () if handle is None else handle.report().layers
+    with nullcontext() if handle is None else handle.pause():
+        rest: Any = model(truth[:, :-1], past_key_values=prefill.past_key_values, use_cache=True)
+    logits = torch.cat([prefill.logits[:, -1:], rest.logits], 1)[0]
+    prompt = _nll(prefill.logits[0, :-1], ids[0, n - kept + 1 :])
+    earlier = prompt[: -(LAST_ROWS - 1)]
+    return Reading(
+        nll=float(_nll(logits, truth[0]).mean()),
+        last_rows=float(prompt[-(LAST_ROWS - 1) :].mean()),
+        earlier_rows=float(earlier.mean()) if len(earlier) else None,
+        tokens=n,
+        layers=layers,
+    )
+
+
+def _nll(logits: Tensor, truth: Tensor) -> Tensor:
+    """float32 (n,): -log p of each true token, of logits (n, vocabulary)."""
+    return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="none")
+
+
+def _read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor) -> Tensor:
+    """Logits (1, A, vocabulary) at the A tokens of `truth` after a prefill, whose cache grows by A - 1."""
+    logits = first[:, None]
+    if truth.shape[1] > 1:
+        rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, rest.logits], 1)
+    return logits
+
+
+def _shorten(cache: Any, tokens: int) -> None:
+    """Take off what a cache holds beyond its first `tokens`."""
+    beyond = cache.get_seq_length() - tokens
+    if beyond:
+        cache.crop(-beyond)
+
+
+def _greedy(
+    model: PreTrainedModel,
+    logits: Tensor,
+    cache: Any,
+    count: int,
+    done: Callable[[list[int]], bool],
+    draft: Sequence[int] = (),
+) -> list[int]:
+    """Up to `count` greedy tokens that follow a prefill, whose cache grows by them; fewer where `done(tokens)`.
+
+    The first are `draft`, which the cache has already; `logits` (1, vocabulary) are of the next.
+    """
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    stop = set(ends) if isinstance(ends, list) else {ends}
+    tokens = list(draft)
+    while len(tokens) < count:
+        tokens.append(int(logits.argmax(-1)))
+        if tokens[-1] in stop or len(tokens) == count or done(tokens):
+            break
+        step: Any = model(torch.tensor([tokens[-1:]], device=model.device), past_key_values=cache, use_cache=True)
+        logits = step.logits[:, -1]
+    return tokens
+
+
+def kl_divergence(dense: Answer, other: Answer) -> float:
+    """KL(dense || other) in nats a token, over the tokens of the true answer."""
+    p = dense.logprobs
+    return float((p.exp() * (p - other.logprobs)).sum(-1).mean())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
