@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small
 from tiny import close as _close
 from tiny import logits as _logits
 from torch import Tensor
@@ -376,6 +377,9 @@ REFUSED = {
     ),
     "BART": (_bart, "is an encoder-decoder model"),
     "BERT": (_bert, "its attention is not causal"),
+    "Zamba 2": (lambda: small("zamba2"), "Zamba2Attention has layer_idx -1, out of 0-3, so its layers cannot be told"),
+    "HRM-Text": (lambda: small("hrm_text"), "2 attention modules have layer_idx 0, so its layers cannot be told apart"),
+    "Qwen4-Exp": (lambda: small("qwen4_exp_text"), "Qwen4ExpTextAttention looks into its attention mask"),
 }
 
 
