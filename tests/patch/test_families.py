@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from masked import TRIANGLE, with_triangle
+from masked import with_triangle
 from small_models import small
+from tiny import TRIANGLE
 from tiny import close as _close
 from tiny import logits as _logits
 from torch import Tensor
