@@ -87,8 +87,8 @@ def test_the_pattern_of_the_recipe_passes_all_tests_of_patterns(repository: Path
 def test_the_pattern_of_the_recipe_can_be_benched(repository: Path) -> None:
     name = Path(next(iter(_files()))).stem
     out = repository / "rows.jsonl"
-    size = "--lengths 5000 --heads 2 --key-heads 1 --dim 32 --device cpu --repeat-ms 1".split()
-    ran = _run(repository, "sparsekit", "bench", "dynamic", "--methods", name, *size, "--out", str(out))
+    size = "--tokens 5000 --heads 2 --key-heads 1 --dim 32 --device cpu --repeat-ms 1".split()
+    ran = _run(repository, "sparsekit", "bench", "dynamic", "--patterns", name, *size, "-o", str(out))
     assert ran.returncode == 0, ran.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     [row] = [row for row in rows if row["case"] == "dynamic"]
