@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsekit.call.caches import clear_caches
     from sparsekit.call.geometry import Geometry
     from sparsekit.config import SparseConfig, load
     from sparsekit.config.costs import explain
@@ -28,6 +29,7 @@ _HOMES = {
     "SparsekitError": "errors",
     "apply": "patch",
     "attention": "patterns.attention",
+    "clear_caches": "call.caches",
     "explain": "config.costs",
     "load": "config",
     "remove": "patch",
@@ -41,6 +43,7 @@ __all__ = [
     "SparsekitError",
     "apply",
     "attention",
+    "clear_caches",
     "explain",
     "load",
     "remove",

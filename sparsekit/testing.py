@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
+from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend
 from sparsekit.patterns import Pattern, StaticPattern, parse_pattern
 from sparsekit.plan import BlockPlan
@@ -70,24 +71,28 @@ def check_pattern(pattern: Pattern, geometries: Iterable[Geometry] = GEOMETRIES)
 
 def inputs_for(geometry: Geometry, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
     """Random q (B, 4, Q, 16), k and v (B, 2, K, 16), laid out as transformers hands them over."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator("cpu").manual_seed(seed)
 
     def tensor(tokens: int, heads: int) -> Tensor:
-        return torch.randn(geometry.batch, tokens, heads, DIM, generator=g).to(dtype).transpose(1, 2)
+        shape = geometry.batch, tokens, heads, DIM
+        return torch.randn(shape, generator=g, dtype=torch.float32, device="cpu").to(dtype).transpose(1, 2)
 
     return tensor(geometry.q_len, HEADS), tensor(geometry.kv_len, KEY_HEADS), tensor(geometry.kv_len, KEY_HEADS)
 
 
 def _plan(pattern: Pattern, geometry: Geometry, inputs: Inputs) -> BlockPlan:
-    return pattern.plan(inputs[0], inputs[1], geometry, Softmax(DIM**-0.5))
+    try:
+        return pattern.plan(inputs[0], inputs[1], geometry, Softmax(DIM**-0.5))
+    except SparsekitError as error:
+        raise AssertionError(f"{pattern}: {error} {geometry}") from error
 
 
 def _valid(geometry: Geometry) -> tuple[Tensor, Tensor]:
     """bool (B, Q, K) causal pairs of valid queries and keys, and bool (B, Q, K) each query's own key."""
-    query = torch.arange(geometry.q_len)[None, :, None] + geometry.q_offset
-    key = torch.arange(geometry.kv_len)[None, None]
-    start = torch.tensor(geometry.kv_start)[:, None, None]
-    end = torch.tensor(geometry.kv_end)[:, None, None]
+    query = torch.arange(geometry.q_len, device="cpu")[None, :, None] + geometry.q_offset
+    key = torch.arange(geometry.kv_len, device="cpu")[None, None]
+    start = torch.tensor(geometry.kv_start, dtype=torch.int64, device="cpu")[:, None, None]
+    end = torch.tensor(geometry.kv_end, dtype=torch.int64, device="cpu")[:, None, None]
     inside = (query >= start) & (query < end) & (key >= start) & (key < end)
     return inside & (key <= query), inside & (key == query)
 
@@ -106,9 +111,9 @@ def _check_ascending(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inpu
     """Kernels that join plans walk a row's tiles from left to right."""
     for s in range(plan.samples):
         before = (-1, -1)
-        for row, head, _, key in plan._entry_blocks(s):
-            owner = torch.cat([torch.tensor([before[0]]), head * plan.rows + row])
-            start = torch.cat([torch.tensor([before[1]]), key])
+        for row, head, _, key in plan.entry_blocks(s):
+            owner = torch.cat([key.new_tensor([before[0]]), head * plan.rows + row])
+            start = torch.cat([key.new_tensor([before[1]]), key])
             same = owner.diff() == 0
             assert (start.diff()[same] > 0).all(), f"{pattern}: a row's tiles do not ascend, {geometry}"
             before = int(owner[-1]), int(start[-1])
@@ -173,8 +178,9 @@ def _check_no_leak(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inputs
 def _check_keep(pattern: StaticPattern, plan: BlockPlan, geometry: Geometry) -> None:
     mask = plan.to_mask()
     for b, span in enumerate(geometry.spans):
-        expected = torch.zeros(geometry.q_len, geometry.kv_len, dtype=torch.bool)
-        q_pos, k_pos = torch.arange(span.q_first, span.q_end)[:, None], torch.arange(span.keys)[None]
+        expected = torch.zeros(geometry.q_len, geometry.kv_len, dtype=torch.bool, device="cpu")
+        q_pos = torch.arange(span.q_first, span.q_end, device="cpu")[:, None]
+        k_pos = torch.arange(span.keys, device="cpu")[None]
         at, key = geometry.q_index(b, span.q_first), geometry.kv_start[b]
         kept = pattern.keep(q_pos, k_pos, span) & (k_pos <= q_pos)
         expected[at : at + len(q_pos), key : key + span.keys] = kept

@@ -6,16 +6,19 @@ same as alone, and a prompt chunk or second turn the same as the whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from operator import index
+from typing import Any, NamedTuple
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["Geometry", "Span"]
+__all__ = ["MAX_TOKENS", "TILES", "Geometry", "Span"]
 
 TILES = (16, 32, 64, 128, 256)
+MAX_TOKENS = 1 << 29  # a plan's int32 entries hold a position and two flags
+MAX_SAMPLES = 1 << 20
 
 
 class Span(NamedTuple):
@@ -34,6 +37,10 @@ class Span(NamedTuple):
     def causal_pairs(self) -> int:
         """Query-key pairs of dense causal attention over this sample's queries."""
         return (self.q_end * (self.q_end + 1) - self.q_first * (self.q_first + 1)) // 2
+
+    def tiles(self, block_q: int) -> int:
+        """Query tiles of the grid from position 0 that hold this sample's queries."""
+        return -(-self.q_end // block_q) - self.q_first // block_q if self.q_first < self.q_end else 0
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,18 @@ class Geometry:
                 prompt ends where this call ends.
 
         Raises:
-            SparsekitError: an offset or a bound that does not fit the lengths.
+            SparsekitError: what is no whole number, or past `MAX_TOKENS`; an offset or a bound that does not fit the
+                lengths.
         """
-        kv_len = q_len if kv_len is None else kv_len
-        q_offset = kv_len - q_len if q_offset is None else q_offset
+        q_len = _whole("q_len", q_len)
+        kv_len = q_len if kv_len is None else _whole("kv_len", kv_len)
+        q_offset = kv_len - q_len if q_offset is None else _whole("q_offset", q_offset)
+        batch = _whole("batch", batch)
+        if not 1 <= batch <= MAX_SAMPLES:
+            raise SparsekitError(f"batch={batch}: 1 to {MAX_SAMPLES} samples.")
         last = q_offset + q_len
-        starts = (0,) * batch if kv_start is None else tuple(kv_start)
-        ends = (last,) * batch if kv_end is None else tuple(kv_end)
+        starts = (0,) * batch if kv_start is None else _wholes("kv_start", kv_start)
+        ends = (last,) * batch if kv_end is None else _wholes("kv_end", kv_end)
         if q_len < 1 or q_offset < 0 or last > kv_len:
             raise SparsekitError(
                 f"q_offset={q_offset} with {q_len} queries and {kv_len} keys: the queries must sit on keys "
@@ -93,16 +105,24 @@ class Geometry:
             )
         for name, bounds in (("kv_start", starts), ("kv_end", ends)):
             if len(bounds) != batch or not all(0 <= bound <= kv_len for bound in bounds):
-                raise SparsekitError(f"{name}={bounds}: one key index in 0..{kv_len} for each of {batch} samples.")
+                raise SparsekitError(
+                    f"{name}={shown(bounds)}: one key index in 0..{kv_len} for each of {batch} samples."
+                )
         spans = [min(last, end) - start for start, end in zip(starts, ends, strict=True)]
         if min(spans) < 0:
-            raise SparsekitError(f"kv_start={starts}, kv_end={ends}: a sample's keys must end after they start.")
+            raise SparsekitError(
+                f"kv_start={shown(starts)}, kv_end={shown(ends)}: a sample's keys must end after they start."
+            )
         if prompt_len is None:
             prompts = tuple(spans)
         else:
-            prompts = (prompt_len,) * batch if isinstance(prompt_len, int) else tuple(prompt_len)
+            many = isinstance(prompt_len, Iterable)
+            prompts = _wholes("prompt_len", prompt_len) if many else (_whole("prompt_len", prompt_len),) * batch
             if len(prompts) != batch or min(prompts) < 1:
-                raise SparsekitError(f"prompt_len={prompt_len}: at least 1 token, one number or one for each sample.")
+                raise SparsekitError(
+                    f"prompt_len={shown(prompt_len)}: at least 1 token, one number or one for each sample."
+                )
+        block_q, block_kv = _whole("block_q", block_q), _whole("block_kv", block_kv)
         for name, block in (("block_q", block_q), ("block_kv", block_kv)):
             if block not in TILES:
                 raise SparsekitError(f"{name}={block}: a tile is one of {', '.join(map(str, TILES))} tokens.")
@@ -122,7 +142,7 @@ class Geometry:
             out.append(Span(first, q_end, end - start, prompt))
         return tuple(out)
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether one plan serves every sample."""
         return len(set(self.spans)) == 1
@@ -131,7 +151,7 @@ class Geometry:
         """The row of q that holds `position` of `sample`; negative before this call's first query."""
         return position + self.kv_start[sample] - self.q_offset
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Query tiles a sample has at most: the row count of a plan."""
         return max(-(-span.q_end // self.block_q) - span.q_first // self.block_q for span in self.spans)
@@ -154,3 +174,24 @@ class Geometry:
             for n, start, end in zip(columns, self.kv_start, self.kv_end, strict=True)
         )
         return replace(self, prompt_tokens=prompts)
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number, numpy's too; True is none."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise SparsekitError(f"{name}={shown(value)}: a whole number of tokens or samples.")
+    if abs(number) > MAX_TOKENS:
+        raise SparsekitError(f"{name}={shown(value)}: at most {MAX_TOKENS}.")
+    return number
+
+
+def _wholes(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        listed = tuple(values)
+    except TypeError:
+        raise SparsekitError(f"{name}={shown(values)}: a sequence, one whole number for each sample.") from None
+    return tuple(_whole(name, value) for value in listed)

@@ -6,6 +6,10 @@ mistyped command or option is exit code 2; `sparsekit --debug COMMAND` shows the
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +23,7 @@ from sparsekit.cli.options import (
     Config,
     Json,
     Model,
+    Seed,
     Tokens,
     Yaml,
     command_line,
@@ -31,11 +36,11 @@ from sparsekit.cli.printing import (
     print_json,
     print_table,
 )
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, device_of
 
 if TYPE_CHECKING:
-    from sparsekit.config import ArchFacts
+    from sparsekit.config import SparseConfig
 
 __all__ = ["app", "describe_patterns", "doctor", "main", "validate"]
 
@@ -45,16 +50,59 @@ DEMO_FOLDER = Path("sparsekit-demo")
 
 
 class _OneLineErrors(TyperGroup):
-    """A group that prints a SparsekitError as one line."""
+    """A group that prints a SparsekitError, and what the system refuses, as one line; a warning of ours too."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if sys.stdout is None:
+            _print_error("error: stdout is closed; redirect it to /dev/null if its content is not wanted.")
+            sys.exit(1)
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # of `--help` and `--version`, which run before any command
+            sys.exit(_system_error(error))
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _print_warning
+                found = super().invoke(ctx)
+                sys.stdout.flush()
+                return found
+        except BrokenPipeError:  # `sparsekit ... | head`: typer ends quietly
+            raise
         except SparsekitError as error:
             if ctx.params.get("debug"):
                 raise
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            _print_error(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from None
+        except OSError as error:
+            if ctx.params.get("debug"):
+                raise
+            raise typer.Exit(_system_error(error)) from None
+
+
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # a closed or full stderr: the exit code says it
+        typer.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _print_error(f"warning: {' '.join(str(message).split())}")
+
+
+def _system_error(error: OSError) -> int:
+    """One line for what the system refused; 1, the exit code.
+
+    What stdout could not take is dropped, or Python would try again, with a traceback, when it ends.
+    """
+    _print_error(f"error: {shown(error.filename) if error.filename else 'stdout'}: {error.strerror or error}.")
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    return 1
 
 
 class _Benches(TyperGroup):
@@ -126,14 +174,16 @@ def _global_options(
 @app.command("demo")
 def _demo(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and records.")] = DEMO_FOLDER,
-    samples: Annotated[int | None, typer.Option(min=1, help="Four-key prompts; default what the time allows.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    device: Device = "cpu",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Four-key prompts (default: what the time allows).")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
     also_from: Annotated[
-        list[int] | None, typer.Option(min=0, max=29, help="A further row: triangle from here.")
+        list[int] | None, typer.Option(min=0, max=29, help="Another row: triangle from this layer on; may be repeated.")
     ] = None,
 ) -> None:
-    """Dense against sparse prefill on a small real model: answers, time, density."""
+    """Compare dense and sparse prefill on a small real model: answers, time, density."""
     from sparsekit.lab.demo import SETTINGS, run_demo, triangle_from
 
     settings = (*SETTINGS, *map(triangle_from, also_from or ()))
@@ -164,7 +214,7 @@ def _patterns(as_json: Json = False) -> None:
 
 @app.command("explain")
 def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json = False) -> None:
-    """What a config costs at a prompt length, layer by layer. Needs no weights and no GPU."""
+    """Show what a config costs at a prompt length, layer by layer; needs no weights and no GPU."""
     with busy("explaining"):
         from sparsekit.config.costs import explain
 
@@ -177,7 +227,7 @@ def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json 
 
 @app.command("validate")
 def _validate(config: Config, model: Model = None) -> None:
-    """Check a config, and print what each layer runs."""
+    """Check a config and print what each layer runs."""
     with busy("validating"):
         lines = validate(config, _facts(model))
     typer.echo("\n".join(lines))
@@ -185,8 +235,8 @@ def _validate(config: Config, model: Model = None) -> None:
 
 @app.command("doctor")
 def _doctor(as_json: Json = False) -> None:
-    """Versions, devices, which implementation runs where and why, and what is missing."""
-    with busy("looking around"):
+    """Show versions, devices, which implementation runs where and why, and what is missing."""
+    with busy("checking"):
         found = doctor()
     if as_json:
         print_json(found)
@@ -199,7 +249,7 @@ def _plots_mask(
     config: Config,
     tokens: Tokens,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf.")],
-    also: Annotated[int | None, typer.Option("--also", help="A second length whose density is written below.")] = None,
+    also: Annotated[int | None, typer.Option("--also", help="Second prompt length, for its density.")] = None,
 ) -> None:
     """Draw which query-key pairs each pattern of a config keeps."""
     with busy("drawing"):
@@ -211,30 +261,41 @@ def _plots_mask(
 
 @convert_app.command("minference")
 def _convert_minference(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="Patterns of heads, as in minference/configs.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="Head patterns, as in minference/configs.")],
     output: Yaml,
+    model: Model = None,
 ) -> None:
-    """MInference's JSON file of head patterns."""
+    """Convert MInference's JSON file of head patterns."""
     with busy("converting"):
         from sparsekit.config.convert import convert_minference
 
-        convert_minference(file, output)
+        config = convert_minference(file, output, model=_facts(model))
+    _say_shape(config, model)
     typer.echo(str(output))
 
 
 @convert_app.command("xattention")
 def _convert_xattention(
-    file: Annotated[Path, typer.Argument(metavar="TABLE", help="Thresholds, a row a layer: text, JSON or Python.")],
+    file: Annotated[Path, typer.Argument(metavar="TABLE", help="Thresholds, one row per layer: text, JSON or Python.")],
     output: Yaml,
-    table: Annotated[str | None, typer.Option("--table", help="Its name, where the file holds several.")] = None,
-    stride: Annotated[int | None, typer.Option("--stride", help="What it was made for; default by its name.")] = None,
+    table: Annotated[str | None, typer.Option("--table", help="Name of the table, if there are several.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Stride of the thresholds (default: by name).")] = None,
+    model: Model = None,
 ) -> None:
-    """XAttention's table of thresholds."""
+    """Convert XAttention's table of thresholds."""
     with busy("converting"):
         from sparsekit.config.convert import convert_xattention
 
-        convert_xattention(file, output, table=table, stride=stride)
+        config = convert_xattention(file, output, table=table, stride=stride, model=_facts(model))
+    _say_shape(config, model)
     typer.echo(str(output))
+
+
+def _say_shape(config: SparseConfig, model: str | None) -> None:
+    """What only a model can tell: whether the file's columns are its query heads."""
+    if model is None:
+        layers, heads = config.model.num_layers, config.model.num_heads
+        typer.echo(f"for a model of {layers} layers and {heads} query heads; --model checks it", err=True)
 
 
 app.add_typer(calibrate_app, name="calibrate")
@@ -242,7 +303,7 @@ for _name, _command in (("inspect", inspect), ("eval", eval_), ("sweep", sweep),
     app.command(_name)(_command)
 
 
-def _facts(model: str | None) -> ArchFacts | None:
+def _facts(model: str | None) -> Any:
     if model is None:
         return None
     from sparsekit.models import facts

@@ -9,30 +9,30 @@ from typing import Annotated, Any
 import typer
 
 from sparsekit.cli.options import (
-    GATE_TOKENS,
+    GATE,
     Below,
-    Bound,
     Config,
     Dtype,
     ExactDtype,
-    GateSamples,
-    GateTokens,
-    GiveBack,
+    Gate,
     Json,
     JsonFile,
+    Length,
     PatternList,
     Picture,
     RecordFile,
     Samples,
+    Seed,
     Seeds,
     Tasks,
     Weights,
     Yaml,
     command_line,
+    gated,
     load_weights,
 )
 from sparsekit.cli.printing import show
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, words_of
 
 calibrate_app = typer.Typer(
@@ -46,21 +46,21 @@ calibrate_app = typer.Typer(
 def _calibrate_probe(
     model: Weights,
     samples: Samples = 16,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 1024,
+    tokens: Length = 1024,
     seeds: Seeds = "0,1,2,3",
     tasks: Tasks = "needle4,passkey",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts a forward.")] = 1,
-    sink: Annotated[int, typer.Option("--sink-tokens", help="Of the probe's sections.")] = 64,
-    window: Annotated[int, typer.Option("--window-tokens", help="Of the probe's sections.")] = 128,
-    last: Annotated[int, typer.Option("--last-tokens", help="Of the probe's sections.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts per forward pass.")] = 1,
+    sink: Annotated[int, typer.Option("--sink-tokens", help="Sink tokens of the probe's sections.")] = 64,
+    window: Annotated[int, typer.Option("--window-tokens", help="Window tokens of the probe's sections.")] = 128,
+    last: Annotated[int, typer.Option("--last-tokens", help="Last rows of the probe's sections.")] = 128,
     records: RecordFile = None,
     output: JsonFile = None,
     picture: Picture = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """How much the answer depends on each section of each layer's attention: TriangleMix's gradient probe."""
+    """Measure how much the answer depends on each section of each layer's attention (TriangleMix's gradient probe)."""
     from sparsekit.lab.calibrate.probe import Sections, probe
 
     found = probe(
@@ -82,25 +82,22 @@ def _calibrate_probe(
 
 
 @calibrate_app.command("rule")
+@gated
 def _calibrate_rule(
     model: Weights,
-    rule: Annotated[str, typer.Option("--rule", help="suffix, lowest_k, list or search.")],
+    rule: Annotated[str, typer.Option("--rule", help="How layers are chosen: suffix, lowest_k, list or search.")],
     output: Yaml,
-    probe_file: Annotated[Path | None, typer.Option("--probe", help="What `calibrate probe -o` wrote.")] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="What the layers run: a name, or as in YAML.")] = "triangle",
+    probe_file: Annotated[Path | None, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")] = None,
+    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen layers, as in YAML.")] = "triangle",
     epsilon: Annotated[float, typer.Option("--epsilon", help="suffix: share of the largest Grad(Middle).")] = 0.2,
-    k: Annotated[int | None, typer.Option("--k", help="lowest_k: layers.")] = None,
-    layers: Annotated[str | None, typer.Option("--layers", help="list: `5,7,10-20`.")] = None,
-    budget: Annotated[float, typer.Option("--budget", help="search: KL from dense, nats a token.")] = 0.002,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="search: prompts, at least 2.")] = 8,
-    tokens: Annotated[str, typer.Option("--tokens", "-n", help="search: their lengths.")] = "2048",
+    k: Annotated[int | None, typer.Option("--k", help="lowest_k: number of layers.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="list: the layers, such as `5,7,10-20`.")] = None,
+    budget: Annotated[float, typer.Option("--budget", help="search: KL from dense, in nats per token.")] = 0.002,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="search: number of prompts, at least 2.")] = 8,
+    tokens: Annotated[str, typer.Option("--tokens", "-n", help="search: prompt lengths, comma-separated.")] = "2048",
     dense_below: Below = 1024,
-    gate_tokens: GateTokens = GATE_TOKENS,
-    gate_samples: GateSamples = 16,
-    bound: Bound = 0.1,
-    give_back: GiveBack = False,
-    records: RecordFile = None,
-    device: Device = "cpu",
+    gate: Gate = GATE,
+    device: Device = "auto",
     dtype: ExactDtype = None,
 ) -> None:
     """Choose layers by a rule, and write the config if it passes the gate."""
@@ -112,9 +109,9 @@ def _calibrate_rule(
     from sparsekit.patterns import parse_pattern
 
     found = None if probe_file is None else read_probe(probe_file)
-    given = patterns_of(pattern)
+    given = patterns_of(pattern, "--pattern")
     if len(given) != 1:
-        raise SparsekitError(f"--pattern {pattern!r}: one pattern, which all chosen layers run, not {len(given)}.")
+        raise SparsekitError(f"--pattern {shown(pattern)}: want one pattern for all chosen layers; got {len(given)}.")
     runs = parse_pattern(given[0])
     loaded = load_weights(model, device, dtype, exact=True)
     arch = facts(loaded[0])
@@ -122,8 +119,8 @@ def _calibrate_rule(
     def bears(some: Sequence[int]) -> bool:
         lengths = numbers_of(tokens, "--tokens")
         prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=samples, seeds=[0])
-        effect = Judge(*loaded, prompts, records).effect(dict.fromkeys(some, runs))
-        return effect.kl_at_most <= budget and effect.lost <= bound
+        effect = Judge(*loaded, prompts, gate.records).effect(dict.fromkeys(some, runs))
+        return effect.kl_at_most <= budget and effect.lost <= gate.bound
 
     numbers, said = apply_rule(
         rule, found, num_layers=arch.num_layers, epsilon=epsilon, k=k, layers=layers, bears=bears
@@ -133,34 +130,35 @@ def _calibrate_rule(
     said = {"by": "sparsekit calibrate rule", **said}
     found_config = write_config(arch, dict.fromkeys(numbers, runs), said, dense_below_tokens=dense_below)
     config = _signed(found_config, model)
-    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+    _gate_and_write(loaded, config, output, gate)
 
 
 @calibrate_app.command("tune")
+@gated
 def _calibrate_tune(
     model: Weights,
     patterns: PatternList,
     output: Yaml,
-    budget: Annotated[float, typer.Option("--budget", help="Mean KL from dense, nats an answer token.")] = 0.002,
+    budget: Annotated[float, typer.Option("--budget", help="Mean KL from dense, in nats per answer token.")] = 0.002,
     lost: Annotated[float, typer.Option("--lost", help="Share of the answers that may be lost.")] = 0.05,
     tokens: Lengths = "2048",
-    cost_tokens: Annotated[int | None, typer.Option("--cost-tokens", help="Where costs are counted.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts a single layer.")] = 3,
-    verify: Annotated[int, typer.Option("--verify", min=2, help="Prompts a whole mixture, at least 2.")] = 12,
-    layers: Annotated[str | None, typer.Option("--layers", help="That may be sparse: `5,7,10-20`.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    cost_tokens: Annotated[
+        int | None, typer.Option("--cost-tokens", help="Prompt length at which costs count.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts for a single layer.")] = 3,
+    verify: Annotated[int, typer.Option("--verify", min=2, help="Prompts for a whole mixture, at least 2.")] = 12,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Layers that may be sparse, such as `5,7,10-20`.")
+    ] = None,
+    seed: Seed = 0,
     tasks: Tasks = "needle4",
     dense_below: Below = 1024,
-    gate_tokens: GateTokens = GATE_TOKENS,
-    gate_samples: GateSamples = 16,
-    bound: Bound = 0.1,
-    give_back: GiveBack = False,
-    records: RecordFile = None,
+    gate: Gate = GATE,
     report: Annotated[Path | None, typer.Option("--report", help="JSON file of every measurement.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: ExactDtype = None,
 ) -> None:
-    """The cheapest mixture of patterns within a budget of divergence from dense, and its config if it passes."""
+    """Find the cheapest mixture of patterns within a budget of divergence from dense; write its config if it passes."""
     from sparsekit.config import parse_range
     from sparsekit.lab.calibrate.tune import summary, tune
 
@@ -178,41 +176,38 @@ def _calibrate_tune(
         seed=seed,
         tasks=words_of(tasks),
         dense_below_tokens=dense_below,
-        records=records,
+        records=gate.records,
     )
     show(found.to_dict(), found.table(), False, report)
     typer.echo("\n".join(summary(found)))
     if found.dense:
         raise SparsekitError(f"{str(output)!r} is not written: no mixture is within the budget of {budget}.")
     config = _signed(found.config, model)
-    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+    _gate_and_write(loaded, config, output, gate)
 
 
 @calibrate_app.command("heads")
+@gated
 def _calibrate_heads(
     model: Weights,
     output: Yaml,
     patterns: Annotated[
-        str, typer.Option("--patterns", help="`minference`, `xattention` (a ladder of thresholds), or a list.")
+        str, typer.Option("--patterns", help="`minference`, `xattention` (thresholds), or a comma-separated list.")
     ] = "minference",
     flops: Annotated[
-        float | None, typer.Option("--flops", help="Target, share of dense; default MInference's.")
+        float | None, typer.Option("--flops", help="Target, as a share of dense (default: MInference's).")
     ] = None,
-    per_head: Annotated[bool, typer.Option("--per-head", help="Hold the target in each head, as MInference.")] = False,
+    per_head: Annotated[bool, typer.Option("--per-head", help="Meet the target in each head, as MInference.")] = False,
     samples: Samples = 1,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt.")] = 2048,
-    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    tokens: Length = 2048,
+    seed: Seed = 0,
     dense_below: Below = 1024,
-    gate_tokens: GateTokens = GATE_TOKENS,
-    gate_samples: GateSamples = 16,
-    bound: Bound = 0.1,
-    give_back: GiveBack = False,
-    records: RecordFile = None,
+    gate: Gate = GATE,
     report: Annotated[Path | None, typer.Option("--report", help="JSON file of every choice.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
 ) -> None:
-    """A pattern, or a threshold, for every head by the error of its output, and the config if it passes the gate."""
+    """Choose a pattern or threshold for each head by its output error; write the config if it passes the gate."""
     from sparsekit.lab.calibrate.heads import MINFERENCE_SPACE, search_heads, threshold_ladder
 
     loaded = load_weights(model, device, dtype)
@@ -226,32 +221,29 @@ def _calibrate_heads(
         tokens=tokens,
         seed=seed,
         dense_below_tokens=dense_below,
-        records=records,
+        records=gate.records,
     )
     show(found.to_dict(), found.table(), False, report)
     config = _signed(found.config, model)
-    _gate_and_write(loaded, config, output, gate_tokens, gate_samples, bound, give_back, records)
+    _gate_and_write(loaded, config, output, gate)
 
 
 @calibrate_app.command("gate")
+@gated
 def _calibrate_gate(
     model: Weights,
     config: Config,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Config to write where it passes.")] = None,
-    gate_tokens: GateTokens = GATE_TOKENS,
-    gate_samples: GateSamples = 16,
-    bound: Bound = 0.1,
-    give_back: GiveBack = False,
-    records: RecordFile = None,
-    device: Device = "cpu",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Config to write if it passes.")] = None,
+    gate: Gate = GATE,
+    device: Device = "auto",
     dtype: Dtype = None,
 ) -> None:
-    """Needle checks of a config against dense attention; exit code 1 and the layers to blame where it fails."""
+    """Check a config against dense attention on needle prompts; if it fails, exit with 1 and name the layers."""
     from sparsekit.config import load
 
     checked = load(config)
     loaded = load_weights(model, device, dtype)
-    _gate_and_write(loaded, checked, output, gate_tokens, gate_samples, bound, give_back, records)
+    _gate_and_write(loaded, checked, output, gate)
 
 
 @calibrate_app.command("curve")
@@ -260,16 +252,16 @@ def _calibrate_curve(
     patterns: PatternList = "triangle,a_shape",
     starts: Annotated[str, typer.Option("--starts", help="First layers that run the pattern, comma-separated.")] = "0",
     samples: Samples = 96,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 2200,
-    seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
+    tokens: Length = 2200,
+    seed: Seed = 0,
     tasks: Tasks = "needle4",
     records: RecordFile = None,
     output: JsonFile = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: ExactDtype = None,
     as_json: Json = False,
 ) -> None:
-    """Divergence from dense and scores, against the layer from which a pattern runs: to hold a probe against."""
+    """Measure divergence from dense and scores against the first layer that runs a pattern."""
     from sparsekit.lab.calibrate.curve import start_layer_curve
 
     found = start_layer_curve(
@@ -287,20 +279,20 @@ def _calibrate_curve(
 
 def inspect(
     model: Weights,
-    config: Annotated[str | None, typer.Option("--config", help="A YAML file: what it drops is measured too.")] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Also measure what this config drops.")] = None,
     gradient: Annotated[bool, typer.Option("--gradient", help="Also the gradient that the config drops.")] = False,
     samples: Samples = 4,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of a prompt with its answer.")] = 1024,
+    tokens: Length = 1024,
     seeds: Seeds = "0,1",
     tasks: Tasks = "needle4,passkey",
-    epsilon: Annotated[float, typer.Option("--epsilon", help="A sink score above it is a sink.")] = 0.3,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Sink score above which a token is a sink.")] = 0.3,
     output: JsonFile = None,
     picture: Picture = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Attention sinks: where, how strong, and how many sink tokens the model needs."""
+    """Measure attention sinks: where they are, how strong, and how many sink tokens the model needs."""
     from sparsekit.lab.calibrate.sinks import inspect_model
 
     found = inspect_model(
@@ -327,17 +319,20 @@ def _gate_and_write(
     loaded: tuple[Any, Any],
     config: Any,
     output: Path | None,
-    tokens: str,
-    samples: int,
-    bound: float,
-    back: bool,
-    records: Path | None,
+    options: Gate,
 ) -> None:
     from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
 
-    for again in (back, False):
-        lengths = numbers_of(tokens, "--gate-tokens")
-        report = gate(*loaded, config, tokens=lengths, samples=samples, bound=bound, records=records)
+    lengths = numbers_of(options.gate_tokens, "--gate-tokens")
+    for again in (options.give_back, False):
+        report = gate(
+            *loaded,
+            config,
+            tokens=lengths,
+            samples=options.gate_samples,
+            bound=options.bound,
+            records=options.records,
+        )
         show(report.to_dict(), report.table(), False, None)
         if not (again and report.give_back and report.regained):
             break

@@ -12,36 +12,37 @@ from sparsekit.cli.options import (
     Dtype,
     Json,
     Samples,
+    Seed,
     Tasks,
     command_line,
     load_weights,
 )
 from sparsekit.cli.printing import busy, print_json, print_table
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, Lengths, device_of, numbers_of, words_of
 
 
 def eval_(
     context: typer.Context,
     configs: Annotated[
-        list[str], typer.Argument(metavar="CONFIG...", help="YAML files; `model` is the model as it is.")
+        list[str], typer.Argument(metavar="CONFIG...", help="YAML files; `model` stands for the unchanged model.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="A hub id, a folder, a .gguf file, or `smollm2-135m`.")],
     tasks: Tasks = "passkey,needle4",
     lengths: Lengths = "2048",
     samples: Samples = 24,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    corpus: Annotated[str | None, typer.Option(help="Folder of texts, or `pydoc`, for the tasks that read.")] = None,
-    harness: Annotated[str | None, typer.Option("--harness", help="`lm-eval`: --tasks are its tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="lm-eval: documents of each task; default all.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="lm-eval: examples; default the task's.")] = None,
-    include: Annotated[Path | None, typer.Option(help="lm-eval: folder with task YAMLs of one's own.")] = None,
+    seed: Seed = 0,
+    corpus: Annotated[str | None, typer.Option(help="For the tasks that read: a folder of texts, or `pydoc`.")] = None,
+    harness: Annotated[str | None, typer.Option("--harness", help="`lm-eval`: --tasks names its tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="lm-eval: documents per task (default: all).")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="lm-eval: examples (default: the task's).")] = None,
+    include: Annotated[Path | None, typer.Option(help="lm-eval: folder with your own task YAMLs.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Scores, divergence from dense, time to first token and density of configs on tasks, ours or lm-eval's."""
+    """Measure scores, divergence from dense, time to first token and density of configs on tasks."""
     from sparsekit.config import load
     from sparsekit.lab.evaluate import evaluate
     from sparsekit.lab.lm_eval import records_kept
@@ -49,7 +50,7 @@ def eval_(
 
     chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
     if len(chosen) < len(configs):
-        raise SparsekitError(f"CONFIG {', '.join(configs)}: each one once.")
+        raise SparsekitError(f"CONFIG {shown(configs)}: a config is listed twice.")
     _check_harness(context, harness)
     if harness is not None:
         options = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "output": output}
@@ -95,7 +96,7 @@ def eval_(
 def _check_harness(context: typer.Context, harness: str | None) -> None:
     """Options that do not go with the kind of tasks are errors, whether or not they would change anything."""
     if harness not in (None, "lm-eval"):
-        raise SparsekitError(f"--harness {harness!r}: lm-eval is the one that there is; leave it out for our tasks.")
+        raise SparsekitError(f"--harness {shown(harness)}: want lm-eval, or nothing for sparsekit's own tasks.")
     given = {name for name in context.params if _typed(context, name)}
     for name in ("lengths", "samples", "corpus") if harness else ("limit", "num_fewshot", "include"):
         if name in given:
@@ -103,7 +104,7 @@ def _check_harness(context: typer.Context, harness: str | None) -> None:
             raise SparsekitError(
                 f"{option} does not go with --harness lm-eval: its tasks have prompts of their own (--limit: fewer)."
                 if harness
-                else f"{option} goes with --harness lm-eval only; our tasks have --tokens, --samples and --corpus."
+                else f"{option} needs --harness lm-eval; sparsekit's own tasks have --tokens, --samples and --corpus."
             )
     if harness and "tasks" not in given:
         raise SparsekitError("--harness lm-eval needs --tasks: names of its tasks, such as hellaswag,gsm8k.")
@@ -146,36 +147,41 @@ def _eval_by_lm_eval(
 
 def sweep(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE.yaml", help="A question, its axes, tasks and lengths.")],
+    file: Annotated[str, typer.Argument(metavar="FILE.yaml", help="Question, axes, tasks and lengths.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Result file, JSONL; default the name of FILE, here.")
+        Path | None,
+        typer.Option("--output", "-o", help="Result file, .jsonl (default: FILE.jsonl here)."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Prompts for each run, instead of the file's.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1")] = "cpu",
-    executor: Annotated[str, typer.Option(help="inline, processes or ray: a worker for each device.")] = "inline",
+    samples: Annotated[int | None, typer.Option(min=1, help="Prompts per run, instead of the file's.")] = None,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="As elsewhere, or several: cuda:0,cuda:1."),
+    ] = "auto",
+    executor: Annotated[str, typer.Option(help="inline, processes or ray: one worker per device.")] = "inline",
     address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster: auto, ray://...; default one is started.")
+        str | None, typer.Option(help="Address of a Ray cluster: auto, ray://... (default: start one).")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ray's workers, all on --device.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="Of each of Ray's workers: 0.5 puts two on a card.")] = 0.0,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and do none.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers, all on --device.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs per Ray worker; 0.5 puts two on a GPU.")] = 0.0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Repeat runs that failed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs without doing any.")] = False,
     best_rule: Annotated[
-        str | None, typer.Option("--best", help='The fastest config that keeps a rule: "score within 1% of dense".')
+        str | None,
+        typer.Option("--best", help='Rule for the fastest config: "score within 1% of dense".'),
     ] = None,
     best_output: Annotated[
-        Path | None, typer.Option("--best-output", help="Where its YAML goes; FILE-best.yaml.")
+        Path | None, typer.Option("--best-output", help="Config to write for --best (default: FILE-best.yaml).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Do the runs of a question that are still missing; killed at any point, the same command goes on."""
+    """Run what is still missing of a sweep; after an interruption the same command resumes it."""
     from sparsekit.lab.sweep import best, load_question, run_sweep
     from sparsekit.lab.sweep.best import overview, parse_rule
 
     _check_sweep_options(context, executor)
-    question, devices = load_question(file), [device_of(one) for one in words_of(device)]
+    question, devices = load_question(Path(file)), [device_of(name) for name in words_of(device)]
     if not devices:
-        raise SparsekitError(f"--device {device!r}: at least one: cpu, cuda, cuda:0,cuda:1.")
+        raise SparsekitError(f"--device {shown(device)}: at least one is needed, such as cpu, cuda or cuda:0,cuda:1.")
     if best_rule is not None:
         parse_rule(best_rule)
     if dry_run:
@@ -234,9 +240,9 @@ def _check_sweep_options(context: typer.Context, executor: str) -> None:
     """Options that would change nothing are errors."""
     for name in ("address", "workers", "gpus"):
         if executor != "ray" and _typed(context, name):
-            raise SparsekitError(f"--{name} goes with --executor ray only; this one is {executor}.")
+            raise SparsekitError(f"--{name} needs --executor ray; the executor is {executor}.")
     if _typed(context, "best_output") and not _typed(context, "best_rule"):
-        raise SparsekitError("--best-output goes with --best only.")
+        raise SparsekitError("--best-output needs --best.")
 
 
 def _say_found(plan: Any, tried: int, records: list[dict[str, Any]]) -> None:
@@ -258,12 +264,12 @@ def report(
             metavar="RESULTS...", help="JSONL files of `sweep` or `eval`, and JSON files of `calibrate probe -o`."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html; or its table, .md.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html or .md (its table).")] = Path(
         "report.html"
     ),
-    title: Annotated[str | None, typer.Option(help="Its heading; default the question.")] = None,
+    title: Annotated[str | None, typer.Option(help="Page heading (default: the question).")] = None,
 ) -> None:
-    """One page of results: scores against time and density, depths, layers, gradients, configs, tables, filters."""
+    """Write a page of results: scores against time and density, depths, layers, gradients, configs and tables."""
     from sparsekit.lab.report import write_report
 
     with busy("writing"):

@@ -2,57 +2,97 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsekit.cli.printing import busy
-from sparsekit.lab.options import device_of
+from sparsekit.lab.options import LARGEST, device_of
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
-Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Length of the prompt, in tokens.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Prompt length in tokens.")]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Check against a model: its folder, config.json, hub id, or `smollm2-135m`."),
 ]
 Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or `smollm2-135m`; weights are read.")
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="Default: the checkpoint's; on a CPU bfloat16 or float32, by a measurement."),
-]
+    typer.Option("--dtype", help="Dtype of the weights (default: the checkpoint's; on a CPU the faster of bfloat16 and "
+                                 "float32, measured)."),
+]  # fmt: skip
 ExactDtype = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", help="Default: the checkpoint's; on a CPU float32, since bfloat16's rounding hides small KL."
-    ),
-]
+    typer.Option("--dtype", help="Dtype of the weights (default: the checkpoint's; on a CPU float32, because rounding "
+                                 "to bfloat16 hides a small KL)."),
+]  # fmt: skip
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST, help="Seed of the prompts.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of the prompts, comma-separated.")]
-Tasks = Annotated[str, typer.Option("--tasks", help="Comma-separated.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Prompts.")]
+Tasks = Annotated[str, typer.Option("--tasks", help="Tasks, comma-separated.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Number of prompts.")]
+Length = Annotated[int, typer.Option("--tokens", "-n", min=1, max=LARGEST, help="Prompt length in tokens.")]
 RecordFile = Annotated[
-    Path | None, typer.Option("--records", help="JSONL file of what was measured; an interrupted run goes on from it.")
+    Path | None, typer.Option("--records", help="JSONL file of measurements; an interrupted run resumes from it.")
 ]
-Picture = Annotated[Path | None, typer.Option("--picture", help="Draw it: .png, .svg or .pdf.")]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Picture to write: .png, .svg or .pdf.")]
 JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
-GateTokens = Annotated[str, typer.Option("--gate-tokens", help="Lengths that the gate checks, tokens.")]
-GateSamples = Annotated[int, typer.Option("--gate-samples", min=1, help="Prompts for each task and length.")]
-Bound = Annotated[float, typer.Option("--bound", help="Share of the answers that the config may lose against dense.")]
-GiveBack = Annotated[
-    bool, typer.Option("--give-back", help="Where the gate names layers: make them dense, and try once more.")
-]
-Below = Annotated[int, typer.Option("--dense-below", min=0, help="Shorter prompts run dense, tokens.")]
+Below = Annotated[int, typer.Option("--dense-below", min=0, help="Prompts shorter than this run dense, in tokens.")]
 PatternList = Annotated[
     str,
-    typer.Option("--patterns", help="Candidates, comma-separated: names, or `{name: triangle, window_tokens: 256}`."),
+    typer.Option(
+        "--patterns",
+        help="Candidates, comma-separated: names, or mappings such as `{name: triangle, window_tokens: 256}`.",
+    ),
 ]
-GATE_TOKENS = "2048,4096"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the commands that write a config through the gate take: their parameter `gate` becomes these options."""
+
+    gate_tokens: Annotated[
+        str, typer.Option("--gate-tokens", help="Prompt lengths that the gate checks, in tokens, comma-separated.")
+    ] = "2048,4096"
+    gate_samples: Annotated[
+        int, typer.Option("--gate-samples", min=1, help="Prompts of the gate for each task and length.")
+    ] = 16
+    bound: Annotated[
+        float, typer.Option("--bound", help="Share of dense attention's right answers that the config may lose.")
+    ] = 0.1
+    give_back: Annotated[
+        bool, typer.Option("--give-back", help="If the gate names layers, make them dense and try once more.")
+    ] = False
+    records: RecordFile = None
+
+
+GATE = Gate()
+
+
+def gated(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `gate` is typed as the options of `Gate`."""
+    options = inspect.signature(Gate, eval_str=True).parameters.values()
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [one for own in signature.parameters.values() for one in (options if own.name == "gate" else (own,))]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        gate = Gate(**{field.name: given.pop(field.name) for field in fields(Gate)})
+        command(**given, gate=gate)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 def command_line() -> str:

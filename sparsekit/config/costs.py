@@ -12,15 +12,15 @@ layer 0.34, predicted 0.30. What is not counted is not attention, so a predictio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsekit.call.geometry import Geometry
-from sparsekit.config.ranges import format_range
+from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, total
 from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import (
@@ -38,184 +38,9 @@ __all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]
 # A plan's entry is `position * 4 + flags` in 32 bits.
 MAX_TOKENS = 1 << 29
 
-PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-
 _CPU = torch.device("cpu")
 _CUDA = torch.device("cuda")  # whose crossover lengths are shown; it need not be here
 _SIZES = ("num_key_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size")
-
-
-@dataclass(frozen=True)
-class LayerExplanation:
-    """One layer. Counts are of one sample and all query heads; what cannot be known is None, and `why` says so.
-
-    Attributes:
-        layer: its number, from 0.
-        runs: "sparse", "dense", or "own" (attention that is not full causal, which the model keeps).
-        why: why it does not run `pattern` as written, or nothing.
-        pattern: what the config says.
-        density: pairs kept / causal pairs, unrounded; None for a dynamic pattern, which chooses from the prompt.
-        density_at_most: what `density` cannot exceed, where budgets bound it.
-        dense_below: prompts shorter than this, tokens, run dense on a GPU in place of a dynamic pattern; 0: none do.
-        tile_density: tiles visited / tiles of dense causal attention.
-        tiles, dense_tiles: tiles of `block_q` x `block_kv` tokens that are visited, and that dense attention visits.
-        model_tiles: what the unpatched model visits where its layer has a window; None: `dense_tiles`, or not known.
-        pairs, dense_pairs: query-key pairs.
-        plan_bytes: of the plan's tensors, which layers of one pattern share.
-        attention_flops, dense_attention_flops: 4 * head_dim for each pair of the visited tiles.
-        pair_flops: 4 * head_dim for each kept pair: the least that any kernel could do.
-        share, dense_share: of this layer's attention in the predicted prefill with this config, and in the dense one.
-    """
-
-    layer: int
-    runs: str
-    why: str
-    pattern: str
-    density: float | None
-    tile_density: float | None
-    tiles: int | None
-    dense_tiles: int
-    pairs: int | None
-    dense_pairs: int
-    plan_bytes: int | None
-    density_at_most: float | None = None
-    dense_below: int = 0
-    model_tiles: int | None = None
-    attention_flops: int | None = None
-    dense_attention_flops: int | None = None
-    pair_flops: int | None = None
-    share: float | None = None
-    dense_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found. Printing it gives a table.
-
-    Attributes:
-        model: a label, or nothing.
-        tokens: length of the prompt.
-        block_q, block_kv: the tile that was counted, tokens.
-        layers: one for each layer.
-        linear_flops: of all projections and MLPs, and the language head for one token.
-        plan_bytes: of all different plans together, as they are kept.
-        missing: facts without which some numbers are None.
-    """
-
-    model: str
-    tokens: int
-    block_q: int
-    block_kv: int
-    layers: tuple[LayerExplanation, ...]
-    linear_flops: int | None
-    plan_bytes: int | None
-    missing: tuple[str, ...]
-
-    @property
-    def density(self) -> float | None:
-        """Pairs kept / causal pairs, over all layers."""
-        return _ratio(_total(row.pairs for row in self.layers), sum(row.dense_pairs for row in self.layers))
-
-    @property
-    def attention_flops(self) -> int | None:
-        return _total(row.attention_flops for row in self.layers)
-
-    @property
-    def dense_attention_flops(self) -> int | None:
-        return _total(row.dense_attention_flops for row in self.layers)
-
-    @property
-    def prefill_flops(self) -> int | None:
-        """Predicted cost of the whole prefill with this config."""
-        return _total([self.linear_flops, self.attention_flops])
-
-    @property
-    def dense_prefill_flops(self) -> int | None:
-        return _total([self.linear_flops, self.dense_attention_flops])
-
-    @property
-    def prefill_ratio(self) -> float | None:
-        """Predicted time of the whole prefill / that of the dense prefill."""
-        return _ratio(self.prefill_flops, self.dense_prefill_flops)
-
-    @property
-    def attention_share(self) -> float | None:
-        """Share of attention in the predicted prefill with this config."""
-        return _ratio(self.attention_flops, self.prefill_flops)
-
-    @property
-    def dense_attention_share(self) -> float | None:
-        """Share of attention in the dense prefill: what there is to win."""
-        return _ratio(self.dense_attention_flops, self.dense_prefill_flops)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers and text, one object a layer under `layers`."""
-        totals = (
-            "density",
-            "attention_flops",
-            "dense_attention_flops",
-            "prefill_flops",
-            "dense_prefill_flops",
-            "prefill_ratio",
-            "attention_share",
-            "dense_attention_share",
-        )
-        found = asdict(self)
-        layers = found.pop("layers")
-        found["missing"] = list(self.missing)
-        return {**found, **{name: getattr(self, name) for name in totals}, "layers": list(layers)}
-
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """(headings, rows) in words, neighbouring layers that are alike in one row."""
-        head = ["layers", "pattern", "density", "tile density", "tiles", "plan", "FLOPs", "of dense", "share"]
-        rows = []
-        for layers, row in _alike(self.layers):
-            flops = _ratio(row.attention_flops, row.dense_attention_flops)
-            why = [f"{row.runs}: {row.why}"] if row.why else []
-            why += [f"dense below {row.dense_below:,} tokens on a GPU"] if row.dense_below else []
-            name = row.pattern + (f" [{'; '.join(why)}]" if why else "")
-            rows.append(
-                [
-                    format_range(layers),
-                    name,
-                    _percent(row.density)
-                    if row.density_at_most in (None, 1)
-                    else f"<= {_percent(row.density_at_most)}",
-                    _percent(row.tile_density),
-                    "?" if row.tiles is None else f"{row.tiles:,}",
-                    _amount(row.plan_bytes, "B"),
-                    _amount(row.attention_flops, ""),
-                    _percent(flops),
-                    _percent(row.share) + (" each" if row.share is not None and len(layers) > 1 else ""),
-                ]
-            )
-        return head, rows
-
-    def summary(self) -> list[str]:
-        """What the table adds up to, and what was counted, in sentences."""
-        lines = [
-            f"FLOPs: attention of one layer, 4 x head_dim for each pair of a visited {self.block_q} x {self.block_kv} "
-            "tile and query head; share: its part of the whole prefill, linear layers included, all at one rate."
-        ]
-        if self.prefill_ratio is not None and self.dense_attention_share is not None:
-            lines.append(
-                f"Predicted prefill of {self.tokens:,} tokens: {self.prefill_ratio:.3f} of the dense one's time, in "
-                f"which attention takes {_percent(self.dense_attention_share)}."
-            )
-        if self.missing:
-            lines.append(f"Not predicted, because these are not known: {', '.join(self.missing)}.")
-        return lines
-
-    def __str__(self) -> str:
-        head, rows = self.table()
-        width = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-        body = [
-            "  ".join(
-                f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, width, strict=True))
-            )
-            for line in [head, *rows]
-        ]
-        return "\n".join([f"{self.model or 'model'}, {self.tokens:,} tokens", *body, *self.summary()])
 
 
 def explain(
@@ -238,7 +63,7 @@ def explain(
     resolved = config.resolve(facts)
     own = resolved.own_layers(facts)
     geometry = Geometry.of(tokens)
-    because = _dense_because(config, tokens)
+    because = config.why_dense(tokens, tokens)
     counted: dict[Any, LayerExplanation] = {}
     rows, unknown = [], []
     for layer in resolved.layers:
@@ -257,7 +82,7 @@ def explain(
             block_kv=geometry.block_kv,
             layers=tuple(rows),
             linear_flops=None if missing else _linear_flops(facts, tokens),
-            plan_bytes=_total(row.plan_bytes for row in counted.values()),
+            plan_bytes=total(row.plan_bytes for row in counted.values()),
             missing=(*missing, *dict.fromkeys(unknown)),
         ),
         facts,
@@ -278,15 +103,6 @@ def facts_for(config: SparseConfig, model: ModelFacts | None) -> ModelFacts:
         )
     missing = {name: getattr(config.model, name) for name in ("name", *_SIZES) if getattr(model, name) is None}
     return model.model_copy(update=missing)
-
-
-def _dense_because(config: SparseConfig, tokens: int) -> str:
-    """Why a prompt of that length runs the model's own attention everywhere, or nothing."""
-    if tokens < config.min_queries:
-        return f"{tokens} queries, fewer than min_queries {config.min_queries}"
-    if tokens < config.dense_below_tokens:
-        return f"{tokens} tokens, fewer than dense_below_tokens {config.dense_below_tokens}"
-    return ""
 
 
 # ---- counting
@@ -319,15 +135,15 @@ def _count(
     else:
         names = ", ".join(dict.fromkeys(p.name for p in executed.patterns if not isinstance(p, StaticPattern)))
         why = f"what {names} keeps depends on the prompt"
-        at_most = _ratio(_most_pairs(executed, geometry), dense_pairs)
+        at_most = ratio(_most_pairs(executed, geometry), dense_pairs)
     pairs, tiles, plan_bytes = counts or (None, None, None)
     return LayerExplanation(
         layer=layer.layer,
         runs=runs,
         why=why,
         pattern=str(layer),
-        density=_ratio(pairs, dense_pairs),
-        tile_density=_ratio(tiles, dense_tiles),
+        density=ratio(pairs, dense_pairs),
+        tile_density=ratio(tiles, dense_tiles),
         tiles=tiles,
         dense_tiles=dense_tiles,
         pairs=pairs,
@@ -414,9 +230,10 @@ def _linear_flops(facts: ModelFacts, tokens: int) -> int:
     """2 for each weight and token: projections and gated MLPs of all layers, the language head for the last token."""
     sizes: dict[str, Any] = {name: getattr(facts, name) for name in (*_SIZES, "num_layers", "num_heads")}
     hidden, layers, mlp = sizes["hidden_size"], sizes["num_layers"], sizes["intermediate_size"]
-    projections = 2 * hidden * (sizes["num_heads"] + sizes["num_key_heads"]) * sizes["head_dim"]
+    heads = sum(facts.layer_heads or [layers * sizes["num_heads"]])
+    projections = 2 * hidden * (heads + layers * sizes["num_key_heads"]) * sizes["head_dim"]
     mlps = 3 * hidden * (sum(mlp) if isinstance(mlp, tuple) else layers * mlp)
-    return 2 * (tokens * (layers * projections + mlps) + hidden * sizes["vocab_size"])
+    return 2 * (tokens * (projections + mlps) + hidden * sizes["vocab_size"])
 
 
 def _predict(found: Explanation, facts: ModelFacts) -> Explanation:
@@ -441,7 +258,7 @@ def _predict(found: Explanation, facts: ModelFacts) -> Explanation:
     return replace(
         counted,
         layers=tuple(
-            replace(row, share=_ratio(row.attention_flops, whole), dense_share=_ratio(row.dense_attention_flops, dense))
+            replace(row, share=ratio(row.attention_flops, whole), dense_share=ratio(row.dense_attention_flops, dense))
             for row in counted.layers
         ),
     )
@@ -451,41 +268,3 @@ def _dense_flops(row: LayerExplanation, of_tile: int) -> int | None:
     """What the layer costs in the unpatched model: its own attention where it keeps that."""
     tiles = row.tiles if row.runs == "own" else row.model_tiles or row.dense_tiles
     return None if tiles is None else tiles * of_tile
-
-
-def _total(values: Iterable[int | None]) -> int | None:
-    known = list(values)
-    return None if any(value is None for value in known) else sum(value for value in known if value is not None)
-
-
-def _ratio(part: int | None, whole: int | None) -> float | None:
-    return part / whole if part is not None and whole else None
-
-
-# ---- words
-
-
-def _alike(rows: Iterable[LayerExplanation]) -> Iterator[tuple[list[int], LayerExplanation]]:
-    """Neighbouring layers that differ in nothing but their number."""
-    group: list[LayerExplanation] = []
-    for row in rows:
-        if group and replace(row, layer=group[0].layer) != group[0]:
-            yield [same.layer for same in group], group[0]
-            group = []
-        group.append(row)
-    if group:
-        yield [same.layer for same in group], group[0]
-
-
-def _percent(value: float | None) -> str:
-    return "?" if value is None else f"{value:.3%}" if value < 0.1 else f"{value:.1%}"
-
-
-def _amount(value: int | None, unit: str) -> str:
-    """12345 -> 12.3 k, three digits."""
-    if value is None:
-        return "?"
-    thousands = 0
-    while value >= 999.5 * 1000**thousands and thousands < len(PREFIXES) - 1:
-        thousands += 1
-    return f"{value / 1000**thousands:.3g} {PREFIXES[thousands]}{unit}".strip()

@@ -32,6 +32,8 @@ class ModelFacts(BaseModel):
     run sparse, and the rest lets `explain` predict time. `sparsekit.models.facts` reads them off a model.
 
     Attributes:
+        num_heads: query heads, of the layer that has most.
+        layer_heads: query heads of each layer, where they differ.
         head_dim: of the keys; not known where layers differ in it.
         intermediate_size: one number, or one a layer.
         layer_types: the kind of each layer, "full_attention", "sliding_attention", or a name of the model's own; not
@@ -46,6 +48,7 @@ class ModelFacts(BaseModel):
     name: str | None = None
     num_layers: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    layer_heads: Annotated[tuple[Size, ...], _LIST] | None = None
     num_key_heads: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1)
     hidden_size: int | None = Field(None, ge=1)
@@ -59,11 +62,16 @@ class ModelFacts(BaseModel):
 
     @model_validator(mode="after")
     def _one_a_layer(self) -> ModelFacts:
-        for name in ("intermediate_size", "layer_types", "sliding_window", "not_computed"):
+        for name in ("layer_heads", "intermediate_size", "layer_types", "sliding_window", "not_computed"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != self.num_layers:
                 raise SparsekitError(f"{name} has {len(value)} values; one for each of num_layers is needed")
         return self
+
+    def heads(self, layer: int) -> int:
+        """Query heads of the layer, of a model whose counts are known."""
+        assert self.num_heads is not None
+        return self.num_heads if self.layer_heads is None else self.layer_heads[layer]
 
     def kind(self, layer: int) -> str:
         """Of the layer's attention."""
@@ -320,16 +328,16 @@ class SparseConfig(BaseModel):
                 base[layer] = pattern
         rules: dict[int, str] = {}  # the key in `heads` that names the layer, if one does
         for key, by_head in self.heads.items():
-            for layer in _numbers(f"heads.{shown(key)}", key, facts.num_layers, "layer"):
-                rules[layer] = key
+            named = _numbers(f"heads.{shown(key)}", key, facts.num_layers, "layer")
+            rules |= dict.fromkeys(named, key)
             for heads in by_head:
-                _numbers(f"heads.{shown(key)}.{shown(heads)}", heads, facts.num_heads, "head")
-        made: dict[tuple[Pattern, str | None], tuple[tuple[Pattern, ...], tuple[int, ...]]] = {}
+                _numbers(f"heads.{shown(key)}.{shown(heads)}", heads, min(map(facts.heads, named)), "head")
+        made: dict[tuple[Pattern, str | None, int], tuple[tuple[Pattern, ...], tuple[int, ...]]] = {}
         layers = []
         for i, pattern in enumerate(base):
-            same = (pattern, rules.get(i))
+            same = (pattern, rules.get(i), facts.heads(i))
             if same not in made:
-                made[same] = self._heads_of_layer(i, pattern, rules.get(i), facts.num_heads)
+                made[same] = self._heads_of_layer(i, *same)
             layers.append(LayerPatterns(i, *made[same]))
         return ResolvedConfig(self, tuple(layers))
 

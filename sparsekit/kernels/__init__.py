@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsekit.kernels.attend.door import attend, choose_call
+from sparsekit.kernels.attend.door import attend, choose_call, softmax_of
 from sparsekit.kernels.choose import (
     IMPLEMENTATIONS,
     Choice,
@@ -23,4 +23,5 @@ __all__ = [
     "geometry_for",
     "narrow_tile",
     "preferred_tile",
+    "softmax_of",
 ]

@@ -1,9 +1,13 @@
-"""Which implementation runs on a device, and the tile that its plans are cut into."""
+"""The table of implementations, and which of them runs on a device and a call.
+
+A new form of the kernel is a file in `attend` and a row here.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -12,21 +16,47 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
-from sparsekit.errors import SparsekitError, nearest
+from sparsekit.call.softmax import Softmax
+from sparsekit.errors import SparsekitError, nearest, shown
+from sparsekit.kernels.attend.hopper import host as hopper
+from sparsekit.kernels.attend.reference import attend_reference
+from sparsekit.kernels.attend.torch_blocks import attend_torch
+from sparsekit.plan import BlockPlan
 
 __all__ = [
-    "HALF",
     "IMPLEMENTATIONS",
+    "TABLE",
     "Choice",
+    "Implementation",
     "choose",
     "choose_device",
-    "list_room",
+    "choose_row",
+    "geometry_for",
     "narrow_tile",
     "preferred_tile",
     "runs_triton",
 ]
 
-IMPLEMENTATIONS = ("triton", "hopper", "torch", "reference")
+Attend = Callable[[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool], "tuple[Tensor, Tensor | None]"]
+
+
+class Implementation(NamedTuple):
+    """One way to execute plans.
+
+    Attributes:
+        missing: (device, asked for by name?) -> why it cannot run there, in a clause, or "".
+        covers: what `attend` takes -> why it cannot run such a call, each reason a clause.
+        tile: (q or None, for rows that keep less when they are narrow?) -> (block_q, block_kv) of its plans.
+        run: q, k, v, plan, softmax, with lse? -> out, lse.
+        selects_in_triton: whether patterns estimate in Triton where it runs.
+    """
+
+    name: str
+    missing: Callable[[torch.device, bool], str]
+    covers: Callable[[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool], list[str]]
+    tile: Callable[[Tensor | None, bool], tuple[int, int]]
+    run: Attend
+    selects_in_triton: bool = False
 
 
 class Choice(NamedTuple):
@@ -36,63 +66,17 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(device: torch.device | str, impl: str | None = None) -> str:
-    """The implementation that runs on `device`: `impl` where it can, an error where it cannot; `None`: the best.
-
-    A single call may still go from "hopper" to "triton": `choose_call`.
-    """
-    return choose_device(device, impl).impl
-
-
-def choose_device(device: torch.device | str, impl: str | None = None) -> Choice:
-    """`choose`, and why: by what the device and the installed Triton can do, never by a card's name."""
-    device = torch.device(device)
-    if impl is None:
-        return _best(device.type, device.index)
-    if impl not in IMPLEMENTATIONS:
-        allowed = ", ".join(IMPLEMENTATIONS)
-        raise SparsekitError(f"impl={impl!r}: one of {allowed}, or None.{nearest(impl, IMPLEMENTATIONS)}")
-    missing = _missing(impl, device) if device.type == "cuda" else _why_not(impl, device)
-    if missing:
-        raise SparsekitError(f"impl={impl!r} cannot run on {device}: {missing}.")
-    return Choice(impl, "asked for")
-
-
-@lru_cache(maxsize=64)
-def _best(kind: str, index: int | None) -> Choice:
-    device = torch.device(kind if index is None else f"{kind}:{index}")
-    if kind != "cuda":
-        return Choice("torch", f"{kind} is not a CUDA device")
-    no_triton = _triton_missing(device)
-    if no_triton:
-        return Choice("torch", no_triton)
-    no_hopper = _hopper_missing(device)
-    if no_hopper:
-        return Choice("triton", f"the Hopper form cannot run: {no_hopper}")
-    return Choice("hopper", "compute capability 9.0 and Gluon; calls it does not cover go to triton")
-
-
-def _why_not(impl: str, device: torch.device) -> str:
-    """Why `impl` cannot run on `device`, or ""."""
-    if impl == "triton":
-        return _triton_missing(device)
-    return _hopper_missing(device) if impl == "hopper" else ""
-
-
-_missing = lru_cache(maxsize=64)(_why_not)  # of a CUDA device: nothing there changes while a process runs
-
-
-def _triton_missing(device: torch.device) -> str:
+def _triton_missing(device: torch.device, asked: bool) -> str:
     """Why the portable kernel cannot run on `device`, or ""."""
+    if device.type != "cuda" and (device.type != "cpu" or not asked):
+        return "it is not a CUDA device"
     if find_spec("triton") is None:
         return "triton is not installed (pip install 'triton>=3.6')"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return ""
-        return "it is not a CUDA device (TRITON_INTERPRET=1 runs the kernel in Triton's interpreter, slowly)"
-    if device.type != "cuda":
-        return "it is not a CUDA device"
-    return _triton_broken()
+    if device.type == "cuda":
+        return _triton_broken()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return "it is not a CUDA device (TRITON_INTERPRET=1 runs the kernel in Triton's interpreter, slowly)"
 
 
 @lru_cache(maxsize=1)
@@ -104,34 +88,102 @@ def _triton_broken() -> str:
     return ""
 
 
-def _hopper_missing(device: torch.device) -> str:
-    """Why the Hopper form cannot run on `device`, or ""."""
-    if device.type != "cuda":
-        return "it is not a CUDA device"
-    if torch.version.cuda is None:
-        return "it needs an NVIDIA device of compute capability 9.0"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"it needs compute capability 9.0, this device has {major}.{minor}"
-    if find_spec("sparsekit.kernels.attend.hopper.host") is None:
-        return "this build of sparsekit has no Hopper form"
-    from sparsekit.kernels.attend.hopper.load import gluon_missing
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    from sparsekit.kernels.attend.triton_blocks import attend_triton
 
-    return gluon_missing()
+    return attend_triton(q, k, v, plan, softmax, return_lse)
 
 
-def preferred_tile(device: torch.device | str) -> tuple[int, int]:
-    """(block_q, block_kv) for plans that run on `device`. The Hopper form likes 128 keys, all others 64."""
-    return (128, 128) if choose(device) == "hopper" else (128, 64)
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    return attend_reference(q, k, v, plan, softmax)
+
+
+def _anywhere(device: torch.device, asked: bool) -> str:
+    return ""
+
+
+def _everything(*call: object) -> list[str]:
+    return []
+
+
+def _64_keys(q: Tensor | None, narrow: bool) -> tuple[int, int]:
+    return 128, 64
+
+
+# In order of preference.
+TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        "hopper", lambda device, _: hopper.missing(device), hopper.covers, hopper.tile, hopper.attend_hopper, True
+    ),
+    Implementation("triton", _triton_missing, _everything, _64_keys, _triton, True),
+    Implementation("torch", _anywhere, _everything, _64_keys, attend_torch),
+    Implementation("reference", _anywhere, _everything, _64_keys, _reference),
+)
+IMPLEMENTATIONS = tuple(row.name for row in TABLE)
+
+
+def choose(device: torch.device | str, impl: str | None = None) -> str:
+    """The implementation that runs on `device`: `impl` where it can, an error where it cannot; `None`: the best.
+
+    A single call may still go to the next in the table: `choose_call`.
+    """
+    return choose_device(device, impl).impl
+
+
+def choose_device(device: torch.device | str, impl: str | None = None) -> Choice:
+    """`choose`, and why: by what the device and the installed Triton can do, never by a GPU's name."""
+    return choose_row(torch.device(device), impl)[1]
+
+
+def choose_row(
+    device: torch.device,
+    impl: str | None = None,
+    call: tuple[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool] | None = None,
+) -> tuple[Implementation, Choice]:
+    """The first row of the table, or the one named `impl`, that can run on the device, and the call if there is one.
+
+    Raises:
+        SparsekitError: no such row; `impl` cannot run on this device, or does not cover this call.
+    """
+    if impl is not None and impl not in (names := [row.name for row in TABLE]):
+        raise SparsekitError(f"impl={shown(impl)}: one of {', '.join(names)}, or None.{nearest(impl, names)}")
+    passed: list[str] = []
+    for row in TABLE:
+        if impl not in (None, row.name):
+            continue
+        missing = (_on_gpu if device.type == "cuda" else _missing)(row, device, impl is not None)
+        reasons = [] if missing or call is None else row.covers(*call)
+        if impl is not None and missing:
+            raise SparsekitError(f"impl={impl!r} cannot run on {device}: {missing}.")
+        if impl is not None and reasons:
+            raise SparsekitError(
+                f"impl={impl!r} does not cover this call: {'; '.join(reasons)}. Another impl, or None, runs it."
+            )
+        if not missing and not reasons:
+            return row, Choice(row.name, "asked for" if impl else "; ".join(passed) or "the first choice, and it can")
+        passed.append(f"{row.name}: {missing}" if missing else f"{row.name} does not cover it: {', '.join(reasons)}")
+    raise AssertionError("the table ends in implementations that run anything")
+
+
+def _missing(row: Implementation, device: torch.device, asked: bool) -> str:
+    return row.missing(device, asked)
+
+
+_on_gpu = lru_cache(maxsize=64)(_missing)  # nothing there changes while a process runs
+
+
+def preferred_tile(device: torch.device | str, impl: str | None = None) -> tuple[int, int]:
+    """(block_q, block_kv) for plans that run on `device`."""
+    return choose_row(torch.device(device), impl)[0].tile(None, False)
 
 
 def narrow_tile(q: Tensor) -> tuple[int, int]:
-    """The same for a pattern that keeps less in narrow rows: 64 queries where the kernel of q (B, H, Q, D) gains.
-
-    The Hopper form reads tiles for two such rows at once, and each half passes what it does not need.
-    """
-    halves = choose(q.device) == "hopper" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
-    return (64, 64) if halves else preferred_tile(q.device)
+    """The same for a pattern that keeps less in narrow rows, where the kernel of q (B, H, Q, D) gains by them."""
+    return choose_row(q.device)[0].tile(q, True)
 
 
 def geometry_for(q: Tensor, k: Tensor) -> Geometry:
@@ -146,13 +198,4 @@ def runs_triton(device: torch.device, impl: str | None = None) -> bool:
     Raises:
         SparsekitError: `impl` cannot run there.
     """
-    return choose_device(device, impl).impl in ("triton", "hopper")
-
-
-HALF = 64
-SPARE = 4  # a pair's steps may end in as many entries that are nowhere
-
-
-def list_room(entries: int, plan_heads: int, rows: int) -> int:
-    """Entries that the list of `pair_rows` may take. plan_heads: of all plan samples. rows: those of each."""
-    return entries + SPARE * plan_heads * (rows // 2 + 1)
+    return choose_row(device, impl)[0].selects_in_triton

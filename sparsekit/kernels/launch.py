@@ -5,7 +5,6 @@ Triton is imported with this file; nothing outside `kernels` imports it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +14,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparsekit.call.geometry import Geometry
-from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
-from sparsekit.plan import upload
+from sparsekit.kernels.device import capability_of
 
 __all__ = ["HEAD_SIZES", "interpreted", "on_device"]
 
@@ -35,7 +32,7 @@ def _nothing():  # type: ignore[no-untyped-def]
     """Never started: it tells what `triton.jit` makes of a function here."""
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[-1] not in HEAD_SIZES:
         raise SparsekitError(
             f"head size {q.shape[-1]}: impl='triton' takes {', '.join(map(str, HEAD_SIZES))}; impl='torch' takes any."
@@ -51,44 +48,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
             raise SparsekitError(
                 f"{name} has strides {tensor.stride()}: impl='triton' needs the last one to be 1: {name}.contiguous()."
             )
-    if not softmax.scale > 0 or (softmax.softcap is not None and not softmax.softcap > 0):
-        raise SparsekitError(f"scale={softmax.scale}, softcap={softmax.softcap}: impl='triton' needs them positive.")
 
 
 def _padded(dim: int) -> int:
     return 1 << (dim - 1).bit_length()
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a CUDA device; (0, 0) for the interpreter and for AMD's, whose numbers mean something else."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _has_tma(device: torch.device) -> bool:
-    return _capability(device)[0] >= 9
+    return capability_of(device)[0] >= 9
 
 
 def _precision(capability: tuple[int, int], dtype: torch.dtype) -> str:
     """How float32 is multiplied. Plain tf32 keeps 3 digits; three passes of it give float32's own error."""
     return "tf32x3" if dtype == torch.float32 and capability[0] >= 8 else "ieee"
-
-
-@functools.lru_cache(maxsize=64)
-def _spans(geometry: Geometry, device: torch.device) -> Tensor:
-    """int32 (B, 4): kv_start, q_first, q_end, keys. One copy a geometry, which a forward's layers share."""
-    rows = [
-        [start, span.q_first, span.q_end, span.keys]
-        for start, span in zip(geometry.kv_start, geometry.spans, strict=True)
-    ]
-    return upload(torch.tensor(rows, dtype=torch.int32), device)
 
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}

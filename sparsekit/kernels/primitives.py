@@ -143,10 +143,10 @@ def _place(i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q: t
         i_sample = at % samples
         i_tile = rows - 1 - at // samples
     i_batch = tl.where(samples > 1, i_sample, i_item // SUB_Q % batch_per)
-    start = tl.load(p_span + i_batch * 4)
-    q_first = tl.load(p_span + i_batch * 4 + 1)
-    q_end = tl.load(p_span + i_batch * 4 + 2)
-    keys = tl.load(p_span + i_batch * 4 + 3)
+    q_first = tl.load(p_span + i_batch * 4)
+    q_end = tl.load(p_span + i_batch * 4 + 1)
+    keys = tl.load(p_span + i_batch * 4 + 2)
+    start = tl.load(p_span + i_batch * 4 + 3)
     pos = (q_first // (SUB_Q * BM) + i_tile) * (SUB_Q * BM) + sub * BM
     return i_sample, i_tile, i_batch, pos, pos + start - q_offset, start, q_first, q_end, keys
 

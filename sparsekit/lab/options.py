@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 
 __all__ = ["device_of", "numbers_of", "patterns_of", "words_of"]
 
+LARGEST = 2**31 - 1
+MOST_NUMBERS = 1000  # of a list that is typed
+
 Lengths = Annotated[str, typer.Option("--tokens", "-n", help="Prompt lengths in tokens, comma-separated.")]
-Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one, else the CPU.")
+]
 Rows = Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file for the rows.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Default bfloat16 on a CUDA device, else float32.")]
 Model = Annotated[
@@ -22,7 +27,7 @@ Shape = Annotated[str | None, typer.Option("--shape", help="Of random weights: l
 
 
 def device_of(text: str) -> str:
-    """A device; `auto` is CUDA's where there is one."""
+    """The device that `--device` names: `auto` is a CUDA GPU if there is one, else the CPU."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
@@ -36,22 +41,24 @@ def words_of(text: str) -> list[str]:
 def numbers_of(text: str, option: str) -> list[int]:
     """Whole numbers separated by commas."""
     words = words_of(text)
-    if not words or not all(word.isdecimal() for word in words):
-        raise SparsekitError(f"{option} {text!r}: whole numbers separated by commas, such as 1024,2048.")
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise SparsekitError(f"{option} {shown(text)}: want whole numbers, comma-separated, such as 1024,2048.")
+    if len(words) > MOST_NUMBERS:
+        raise SparsekitError(f"{option}: {len(words):,} numbers; at most {MOST_NUMBERS:,}.")
+    large = next((word for word in words if len(word) > 10 or int(word) > LARGEST), None)
+    if large is not None:
+        raise SparsekitError(f"{option}: {shown(large)[1:-1]} is too large; numbers go up to {LARGEST:,}.")
     return [int(word) for word in words]
 
 
-def patterns_of(text: str) -> list[Any]:
-    """Names, and mappings as in YAML, separated by commas."""
-    import yaml
+def patterns_of(text: str, option: str = "--patterns") -> list[Any]:
+    """Names, and mappings as in YAML, separated by commas; read as strictly as a config."""
+    from sparsekit.config import parse_yaml
 
     try:
-        found = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
-        found = None
-    if not found or not all(isinstance(one, (str, dict)) for one in found):
+        return list(parse_yaml(f"[{text}]", f"{option} {shown(text)}"))
+    except SparsekitError as error:
         raise SparsekitError(
-            f"--patterns {text!r}: names, or mappings such as {{name: triangle, window_tokens: 256}}, separated by "
-            "commas."
-        )
-    return list(found)
+            f"{str(error).removesuffix('.')}; want names, or mappings such as {{name: triangle, window_tokens: 256}}, "
+            "comma-separated."
+        ) from None

@@ -24,7 +24,7 @@ from sparsekit.config import (
 )
 from sparsekit.errors import SparsekitError, writing
 from sparsekit.patterns import Pattern, StaticPattern, static_plan
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import BlockPlan, unpack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -263,7 +263,7 @@ def _visited(plan: BlockPlan) -> Tensor:
         return causal
     out = torch.zeros_like(causal)
     owner = torch.repeat_interleave(torch.arange(rows), plan.row_ptr.long().diff())
-    out[owner, (plan.entries.long() >> 2) // plan.block_kv] = True
+    out[owner, unpack(plan.entries.long())[0] // plan.block_kv] = True
     if plan.dense_rows is not None:
         out[plan.dense_rows] = causal[plan.dense_rows]
     return out

@@ -44,7 +44,7 @@ def load(
 def _check_device(device: torch.device | str) -> None:
     """An error, before the weights are read, where there is no such device."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         why = str(error).partition("\n")[0].rstrip(".")

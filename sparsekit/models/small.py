@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 def tiny(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
     """A tiny random model of that config class, always the same weights, in eval mode; for tests.
 
-    4 layers, 4 heads over 2 key heads of size 16, 4 experts of which 2 run, 256 tokens, unless `overrides` (config
-    fields) say otherwise.
+    4 layers, 4 heads over 2 key heads of size 16, 4 experts of which 2 run, 256 tokens, 4096 positions, windows of 1024
+    or less, unless `overrides` (config fields) say otherwise.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     if model_type not in CONFIG_MAPPING:
         known = list(CONFIG_MAPPING)
         raise SparsekitError(f"model_type {model_type!r} is not known to transformers.{nearest(model_type, known)}")
-    fields = CONFIG_MAPPING[model_type]().to_dict().keys() | CONFIG_MAPPING[model_type].attribute_map.keys()
+    default = CONFIG_MAPPING[model_type]().to_dict()
+    fields = default.keys() | CONFIG_MAPPING[model_type].attribute_map.keys()
     for name in overrides:
         if name not in fields:
             raise SparsekitError(f"{name!r} is not a config field of {model_type}.{nearest(name, sorted(fields))}")
@@ -51,6 +52,8 @@ def tiny(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     }
+    if default.get("sliding_window"):  # shorter than the positions, or it would cut nothing off
+        sizes["sliding_window"] = min(default["sliding_window"], 1024)
     chosen = {name: value for name, value in sizes.items() if name in fields} | overrides
     config = AutoConfig.for_model(model_type, **chosen)
     with torch.random.fork_rng(devices=[]):

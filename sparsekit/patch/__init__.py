@@ -7,7 +7,9 @@ sparsekit's kernel, or the model's original attention function with the mask tha
 given.
 
 Here: `handle` is what is called, `door` what is registered; `attention` and `mask` are the two functions, `compiled` is
-their form under torch.compile; `model` finds the layers, `state` is what is remembered, `report` what is told.
+their form under torch.compile; `decide` says whether a layer runs sparse, and why not; `call` reads what a model asks
+of its attention function; `model` finds the layers, `state` is what is remembered, `report` what is shown, `switch`
+guards the model's choice of implementation.
 """
 
 from sparsekit.patch.handle import Handle, apply, remove

@@ -55,9 +55,9 @@ def make_attention(original: str) -> Attention:
                 return layer.attend(module, query, key, value, settled.mask, **kwargs)
         if torch.compiler.is_compiling() and descriptor_width(attention_mask):
             return attention_in_graph(outside, module, query, key, value, attention_mask, kwargs)
-        call = call_of(module, attention_mask)
         if layer is None:
             layer = _layer_of_stranger(module)
+        call = call_of(module, attention_mask)
         if layer is not None:
             found = verdict(layer, rows, attention_mask, call)
             if found.ran and not found.why:

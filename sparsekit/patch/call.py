@@ -16,8 +16,9 @@ from sparsekit.errors import SparsekitError
 # Arguments that every implementation here computes or judges.
 COMPUTED = {"scaling", "softcap", "s_aux", "sliding_window", "is_causal", "dropout", "output_attentions"}
 # Arguments that pass by on their way through a model and change nothing in an attention function.
-CARRIED = {"position_ids", "use_cache", "output_hidden_states", "output_router_logits", "return_dict"} | {
-    "num_items_in_batch", "logits_to_keep", "cache_position",
+CARRIED = {
+    "attention_mask", "cache_position", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
 # All others are refused where a layer runs sparse: ignoring one may be another result.
 KNOWN_ARGUMENTS = COMPUTED | CARRIED

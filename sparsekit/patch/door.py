@@ -54,7 +54,7 @@ def name_for(model: PreTrainedModel, text_config: Any) -> str:
 
     original = original_of(text_config)
     readers = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text_config]
-    if not all(type(part)._can_set_attn_implementation() for part in (model, *readers)):
+    if not all(type(part)._can_set_attn_implementation() for part in readers):
         raise SparsekitError(
             f"{type(model).__name__} does not let its attention implementation be set (it is {original!r}): it is "
             "outside transformers' AttentionInterface, and sparsekit cannot be applied."

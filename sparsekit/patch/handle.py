@@ -30,6 +30,7 @@ from sparsekit.patch.state import (
     applied_to,
     forgetter,
 )
+from sparsekit.patch.switch import guard, unguard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,25 +58,35 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
     resolved = config.resolve(facts)
     own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
     name, original = name_for(model, text_config), original_of(text_config)
-    applied = Applied(resolved, weakref.ref(model), weakref.ref(text_config), bool(windows))
+    applied = Applied(resolved, weakref.ref(text_config), bool(windows))
     for module in modules:
         index: int = module.layer_idx  # type: ignore[assignment]
-        gone = weakref.ref(module, forgetter(id(module)))
-        attend = own_attention(module, original)
-        patterns = resolved.layers[index]
-        applied.layers.append(
-            Layer(applied, gone, patterns, own.get(index), index in windows, attend, config.min_queries)
+        layer = Layer(
+            applied,
+            weakref.ref(module, forgetter(id(module))),
+            module._forward_hooks,
+            resolved.layers[index],
+            own.get(index),
+            index in windows,
+            own_attention(module, original),
+            config.min_queries,
         )
+        applied.layers.append(layer)
 
     with CHANGES:
         replaced = applied_to(model)
         for old in replaced:
             _check_replaced(old, modules, type(model).__name__)
         _check_idle(text_config, "apply")
+        try:
+            open_door(model, text_config, name, applied)
+        except BaseException:
+            close_door(text_config, applied)
+            raise
+        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
         for old in replaced:
             _take_off(old, "another config was applied to this model's layers")
-        open_door(model, text_config, name, applied)
-        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
+        applied.guarded = guard(model, text_config)
     return Handle(applied)
 
 
@@ -175,7 +186,7 @@ class Handle:
             now = getattr(text_config, "_attn_implementation", None)
             warning = f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
         layers = [] if self._applied.ended else self._applied.layers
-        return Report(tuple(report_layer(layer) for layer in layers if layer.module() is not None), warning)
+        return Report(tuple(map(report_layer, layers)), warning)
 
 
 def _columns(tokens: Any) -> int | tuple[int, ...]:
@@ -230,6 +241,7 @@ def _take_off(applied: Applied, why: str) -> None:
         module = layer.module()
         if module is not None and LAYERS.get(id(module)) is layer:
             del LAYERS[id(module)]
+    unguard(applied.guarded)
     text_config = applied.text_config()
     if text_config is not None:
         close_door(text_config, applied)

@@ -1,4 +1,4 @@
-"""Finding our way into a model: its attention modules, the facts of its layers, and its implementation's switch.
+"""Finding our way into a model: its attention modules, the facts of its layers, and its own function.
 
 `facts_of` is the one reader of a model's facts: `apply` reads them off the model, `explain`, `validate` and calibration
 off the same model without its weights (`sparsekit.models.facts`).
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
 from torch import nn
 
 from sparsekit.config import ArchFacts
@@ -179,25 +180,31 @@ def facts_of(model: PreTrainedModel, text_config: Any = None, modules: Sequence[
     text = model.config.get_text_config(decoder=True) if text_config is None else text_config
     modules = attention_modules(model, text) if modules is None else modules
     count = num_layers(text)
-    heads = [_heads(module, text) for module in modules]
+    heads = _heads(text, modules, count)
     kinds, windows = _kinds(text, modules, count)
     window = _windows(kinds, windows)
     feed_forward = (_get(text, name) for name in ("decoder_ffn_dim", "intermediate_size", "ffn_dim", "n_inner"))
     hidden = _get(text, "hidden_size")
-    return ArchFacts(
-        name=_get(text, "name_or_path") or _get(model.config, "name_or_path") or type(model).__name__,
-        model_type=text.model_type,
-        num_layers=count,
-        num_heads=max(heads),
-        num_key_heads=_get(text, "num_key_value_heads") or max(heads),
-        head_dim=_head_dim(modules, text),
-        hidden_size=hidden,
-        intermediate_size=next((_per_layer(size) for size in feed_forward if size), hidden and 4 * hidden),
-        vocab_size=_get(text, "vocab_size"),
-        layer_types=None if _told_by_window(kinds, window) else tuple(kinds),
-        sliding_window=window,
-        not_computed=_not_computed(modules, count),
-    )
+    try:
+        return ArchFacts(
+            name=_get(text, "name_or_path") or _get(model.config, "name_or_path") or type(model).__name__,
+            model_type=text.model_type,
+            num_layers=count,
+            num_heads=max(heads),
+            layer_heads=tuple(heads) if len(set(heads)) > 1 else None,
+            num_key_heads=_most(_get(text, "num_key_value_heads")) or max(heads),
+            head_dim=_head_dim(modules, text, max(heads)),
+            hidden_size=hidden,
+            intermediate_size=next((_per_layer(size) for size in feed_forward if size), hidden and 4 * hidden),
+            vocab_size=_get(text, "vocab_size"),
+            layer_types=None if _told_by_window(kinds, window) else tuple(kinds),
+            sliding_window=window,
+            not_computed=_not_computed(modules, count),
+        )
+    except ValidationError as error:
+        what = error.errors()[0]
+        field, value = ".".join(map(str, what["loc"])), str(what["input"])[:80]
+        raise SparsekitError(f"{type(model).__name__}: its config has {field} = {value}: {what['msg']}.") from None
 
 
 def _get(config: Any, name: str) -> Any:
@@ -221,23 +228,32 @@ def num_layers(text: Any) -> int:
     return count
 
 
-def _heads(module: nn.Module, text: Any) -> int:
-    """Query heads of a layer, as the module says or else the config."""
-    for owner, name in ((module, "num_heads"), (module, "num_attention_heads"), (text, "decoder_attention_heads")):
-        if isinstance(value := _get(owner, name), int):
-            return value
-    value = _get(text, "num_attention_heads")
-    found: int = value[module.layer_idx] if isinstance(value, list | tuple) else value  # type: ignore[index]
-    return found
+def _heads(text: Any, modules: Sequence[Any], count: int) -> list[int]:
+    """Query heads of each layer, as its module says or else the config."""
+    told = _get(text, "decoder_attention_heads") or _get(text, "num_attention_heads")
+    heads = list(told) if isinstance(told, list | tuple) else [told] * count
+    for module in modules:
+        own = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads"))
+        heads[module.layer_idx] = next((n for n in own if isinstance(n, int)), heads[module.layer_idx])
+    known = [heads[module.layer_idx] for module in modules]
+    if not all(isinstance(n, int) for n in known):
+        raise SparsekitError(
+            f"{text.model_type}: neither its layers nor its config say how many query heads they have."
+        )
+    return [n if isinstance(n, int) else max(known) for n in heads]
 
 
-def _head_dim(modules: Sequence[nn.Module], text: Any) -> int | None:
+def _most(value: Any) -> Any:
+    return max(value) if isinstance(value, list | tuple) else value
+
+
+def _head_dim(modules: Sequence[nn.Module], text: Any, heads: int) -> int | None:
     """The layers' size of keys, where they have one in common and tell it."""
     sizes = {_key_size(module) for module in modules}
     if sizes != {None}:
         return sizes.pop() if len(sizes) == 1 else None
     hidden = _get(text, "hidden_size")
-    return hidden and hidden // _heads(modules[0], text)
+    return hidden and hidden // heads
 
 
 def _key_size(module: nn.Module) -> int | None:
@@ -304,7 +320,7 @@ def _not_computed(modules: Sequence[Any], count: int) -> tuple[str, ...] | None:
     return tuple(found) if any(found) else None
 
 
-# ---- the model's own function, and its switch
+# ---- the model's own function
 
 
 def own_attention(module: nn.Module, original: str) -> Attention:
@@ -328,14 +344,3 @@ def _home(module: nn.Module) -> Any:
     raise SparsekitError(
         f"{type(module).__name__}: its file has no eager_attention_forward; is it outside the interface?"
     )
-
-
-def switch(model: PreTrainedModel, text_config: Any, name: str) -> None:
-    """Set the text config's implementation and leave a vision or audio part alone."""
-    if text_config is model.config:
-        model.set_attn_implementation(name)
-        return
-    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text_config), None)
-    if key is None:
-        raise SparsekitError(f"{type(model).__name__}: its text config is none of {list(model.config.sub_configs)}.")
-    model.set_attn_implementation({key: name})

@@ -52,13 +52,14 @@ class Applied:
         windows: whether sliding layers run here.
         paused: depth of `Handle.pause` blocks.
         epoch: another object whenever `paused` or `prompt` changes; by it a Call remembers what they made of it.
+        guarded: models whose switch of implementations is guarded.
         ended: why it is no longer active, or "".
     """
 
     resolved: ResolvedConfig
-    model: weakref.ref[nn.Module]
     text_config: weakref.ref[Any]
     windows: bool
+    guarded: list[weakref.ref[nn.Module]] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     paused: int = 0
     prompt: Prompt | None = None
@@ -72,6 +73,7 @@ class Layer:
 
     applied: Applied
     module: weakref.ref[nn.Module]
+    hooks: object  # its dictionary of hooks, which shallow copies share
     patterns: LayerPatterns
     own: str | None  # why the layer keeps its own attention, or None
     window: bool  # a sliding layer of the model, which a rule runs here
@@ -251,12 +253,7 @@ def applied_to(model: nn.Module) -> list[Applied]:
 def layer_of_copy(module: nn.Module, door: Door) -> Layer | None:
     """The layer that `module` is a shallow copy of: nn.DataParallel's replicas share all dictionaries but a few."""
     hooks = module._forward_hooks
-    for applied in door.applied:
-        for layer in applied.layers:
-            original = layer.module()
-            if original is not None and original._forward_hooks is hooks:
-                return layer
-    return None
+    return next((layer for applied in door.applied for layer in applied.layers if layer.hooks is hooks), None)
 
 
 def masking() -> Any:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.kernels import (
     attend,
     geometry_for,
     narrow_tile,
     preferred_tile,
+    softmax_of,
 )
 from sparsekit.patterns import (
     Pattern,
@@ -53,12 +54,16 @@ def attention(
     torch.Size([1, 4, 1000, 64])
     """
     pattern = parse_pattern(pattern)
-    geometry = tiled_for(pattern, geometry_for(q, k), q) if geometry is None else geometry
-    softmax = Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap, sink_logits)
+    softmax = softmax_of(q, k, v, scale, softcap, sink_logits)
+    check_tensors(q, k, v, sink_logits)
+    if geometry is None:
+        geometry = tiled_for(pattern, geometry_for(q, k), q)
+    check_fits(q, k, geometry, "geometry")
     plan = pattern.plan(q, k, geometry, softmax)
     return attend(
-        q, k, v, plan, scale=scale, softcap=softcap, sink_logits=sink_logits, impl=impl, return_lse=return_lse
-    )
+        q, k, v, plan,
+        scale=softmax.scale, softcap=softcap, sink_logits=sink_logits, impl=impl, return_lse=return_lse,
+    )  # fmt: skip
 
 
 def tiled_for(pattern: Pattern, geometry: Geometry, q: Tensor) -> Geometry:
@@ -85,7 +90,7 @@ def plan_heads(
     return stack_heads([pattern.plan(q, k, geometry, softmax) for pattern in patterns], pattern_of_head)
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def static_plan_heads(
     patterns: tuple[StaticPattern, ...], pattern_of_head: tuple[int, ...], geometry: Geometry, device: torch.device
 ) -> BlockPlan:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import ismodule
 from threading import RLock
@@ -19,8 +18,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.plan import (
     BlockPlan,
@@ -149,29 +150,51 @@ class StaticPattern(Pattern):
         return static_plan(self, geometry, q.device)
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def static_plan(pattern: StaticPattern, geometry: Geometry, device: torch.device) -> BlockPlan:
-    """The plan of a static pattern; needs no q and k, so `explain` uses it too."""
+    """The plan of a static pattern; needs no q and k, so `explain` uses it too.
+
+    Raises:
+        SparsekitError: a query that does not keep itself, the first of them; a tile that no flag expresses.
+    """
     rules = [pattern.rule(span) for span in geometry.spans]
     exact = [rule for rule in rules if rule is not None]
-    if len(exact) == len(rules):
+    if len(exact) < len(rules):
+        return plan_from_block_mask(_tiles_of(pattern, geometry), geometry).to(device)
+    try:
         return plan_from_rule(exact, geometry, device)
-    return plan_from_block_mask(_tiles_of(pattern, geometry), geometry).to(device)
+    except SparsekitError as error:
+        raise SparsekitError(f"pattern {pattern.name!r}: {error}") from None
 
 
 def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
     """bool (S, 1, R, C): the tiles that `keep` keeps, every one whole up to causality."""
     bq, bk = geometry.block_q, geometry.block_kv
     spans = geometry.spans[:1] if geometry.uniform else geometry.spans
-    out = torch.zeros(len(spans), 1, geometry.rows, -(-max(span.q_end for span in spans) // bk), dtype=torch.bool)
+    columns = -(-max(span.q_end for span in spans) // bk)
+    out = torch.zeros(len(spans), 1, geometry.rows, columns, dtype=torch.bool, device="cpu")
     for s, span in enumerate(spans):
-        k_pos = torch.arange(out.shape[-1] * bk)[None]
+        k_pos = torch.arange(columns * bk, dtype=torch.int64, device="cpu")[None]
         for r in range(geometry.rows):
             start = (span.q_first // bq + r) * bq
             low, high = max(start, span.q_first), min(start + bq, span.q_end)
-            q_pos = torch.arange(low, max(low, high))[:, None]  # none past a sample's last row
-            causal = (k_pos <= q_pos).unflatten(1, (-1, bk))
-            kept = (pattern.keep(q_pos, k_pos, span) & (k_pos <= q_pos)).unflatten(1, (-1, bk))
+            if low >= high:
+                break  # past the sample's last row
+            q_pos = torch.arange(low, high, dtype=torch.int64, device="cpu")[:, None]
+            causal = k_pos <= q_pos
+            kept = pattern.keep(q_pos, k_pos, span)
+            if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+                said = f"a tensor of {kept.dtype}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+                raise SparsekitError(f"pattern {pattern.name!r}: `keep` returns {said}, not a boolean tensor.")
+            kept = kept.expand_as(causal) & causal
+            alone = ~kept.gather(1, q_pos)[:, 0]
+            if bool(alone.any()):
+                query = low + int(alone.nonzero()[0])
+                raise SparsekitError(
+                    f"pattern {pattern.name!r}: query {query} does not keep itself, and every query must: "
+                    f"`keep` is to hold where k_pos == q_pos."
+                )
+            causal, kept = causal.unflatten(1, (-1, bk)), kept.unflatten(1, (-1, bk))
             visited, whole = kept.any(2).any(0), (kept == causal).all(2).all(0)
             if bool((visited & ~whole).any()):
                 column = int((visited & ~whole).nonzero()[0])
@@ -200,9 +223,14 @@ class DynamicPattern(Pattern):
         A chunk counts as its whole prompt where the geometry says how long that is, else as the keys so far. A batch
         runs dense, or is estimated, as one: its longest sample decides.
         """
+        check_tensors(q, k, sink_logits=softmax.sink_logits)
+        check_fits(q, k, geometry, "geometry")
         if max(max(span.keys, span.prompt_tokens) for span in geometry.spans) < self.dense_below(q.device):
             return dense_plan(geometry)
-        return self.select(q, k, geometry, softmax)
+        plan = self.select(q, k, geometry, softmax)
+        if not isinstance(plan, BlockPlan):
+            raise SparsekitError(f"pattern {self.name!r}: `select` returns a {type(plan).__name__}, not a BlockPlan.")
+        return plan
 
     def dense_below(self, device: torch.device) -> int:
         """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""

@@ -46,7 +46,7 @@ class Blocks:
     @cached_property
     def lengths(self) -> Tensor:
         """int32 (B, H, rows): key blocks up to a row's own, itself included; 0 where a sample has no such row."""
-        return head_lengths(self.geometry, self.block_tokens, *self.q.shape[:2], self.q.device)
+        return head_lengths(self.geometry, self.block_tokens, self.q.shape[0], self.q.shape[1], self.q.device)
 
     @cached_property
     def means(self) -> tuple[Tensor, Tensor]:

@@ -81,8 +81,7 @@ class S2O(DynamicPattern):
         for b, start in enumerate(geometry.kv_start):
             means = self._order_queries(q[b], geometry.q_index(b, 0), rows[b], q_index[b])
             _rank_keys(means, k[b, :, start:], rows[b], ptr[b], self.segment_tokens, keys[b])
-        visited = torch.full((*shape, tiles), -1, dtype=torch.int32, device=q.device)
-        ranked = Ranked(self.segment_tokens, q_index, keys, key_ptr, self.tau, self.patience, visited)
+        ranked = Ranked(self.segment_tokens, q_index, keys, key_ptr, self.tau, self.patience)
         return BlockPlan(cut, samples=batch, heads=heads, ranked=ranked)
 
     def _check_room(self, needed: int, geometry: Geometry) -> None:
@@ -100,7 +99,7 @@ class S2O(DynamicPattern):
             offset: row of q that holds position 0.
         """
         size = self.segment_tokens
-        means = torch.zeros(len(q), len(rows), q.shape[2], device=q.device)
+        means = q.new_zeros(len(q), len(rows), q.shape[2], dtype=torch.float32)
         step = max(SCRATCH_BYTES // (q.shape[0] * size * q.shape[2] * 4), 1)
         for i in range(0, len(rows), step):
             part = [row for row in rows[i : i + step] if row[1] < row[2]]

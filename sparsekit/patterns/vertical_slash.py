@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.select import MAX_QUERIES, last_query_sums, plan_from_vertical_slash, topk_indices_mask
@@ -77,8 +77,8 @@ class VerticalSlash(DynamicPattern):
         return plan_from_vertical_slash(bits, geometry, columns, slashes, min(TILE_KV, geometry.block_kv))
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _wanted(columns: int, slashes: int, heads: int, device: torch.device) -> Tensor:
     """int32 (2 * heads,): how many of each row of scores. Kept: an upload a call would cost more than the selection."""
-    each = torch.tensor([columns, slashes], dtype=torch.int32).repeat_interleave(heads)
+    each = torch.tensor([columns, slashes], dtype=torch.int32, device="cpu").repeat_interleave(heads)
     return upload(each, device)

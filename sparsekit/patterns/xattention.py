@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
@@ -81,7 +81,7 @@ class XAttention(BlockPattern):
         return top_p_bits(scores, share, lengths=lengths, force_first=True, force_last=True)
 
 
-@lru_cache(maxsize=256)
+@per_geometry
 def _shares_on(shares: tuple[float, ...], device: torch.device) -> Tensor:
     """float64 (heads, 1) there; uploaded once, without a wait."""
-    return upload(torch.tensor(shares, dtype=torch.float64)[:, None], device)
+    return upload(torch.tensor(shares, dtype=torch.float64, device="cpu")[:, None], device)

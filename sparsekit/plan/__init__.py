@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds, span_numbers, upload
 from sparsekit.plan.build import dense_plan, plan_from_block_mask, plan_from_rule
-from sparsekit.plan.plan import (
-    CAUSAL,
-    FLAG_BITS,
-    RULE,
-    BlockPlan,
-    PlanTotals,
-    Ranked,
-    TokenRule,
-    heaviest_first,
-    row_bounds,
-    segment_bounds,
-    upload,
-)
+from sparsekit.plan.entries import CAUSAL, FLAG_BITS, FLAGS, RULE, pack, unpack
+from sparsekit.plan.plan import BlockPlan, Ranked, heaviest_first
+from sparsekit.plan.rule import TokenRule
 from sparsekit.plan.stack import stack_heads
+from sparsekit.plan.totals import PlanTotals
 
 __all__ = [
     "CAUSAL",
+    "FLAGS",
     "FLAG_BITS",
     "RULE",
     "BlockPlan",
     "PlanTotals",
     "Ranked",
     "TokenRule",
+    "causal_tiles",
     "dense_plan",
     "heaviest_first",
+    "pack",
     "plan_from_block_mask",
     "plan_from_rule",
     "row_bounds",
     "segment_bounds",
+    "span_numbers",
     "stack_heads",
+    "unpack",
     "upload",
 ]

@@ -11,12 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from sparsekit.call.geometry import Geometry
 from sparsekit.errors import SparsekitError
 from sparsekit.plan.build import dense_plan, plan_from_block_mask
-from sparsekit.plan.plan import (
-    CAUSAL,
-    RULE,
-    BlockPlan,
-    TokenRule,
-)
+from sparsekit.plan.entries import CAUSAL, RULE
+from sparsekit.plan.plan import BlockPlan
+from sparsekit.plan.rule import TokenRule
 
 __all__ = ["from_flex", "to_flex"]
 
@@ -42,11 +39,11 @@ def to_flex(plan: BlockPlan) -> BlockMask:
     flags = torch.full((plan.samples, plan.heads, plan.rows, columns), -1, dtype=torch.int32, device=device)
     key = torch.arange(columns, device=device) * g.block_kv
     for s, span in enumerate(plan.spans()):
-        for row, head, flag, start in plan._entry_blocks(s):
+        for row, head, flag, start in plan.entry_blocks(s):
             if bool((start % g.block_kv).any()):
                 raise SparsekitError(f"to_flex: a tile starts off the grid of {g.block_kv} keys.")
             flags[s, head.to(device), row.to(device), (start // g.block_kv).to(device)] = flag.int().to(device)
-        dense = range(plan.heads * plan.rows) if plan.all_dense else plan._rows_of(plan.dense_rows, s).tolist()
+        dense = range(plan.heads * plan.rows) if plan.all_dense else plan.rows_of(plan.dense_rows, s).tolist()
         starts = plan.row_starts(device)[s]
         for index in dense:
             head_index, r = divmod(index, plan.rows)
@@ -58,14 +55,13 @@ def to_flex(plan: BlockPlan) -> BlockMask:
     flags = torch.nn.functional.pad(flags, (0, 0, 0, missing), value=-1)
 
     limits = _limits(plan, device)
-    ends = torch.tensor([[span.q_end, span.keys] for span in plan.spans()], device=device)
+    ends = torch.tensor([[span.q_end, span.keys] for span in plan.spans()], dtype=torch.int64, device=device)
     q_offset, block_q, block_kv = g.q_offset, g.block_q, g.block_kv
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         s, p = b.clamp(max=plan.samples - 1), h.clamp(max=plan.heads - 1)
         position = q_idx + q_offset
-        sink, window, dense_from = limits[s, p, 0], limits[s, p, 1], limits[s, p, 2]
-        rule = (kv_idx < sink) | (position - kv_idx < window) | (position >= dense_from)
+        rule = TokenRule(limits[s, p, 0], limits[s, p, 1], limits[s, p, 2]).holds(position, kv_idx)
         # Uncompiled FlexAttention ignores the tile lists and asks this function alone.
         tile = flags[s, p, q_idx // block_q, kv_idx // block_kv]
         visited = (tile >= 0) & (rule | (tile & RULE == 0))
@@ -97,6 +93,13 @@ def from_flex(mask: BlockMask, *, rule: TokenRule | None = None, geometry: Geome
     if samples != 1:
         raise SparsekitError(f"from_flex: BlockMask of {samples} samples; convert one sample at a time.")
     geometry = geometry or Geometry.of(q_len, kv_len, block_q=block_q, block_kv=block_kv)
+    if (geometry.q_len, geometry.kv_len) != (q_len, kv_len):
+        raise SparsekitError(
+            f"from_flex: BlockMask of {q_len} queries and {kv_len} keys, geometry of {geometry.q_len} and "
+            f"{geometry.kv_len}."
+        )
+    if rule is not None:
+        rule = rule.checked(geometry.spans[0])
     if any(geometry.kv_start):
         raise SparsekitError(
             f"from_flex: kv_start={geometry.kv_start}: a BlockMask counts tiles from key 0, so padding on the left "
@@ -116,7 +119,7 @@ def from_flex(mask: BlockMask, *, rule: TokenRule | None = None, geometry: Geome
         raise SparsekitError("from_flex: the mask holds tiles in the future of their queries; it is not causal.")
     entries, needs_rule = base.entries, torch.zeros_like(base.entries, dtype=torch.bool)  # type: ignore[arg-type]
     at = 0
-    for row, head, flags, start in base._entry_blocks(0):
+    for row, head, flags, start in base.entry_blocks(0):
         for i in range(len(row)):
             tile = int(head[i]), int(row[i]), int(start[i])
             cut = bool(partial[0, tile[0], tile[1], tile[2] // block_kv])
@@ -142,14 +145,14 @@ def _is_ruled(
     """Whether a tile (head, row, first key) needs the rule; an error where neither it nor causality explains it."""
     head, row, key = tile
     bq, span = geometry.block_q, geometry.spans[0]
-    q_index = torch.arange(row * bq, min(row * bq + bq, geometry.q_len))
-    k_pos = torch.arange(key, min(key + geometry.block_kv, span.keys))
+    q_index = torch.arange(row * bq, min(row * bq + bq, geometry.q_len), device="cpu")
+    k_pos = torch.arange(key, min(key + geometry.block_kv, span.keys), device="cpu")
     q_pos = (q_index + geometry.q_offset)[:, None]
     causal = k_pos <= q_pos
     if not cut:
         kept = torch.ones_like(causal)
     else:
-        one = torch.zeros((), dtype=torch.int64)
+        one = torch.zeros((), dtype=torch.int64, device="cpu")
         kept = torch.stack([mask.mask_mod(one, one + head, i, k_pos) for i in q_index]).expand_as(causal)
     if bool((kept == causal).all()):
         return False

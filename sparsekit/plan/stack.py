@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.errors import SparsekitError
+from sparsekit.plan.bounds import row_bounds, upload
 from sparsekit.plan.build import dense_plan
-from sparsekit.plan.plan import BlockPlan, _row_ptr, heaviest_first, row_bounds, upload
+from sparsekit.plan.plan import BlockPlan, heaviest_first, pointers
 
 __all__ = ["stack_heads"]
 
@@ -61,7 +62,7 @@ def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> Bloc
     )
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _row_sources(
     forms: tuple[tuple[int, int], ...], of_head: tuple[int, ...], rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -84,8 +85,8 @@ def _row_sources(
     for part in range(len(forms)):
         own = [b for b in block if bases[part] <= b < bases[part + 1]]
         wanted.append(max(map(own.count, set(own)), default=0))
-    blocks = torch.tensor(block)
-    row = (blocks[:, None] * rows + torch.arange(rows)).flatten()
+    blocks = torch.tensor(block, dtype=torch.int64, device="cpu")
+    row = (blocks[:, None] * rows + torch.arange(rows, dtype=torch.int64, device="cpu")).flatten()
     return upload(blocks, device), upload(row, device), tuple(wanted)
 
 
@@ -108,7 +109,7 @@ def _stacked_entries(
         pieces.append(part.entries)
         before, room = before + part.entries.numel(), room + part.entries.numel() * times
     count = torch.cat(counts)[row]
-    row_ptr, entries = _row_ptr(count), torch.cat(pieces)
+    row_ptr, entries = pointers(count), torch.cat(pieces)
     size = int(row_ptr[-1]) if device.type == "cpu" else room
     if not size:
         return row_ptr, entries[:0]
@@ -127,7 +128,7 @@ def _stacked_dense(parts: Sequence[BlockPlan], row: Tensor, device: torch.device
         return None
     flags = []
     for part in parts:
-        none = torch.full((part.samples * part.heads * part.rows,), part.all_dense, device=device)
+        none = torch.full((part.samples * part.heads * part.rows,), part.all_dense, dtype=torch.bool, device=device)
         flags.append(none if part.dense_rows is None else part.dense_rows)
     return torch.cat(flags)[row]
 

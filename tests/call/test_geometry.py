@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from sparsekit import Geometry, SparsekitError
-from sparsekit.call.geometry import Span
+from sparsekit.call.geometry import MAX_TOKENS, Span
 
 
 def test_defaults() -> None:
@@ -56,3 +58,44 @@ def test_prompt_of_padded_columns() -> None:
 def test_what_does_not_fit(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(SparsekitError, match=message):
         Geometry.of(**kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"q_len": 10.0}, r"q_len=10\.0: a whole number"),
+        ({"q_len": True}, "q_len=True: a whole number"),
+        ({"q_len": "10"}, "q_len='10': a whole number"),
+        ({"q_len": float("nan")}, "q_len=nan: a whole number"),
+        ({"q_len": 10**30}, f"q_len={10**30}: at most {MAX_TOKENS}"),
+        ({"q_len": 10, "kv_len": 10**5000}, f"kv_len=a int: at most {MAX_TOKENS}"),
+        ({"q_len": 10, "prompt_len": 10**30}, "prompt_len=1000.*: at most"),
+        ({"q_len": 10, "prompt_len": 7.5}, r"prompt_len=7\.5: a whole number"),
+        ({"q_len": 10, "prompt_len": []}, r"prompt_len=\[\]"),
+        ({"q_len": 10, "q_offset": 0.0}, r"q_offset=0\.0: a whole number"),
+        ({"q_len": 10, "kv_start": 3}, "kv_start=3: a sequence"),
+        ({"q_len": 10, "kv_start": (1.5,)}, r"kv_start=1\.5: a whole number"),
+        ({"q_len": 10, "batch": 0}, "batch=0: 1 to"),
+        ({"q_len": 10, "batch": 10**9}, "batch=1000000000: at most"),
+        ({"q_len": 10, "batch": None}, "batch=None: a whole number"),
+        ({"q_len": 10, "block_kv": 64.0}, r"block_kv=64\.0: a whole number"),
+    ],
+)
+def test_what_is_no_whole_number(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(SparsekitError, match=message):
+        Geometry.of(**kwargs)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_other_kinds() -> None:
+    made = Geometry.of(
+        np.int64(100), np.int32(300), batch=np.int64(2), kv_start=np.array([0, 3]), prompt_len=torch.tensor([400, 500])
+    )
+    assert made == Geometry.of(100, 300, batch=2, kv_start=(0, 3), prompt_len=(400, 500))
+    assert {type(n) for n in (made.q_len, made.kv_len, *made.kv_start, *made.prompt_tokens)} == {int}
+    assert Geometry.of(5, prompt_len=np.int64(9)).prompt_tokens == (9,)
+
+
+def test_a_message_stays_short() -> None:
+    with pytest.raises(SparsekitError) as error:
+        Geometry.of(10, batch=5000, kv_start=tuple(range(4000)))
+    assert len(str(error.value)) < 200

@@ -42,7 +42,8 @@ def compiled(name: str, cache: Path) -> list[dict[str, Any]]:
     """What a script here prints in its last line: one object for every kernel that it compiled, into an empty cache."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
-    env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (HERE, HERE / "select", HERE / "attend"))
+    folders = [str(folder) for folder in (HERE, HERE / "select", HERE / "attend")]
+    env["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [env.get("PYTHONPATH")])])  # and this checkout
     ran = subprocess.run([sys.executable, name], cwd=HERE, env=env, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-4000:]
     made: list[dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])

@@ -14,12 +14,13 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.plan import (
     CAUSAL,
-    FLAG_BITS,
     BlockPlan,
     TokenRule,
     dense_plan,
+    pack,
     plan_from_block_mask,
     plan_from_rule,
+    row_bounds,
     stack_heads,
 )
 
@@ -44,7 +45,7 @@ def unaligned_plan(geometry: Geometry, heads: int, step: int = 37) -> BlockPlan:
             low, high = max(start, span.q_first), min(start + geometry.block_q, span.q_end) - 1
             first = int(torch.randint(0, max(low - step, 0) + 1, (), generator=g))
             tiles = range(first, high + 1, geometry.block_kv)
-            rows.append([key << FLAG_BITS | (CAUSAL if key + geometry.block_kv - 1 > low else 0) for key in tiles])
+            rows.append([pack(key, CAUSAL if key + geometry.block_kv - 1 > low else 0) for key in tiles])
     ptr = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
     entries = torch.tensor([entry for row in rows for entry in row], dtype=torch.int32)
     return BlockPlan(geometry, heads=heads, row_ptr=ptr, entries=entries)
@@ -60,6 +61,17 @@ def random_plan(geometry: Geometry, heads: int, density: float = 0.3) -> BlockPl
     key = torch.arange(columns) * geometry.block_kv
     own = (key + geometry.block_kv > starts[..., None]) & (key < starts[..., None] + geometry.block_q)
     return plan_from_block_mask(mask | own[:, None], geometry)
+
+
+def loose_plan(mask: Tensor, geometry: Geometry) -> BlockPlan:
+    """The tiles of a mask (S, P, R, C) as they are, unchecked: rows without tiles, and queries without keys."""
+    samples, heads = mask.shape[:2]
+    low, end, _, _ = (x[:, None, :, None] for x in row_bounds(geometry, samples, torch.device("cpu")))
+    key = torch.arange(mask.shape[3]) * geometry.block_kv
+    kept = mask & (key < end) & (low < end)
+    entries = pack(key, (key + geometry.block_kv - 1 > low).long() * CAUSAL).expand_as(kept)[kept].int()
+    ptr = torch.nn.functional.pad(kept.sum(-1).flatten().cumsum(0), (1, 0)).int()
+    return BlockPlan(geometry, samples=samples, heads=heads, row_ptr=ptr, entries=entries)
 
 
 def with_columns(plan: BlockPlan, count: int) -> BlockPlan:
@@ -81,7 +93,7 @@ def with_columns(plan: BlockPlan, count: int) -> BlockPlan:
                 if token < q1 and not bool(taken[head, at, plan.geometry.kv_start[0] + token].any()):
                     needed[head, r, t] = 1
     words = (needed.unflatten(-1, (-1, 32)) << torch.arange(32)).sum(-1)
-    return replace(plan, tokens=tokens, token_bits=words.to(torch.int32).flatten(0, 1), memo={})
+    return replace(plan, tokens=tokens, token_bits=words.to(torch.int32).flatten(0, 1))
 
 
 def tensors(

@@ -64,7 +64,7 @@ def _compile(case: list[object]) -> dict[str, int]:
     capability, kind, dim, dtype = tuple(case[0]), case[1], case[2], getattr(torch, case[3])  # type: ignore[arg-type, call-overload]
     Driver.capability = capability[0] * 10 + capability[1]
     kernel._has_tma = lambda device: capability[0] >= 9  # type: ignore[assignment]
-    kernel._processors = lambda device: 10**6 if kind == "cut" else 1  # type: ignore[assignment]
+    kernel.processors_of = lambda device: 10**6 if kind == "cut" else 1  # type: ignore[assignment]
     tokens = 32768 if kind == "cut" else 4096
     geometry = Geometry.of(300, tokens) if kind == "chunk" else Geometry.of(tokens)
     plan = dense_plan(geometry)
@@ -74,7 +74,7 @@ def _compile(case: list[object]) -> dict[str, int]:
         from dataclasses import replace
 
         words = torch.zeros(plan.rows, 32, dtype=torch.int32)
-        plan = replace(plan, tokens=torch.arange(1024, dtype=torch.int32).view(1, 1, -1), token_bits=words, memo={})
+        plan = replace(plan, tokens=torch.arange(1024, dtype=torch.int32).view(1, 1, -1), token_bits=words)
     q = torch.empty(1, geometry.q_len, 32, dim, dtype=dtype).transpose(1, 2)
     k = torch.empty(1, tokens, 8, dim, dtype=dtype).transpose(1, 2)
     lse = torch.empty(1, 32, geometry.q_len)

@@ -112,9 +112,9 @@ NOT_BUILT = {
 PARTS = {"dots3_note": "text_config", "musicgen": "decoder", "musicgen_melody": "decoder"}
 
 
-def small(model_type: str) -> PreTrainedModel:
+def small(model_type: str, **fields: Any) -> PreTrainedModel:
     """Always the same weights, in eval mode, large enough that attention is far from uniform."""
-    config = small_config(model_type)
+    config = small_config(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if model_type in PARTS:
@@ -123,10 +123,11 @@ def small(model_type: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def small_config(model_type: str) -> PretrainedConfig:
+def small_config(model_type: str, **fields: Any) -> PretrainedConfig:
+    """With those fields of its class, and small sizes in the others."""
     cls = CONFIG_MAPPING[model_type]
     cls = _part(cls, PARTS[model_type]) if model_type in PARTS else cls
-    return shrunk(cls, SPECIAL.get(cls.model_type, {}))
+    return shrunk(cls, SPECIAL.get(cls.model_type, {}) | fields)
 
 
 def _part(cls: type[PretrainedConfig], name: str) -> type[PretrainedConfig]:
@@ -147,8 +148,8 @@ def shrunk(cls: type[PretrainedConfig], fields: dict[str, Any]) -> PretrainedCon
             chosen |= dict.fromkeys([name] if sizes else [], next(iter(sizes), None))
     if "kv_lora_rank" in default and "num_key_value_heads" in chosen:  # latent attention has keys for every head
         chosen["num_key_value_heads"] = HEADS
-    if default.get("layer_types") and "layer_types" not in cls.attribute_map:
-        kinds = list(dict.fromkeys(default["layer_types"]))
+    kinds = list(dict.fromkeys(default.get("layer_types") or ()))
+    if len(kinds) > 1 and "layer_types" not in cls.attribute_map:
         chosen["num_hidden_layers"] = max(LAYERS, len(kinds))
         chosen["layer_types"] = list(islice(cycle(kinds), chosen["num_hidden_layers"]))
     for name in parts:

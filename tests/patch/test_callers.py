@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import TRIANGLE
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,6 @@ from sparsekit import SparsekitError
 from sparsekit.models import tiny
 
 TOKENS = 200
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 WITHOUT = "needs pip install 'sparsekit-attention[interop]'"
 

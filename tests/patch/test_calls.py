@@ -7,6 +7,7 @@ docs/models.md says for each call what holds, and names its test.
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TRIANGLE
+from tiny import close as _close
+from tiny import ids as _ids
+from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
@@ -28,7 +33,6 @@ from sparsekit.patch.capture import wrap_attention
 from sparsekit.patterns import DynamicPattern, StaticPattern, pattern_class, pattern_names
 
 TOKENS = 200
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 
 LONG = 520  # where every pattern of these sizes drops something
@@ -46,15 +50,6 @@ def model() -> PreTrainedModel:
     return tiny("llama", initializer_range=0.1)
 
 
-def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
-
-
 def _ran(handle: Handle) -> list[str]:
     return [layer.ran for layer in handle.report().layers]
 
@@ -64,11 +59,6 @@ def _pairs(model: PreTrainedModel, layer: int = 3) -> Tensor:
     plan = sparsekit.patch.state.LAYERS[id(model.model.layers[layer].self_attn)].plan
     assert isinstance(plan, sparsekit.plan.BlockPlan)
     return plan.to_mask()
-
-
-def _close(got: Tensor, expected: Tensor) -> None:
-    error, scale = float((got - expected).abs().max()), max(float(expected.abs().max()), 1.0)
-    assert error < 1e-5 * scale, error
 
 
 @contextmanager
@@ -500,10 +490,17 @@ class _Force(LogitsProcessor):
         return forced
 
 
-def test_continuous_batching_is_refused_by_transformers(model: PreTrainedModel) -> None:
-    """It has attention functions of its own; the line names ours, and nothing is changed."""
+def test_continuous_batching_is_refused(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has attention functions of its own: transformers names ours, or switches, which we refuse."""
     with sparsekit.apply(model, SPARSE) as handle:
         with pytest.raises(ValueError, match=r"sparsekit_\d+ is not supported for continuous batching"):
+            model.generate_batch([_ids()[0].tolist()], max_new_tokens=2)
+        continuous = importlib.import_module("transformers.generation.continuous_batching.continuous_api")
+        for version, there in ((2, True), (3, False)):
+            monkeypatch.setattr(continuous, f"is_flash_attn_{version}_available", lambda there=there, **_: there)
+        monkeypatch.setattr(type(model), "_check_and_adjust_attn_implementation", lambda self, name, **_: name)
+        monkeypatch.setattr(type(model), "get_correct_attn_implementation", lambda self, name, **_: name)
+        with pytest.raises(SparsekitError, match=r"set_attn_implementation\('flash_attention_2'\).*handle\.remove"):
             model.generate_batch([_ids()[0].tolist()], max_new_tokens=2)
         assert handle.report().warning == ""
         _logits(model, _ids())

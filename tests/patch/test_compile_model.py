@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TRIANGLE
+from tiny import ids as _ids
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -16,7 +18,6 @@ from sparsekit import SparsekitError
 from sparsekit.models import tiny
 
 TOKENS = 200
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1": TRIANGLE}}
 # Gemma 2 and gpt-oss: soft-cap, learned sinks, and a sliding layer, which runs here in Gemma 2.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -27,10 +28,6 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gpt_oss": ({"num_hidden_layers": 2, "sliding_window": 32}, SPARSE),
 }
-
-
-def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tiny import TRIANGLE
+from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -29,7 +31,6 @@ from sparsekit.patterns import (
 )
 from sparsekit.plan import BlockPlan, plan_from_block_mask
 
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 # One of every dynamic pattern; those that need a layer of their own apart.
 POINTS = [
     ({"name": name, **pattern_class(name).test_points[0]}, pattern_class(name).whole_layer)
@@ -42,11 +43,6 @@ TOKENS = 400
 
 def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:
     return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from tiny import TRIANGLE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,7 +22,6 @@ from sparsekit import SparsekitError
 from sparsekit.models import tiny
 
 TOKENS = 200
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 
 

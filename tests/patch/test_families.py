@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import close as _close
+from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -89,11 +91,6 @@ def _padded() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return ids, mask.bool(), {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
-
-
 def _kinds(model: PreTrainedModel) -> list[str]:
     """The kind of each layer, from its config."""
     config: Any = model.config
@@ -106,12 +103,6 @@ def _kinds(model: PreTrainedModel) -> list[str]:
 
 def _range_of(model: PreTrainedModel, kind: str) -> str:
     return ",".join(str(i) for i, k in enumerate(_kinds(model)) if k == kind)
-
-
-def _close(got: Tensor, expected: Tensor) -> None:
-    """Within float32 rounding of a few layers."""
-    error, scale = float((got - expected).abs().max()), max(float(expected.abs().max()), 1.0)
-    assert error < 1e-5 * scale, error
 
 
 def _with_explicit_mask(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TRIANGLE
+from tiny import ids as _ids
+from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
@@ -21,18 +25,8 @@ import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.models import tiny
 
-TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 TOKENS = 200
-
-
-def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
 
 
 @pytest.fixture
@@ -464,7 +458,7 @@ def test_a_shared_config_that_was_switched_back_in_between() -> None:
     one = tiny("llama")
     other = type(one)(one.config).eval()
     first = sparsekit.apply(one, SPARSE)
-    one.set_attn_implementation("eager")
+    one.config._attn_implementation = "eager"
     second = sparsekit.apply(other, SPARSE)
     second.remove()
     first.remove()
@@ -501,9 +495,56 @@ def test_a_forgotten_model_is_freed() -> None:
     assert not sparsekit.patch.state.DOORS
 
 
-def test_the_users_own_switch_is_reported(model: PreTrainedModel) -> None:
-    handle = sparsekit.apply(model, SPARSE)
+def test_a_switch_of_the_implementation_is_refused(model: PreTrainedModel) -> None:
+    """By the method of the model or of what is inside it, as continuous batching calls it; nothing changes."""
+    methods = [part for part in (model, model.model) if "set_attn_implementation" in part.__dict__]
+    with sparsekit.apply(model, SPARSE) as handle:
+        sparse = _logits(model, _ids())
+        for part in (model, model.model):
+            for name in ("eager", {"": "eager"}):
+                with pytest.raises(SparsekitError, match=r"set_attn_implementation\(.*eager.*handle\.remove\(\) first"):
+                    part.set_attn_implementation(name)
+        model.set_attn_implementation(model.config._attn_implementation)
+        assert torch.equal(_logits(model, _ids()), sparse)
+        assert handle.report().warning == ""
+        twin, here = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        twin.set_attn_implementation("eager")
+        here.model.set_attn_implementation("eager")
     model.set_attn_implementation("eager")
+    assert [part.config._attn_implementation for part in (model, twin, here)] == ["eager"] * 3
+    assert methods == [part for part in (model, model.model) if "set_attn_implementation" in part.__dict__] == []
+
+
+def test_the_switch_of_another_part_is_free() -> None:
+    model = tiny_vision()
+    with sparsekit.apply(model, {"default": TRIANGLE}) as handle:
+        model.set_attn_implementation({"vision_config": "eager"})
+        assert model.config.vision_config._attn_implementation == "eager"
+        with pytest.raises(SparsekitError, match=r"handle\.remove"):
+            model.set_attn_implementation("eager")
+        assert handle.report().warning == ""
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "eager"
+
+
+def tiny_vision() -> PreTrainedModel:
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    text = {
+        "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "layer_types": ["full_attention"] * 2,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_index=255, boi_token_index=253, eoi_token_index=254,
+    )  # fmt: skip
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def test_a_switch_in_the_config_is_reported(model: PreTrainedModel) -> None:
+    handle = sparsekit.apply(model, SPARSE)
+    model.config._attn_implementation = "eager"
     assert "set to 'eager' after apply" in handle.report().warning
     handle.remove()
     assert model.config._attn_implementation == "eager"

@@ -82,8 +82,8 @@ def test_density_falls_with_tau(patience: int) -> None:
         plan = plan_of(S2O(segment_tokens=128, tau=tau, patience=patience), inputs, geometry)
         assert plan.ranked is not None
         errors.append(float((_run(plan, inputs) - _dense(*inputs)).norm()))
-        assert before is None or bool((plan.ranked.visited <= before).all())
-        before = plan.ranked.visited
+        assert before is None or bool((plan.visited <= before).all())
+        before = plan.visited
         densities.append(plan.density())
     assert densities == sorted(densities, reverse=True)
     assert len(set(densities)) > 4
@@ -100,7 +100,7 @@ def test_patience_waits() -> None:
         plan = plan_of(S2O(segment_tokens=128, tau=0.1, patience=patience), inputs, geometry)
         _run(plan, inputs)
         assert plan.ranked is not None
-        visited.append(plan.ranked.visited)
+        visited.append(plan.visited)
     listed = -(-plan.ranked.key_ptr.diff()[:, None, :, None] // 64)
     for less, more in pairwise(visited):
         assert bool((more >= torch.minimum(less + 1, listed)).all())
@@ -188,8 +188,8 @@ def test_a_padded_sample_is_what_it_is_alone() -> None:
     own = tuple(x[1:, :, 171:] for x in (q, k, v))
     other = plan_of(pattern, own, alone)  # type: ignore[arg-type]
     assert (_run(other, own) - out[1:, :, 171:]).abs().max() < 1e-6  # type: ignore[arg-type]
-    assert other.ranked is not None and plan.ranked is not None
-    assert torch.equal(plan.ranked.visited[1, :, :6], other.ranked.visited[0])
+    assert other.visited is not None and plan.visited is not None
+    assert torch.equal(plan.visited[1, :, :6], other.visited[0])
     assert bool((out[1, :, :171] == 0).all())
 
 
@@ -296,5 +296,5 @@ def test_all_mass_on_one_key() -> None:
     plan = plan_of(S2O(segment_tokens=128), (q, k, v), geometry)
     out = _run(plan, (q, k, v))
     assert plan.ranked is not None
-    assert plan.ranked.visited[0, 0, :, 0].tolist() == [0, 1, 2, 2, 2]  # segment 1 has 64 ranked keys
+    assert plan.visited[0, 0, :, 0].tolist() == [0, 1, 2, 2, 2]  # segment 1 has 64 ranked keys
     assert (out[:, :, 128:] - v.repeat_interleave(2, 1)[:, :, 100:101]).abs().max() < 1e-3

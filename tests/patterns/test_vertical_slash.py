@@ -16,7 +16,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.select.bits import pack_bits
 from sparsekit.kernels.select.slash import plan_from_vertical_slash
 from sparsekit.patterns import VerticalSlash, parse_pattern
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import BlockPlan, causal_tiles
 from sparsekit.testing import GEOMETRIES, check_pattern, inputs_for
 
 CASES = {
@@ -249,7 +249,7 @@ def test_narrow_rows_have_room_for_half(block_q: int, small: int, fits: bool, mo
     chosen[1, 0, 1, :1000:256] = True
     plan = plan_from_vertical_slash(pack_bits(chosen), geometry, 8, 40, 64)
     assert plan.row_ptr is not None
-    causal = 2 * int(plan._causal_tiles(0).sum())
+    causal = 2 * int(causal_tiles(plan.geometry, 1).sum())
     if fits:
         assert plan.dense_rows is None
         assert int(plan.row_ptr[-1]) > causal / 2

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
 from sparsekit.plan import BlockPlan, Ranked, segment_bounds
+from sparsekit.plan.memo import VISITED
+from sparsekit.plan.plan import nothing_visited
 
 __all__ = ["attend_reference"]
 
@@ -29,19 +31,17 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: 
     heads, key_heads = q.shape[1], k.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if plan.ranked is not None:
-        _walk(q, k, plan, plan.ranked, softmax)
+        plan.memo[VISITED] = _walk(q, k, plan, plan.ranked, softmax)
     mask = plan.to_mask().to(q.device)
     mask = repeat(mask, "b p q k -> b (p r) q k", r=heads // mask.shape[1])
 
     grouped = rearrange(q.to(wide), "b (g r) q d -> b g r q d", g=key_heads)
-    scores = einsum(grouped, k.to(wide), "b g r q d, b g k d -> b g r q k") * softmax.scale
-    scores = _capped(rearrange(scores, "b g r q k -> b (g r) q k"), softmax)
+    dots = einsum(grouped, k.to(wide), "b g r q d, b g k d -> b g r q k")
+    scores = softmax.logits(rearrange(dots, "b g r q k -> b (g r) q k"))
     scores = scores.masked_fill(~mask, float("-inf"))
 
     seen = mask.any(-1)
-    lse = scores.logsumexp(-1)
-    if softmax.sink_logits is not None:
-        lse = torch.logaddexp(lse, softmax.sink_logits.to(wide)[None, :, None])
+    lse = softmax.join(scores.logsumexp(-1))
     weights = torch.exp(scores - lse.masked_fill(~seen, 0)[..., None])
     weights = rearrange(weights, "b (g r) q k -> b g r q k", g=key_heads)
     out = einsum(weights, v.to(wide), "b g r q k, b g k d -> b g r q d")
@@ -49,24 +49,21 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: 
     return out.to(q.dtype), lse.masked_fill(~seen, float("-inf"))
 
 
-def _capped(scores: Tensor, softmax: Softmax) -> Tensor:
-    if softmax.softcap is None:
-        return scores
-    return softmax.softcap * torch.tanh(scores / softmax.softcap)
+def _walk(q: Tensor, k: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax) -> Tensor:
+    """What is visited, int32 (S, P, n, T).
 
-
-def _walk(q: Tensor, k: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax) -> None:
-    """Fills in `ranked.visited`. The gain of a tile to a query is its share of the softmax denominator so far, itself
-    and the sink logit included; the walk of a query tile ends after `patience` tiles with no gain of `stop_tau`."""
+    The gain of a tile to a query is its share of the softmax denominator so far, itself and the sink logit included;
+    the walk of a query tile ends after `patience` tiles with no gain of `stop_tau`.
+    """
     wide, g = torch.float64 if q.dtype == torch.float64 else torch.float32, plan.geometry
     firsts = segment_bounds(g, plan.samples, ranked.segment_tokens, torch.device("cpu"))[0].tolist()
     group, block = q.shape[1] // k.shape[1], plan.block_kv
-    for b, head, at, t in product(*map(range, ranked.visited.shape)):
+    visited = nothing_visited(plan, ranked)
+    for b, head, at, t in product(*map(range, visited.shape)):
         q_pos = ranked.q_index[b, head, at].long()[t * plan.block_q : (t + 1) * plan.block_q]
         q_pos, first = q_pos[q_pos >= 0], firsts[b][at]
         keys = k[b, head // group, g.kv_start[b] : g.kv_start[b] + first + ranked.segment_tokens].to(wide)
-        scores = q[b, head, q_pos + g.q_index(b, 0)].to(wide) @ keys.T * softmax.scale
-        scores = _capped(scores, softmax)
+        scores = softmax.logits(q[b, head, q_pos + g.q_index(b, 0)].to(wide) @ keys.T)
         k_pos = torch.arange(len(keys), device=q.device)
         own = (k_pos >= first) & (k_pos <= q_pos[:, None])
         start = scores.masked_fill(~(own | (k_pos < min(block, first))), float("-inf")).logsumexp(1)
@@ -78,4 +75,5 @@ def _walk(q: Tensor, k: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softma
             tile = scores[:, listed[seen * block : (seen + 1) * block]].logsumexp(1)
             total, seen = torch.logaddexp(total, tile), seen + 1
             quiet = quiet + 1 if bool(((tile - total).exp() < ranked.stop_tau).all()) else 0
-        ranked.visited[b, head, at, t] = seen
+        visited[b, head, at, t] = seen
+    return visited

@@ -8,7 +8,7 @@ for all its inner rows. Rows that are dense by bounds read K and V where they li
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -17,7 +17,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.torch_ranked import attend_ranked
-from sparsekit.plan import CAUSAL, RULE, BlockPlan
+from sparsekit.plan import CAUSAL, RULE, BlockPlan, unpack
+from sparsekit.plan.memo import MASKS
 
 __all__ = ["attend_torch"]
 
@@ -31,12 +32,14 @@ MEMO_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows run in one call. heads, rows (n,): plan head, query tile; keys (n, W): positions; mask (n|1, 1, bq, W)."""
+    """Rows run in one call. heads, rows (n,): plan head, query tile; keys (n, W): positions; mask (n|1, 1, bq, W);
+    empty (n, 1, bq, 1): queries of the call that keep nothing, if there are any."""
 
     heads: Tensor
     rows: Tensor
     keys: Tensor
     mask: Tensor
+    empty: Tensor | None = None
 
 
 def attend_torch(
@@ -57,7 +60,7 @@ def attend_torch(
     padded = any(span.q_end - span.q_first != q_len for span in g.spans)
     make = q.new_zeros if padded else q.new_empty
     out = make(batch, q_len, heads, dim).transpose(1, 2)
-    lse = torch.full((batch, heads, q_len), float("-inf"), device=q.device) if return_lse else None
+    lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=torch.float32) if return_lse else None
     for b in range(batch):
         span = g.spans[b]
         if span.q_first == span.q_end:
@@ -90,8 +93,9 @@ class _Sample:
         q = q[:, at : at + span.q_end - span.q_first]
         self.q = pad(q, (0, 0, lead, rows * bq - lead - q.shape[1])).unflatten(1, (rows, bq))
         heads, dim = q.shape[0], q.shape[-1]
-        self.out = q.new_empty(rows, bq, heads, dim).permute(2, 0, 1, 3)
-        self.lse = q.new_empty(heads, rows, bq, dtype=torch.float32) if want_lse else None
+        # What a row without entries gives.
+        self.out = q.new_zeros(rows, bq, heads, dim).permute(2, 0, 1, 3)
+        self.lse = q.new_full((heads, rows, bq), float("-inf"), dtype=torch.float32) if want_lse else None
 
     def run(self) -> None:
         plan = self.plan
@@ -119,6 +123,9 @@ class _Sample:
             owner = (batch.heads * key_heads // per)[:, None]
             k, v = (x[owner, batch.keys][:, None] for x in (self.k, self.v))
         out, lse = _softmax_attention(q, k, v, batch.mask, self._softmax_for(batch), self.lse is not None)
+        if batch.empty is not None:
+            out = out.masked_fill(batch.empty, 0)
+            lse = None if lse is None else lse.masked_fill(batch.empty[..., 0], float("-inf"))
         if per == 1:
             self.out[:, rows] = out.transpose(0, 1)
             if self.lse is not None and lse is not None:
@@ -178,13 +185,8 @@ def _softmax_attention(
     repeat = q.shape[1] // k.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.unflatten(1, (k.shape[1], repeat)).to(wide)
-    scores = (grouped @ k.to(wide).transpose(-1, -2)[:, :, None]).flatten(1, 2) * softmax.scale
-    if softmax.softcap is not None:
-        scores = softmax.softcap * torch.tanh(scores / softmax.softcap)
-    scores = scores + mask
-    lse = scores.logsumexp(-1)
-    if softmax.sink_logits is not None:
-        lse = torch.logaddexp(lse, softmax.sink_logits.to(wide)[..., None])
+    scores = softmax.logits((grouped @ k.to(wide).transpose(-1, -2)[:, :, None]).flatten(1, 2)) + mask
+    lse = softmax.join(scores.logsumexp(-1))
     weights = torch.exp(scores - lse[..., None]).unflatten(1, (k.shape[1], repeat))
     out = (weights @ v.to(wide)[:, :, None]).flatten(1, 2)
     return out.to(q.dtype), lse
@@ -201,7 +203,7 @@ def _dense_runs(plan: BlockPlan, sample: int) -> list[tuple[int, int, int]]:
         return runs
     g, span = plan.geometry, plan.spans()[sample]
     used = -(-span.q_end // g.block_q) - span.q_first // g.block_q
-    for row in plan._rows_of(plan.dense_rows, sample).tolist():
+    for row in plan.rows_of(plan.dense_rows, sample).tolist():
         head, r = divmod(row, plan.rows)
         if r >= used:
             continue
@@ -214,9 +216,10 @@ def _dense_runs(plan: BlockPlan, sample: int) -> list[tuple[int, int, int]]:
 
 def _batches(plan: BlockPlan, sample: int, dtype: torch.dtype, device: torch.device) -> Iterator[_Batch]:
     """The listed rows of a plan sample, kept in the plan's memo as long as their masks are small."""
-    key = ("torch_blocks", sample, dtype, device)
-    if key in plan.memo:
-        yield from plan.memo[key]
+    key = (MASKS, sample, dtype, device)
+    kept: list[_Batch] | None = plan.memo.get(key)
+    if kept is not None:
+        yield from kept
         return
     made, size = [], 0
     for batch in _make_batches(plan, sample, dtype, device):
@@ -225,7 +228,7 @@ def _batches(plan: BlockPlan, sample: int, dtype: torch.dtype, device: torch.dev
             made.append(batch)
         yield batch
     if size <= MEMO_BYTES:
-        plan.memo[key] = made
+        plan.memo.keep(key, made)
 
 
 def _make_batches(plan: BlockPlan, sample: int, dtype: torch.dtype, device: torch.device) -> Iterator[_Batch]:
@@ -257,22 +260,25 @@ def _lay_out(plan: BlockPlan, sample: int, part: Tensor, ptr: Tensor, count: int
     span, device = plan.spans()[sample], part.device
     head, row = part // plan.rows, part % plan.rows
     q_pos = plan.row_starts(device)[sample, row, None, None] + torch.arange(plan.block_q, device=device)[:, None]
-    entry = plan.entries[ptr[:, None] + torch.arange(count, device=device)].long()
-    keys = ((entry >> 2)[..., None] + torch.arange(plan.block_kv, device=device)).flatten(1)
-    flags = (entry & 3).repeat_interleave(plan.block_kv, 1)[:, None]
+    key, flags = unpack(plan.entries[ptr[:, None] + torch.arange(count, device=device)].long())
+    keys = (key[..., None] + torch.arange(plan.block_kv, device=device)).flatten(1)
+    flags = flags.repeat_interleave(plan.block_kv, 1)[:, None]
     k_pos = keys[:, None]
     mask = (flags & CAUSAL == 0) | ((k_pos <= q_pos) & (k_pos < span.keys))
     if plan.rule is not None:
-        sink, window, dense_from = plan._rule_of(sample, head)[..., None, None].unbind(0)
-        ruled = (k_pos < sink) | (q_pos - k_pos < window) | (q_pos >= dense_from)
-        mask = mask & ((flags & RULE == 0) | ruled)
+        rule = plan.rule_of(sample, head[:, None, None])
+        mask = mask & ((flags & RULE == 0) | rule.holds(q_pos, k_pos))
     if columns:
         more, needed = _columns(plan, sample, head, row, columns)
         keys = torch.cat([keys, more], 1)
         mask = torch.cat([mask, needed[:, None] & (more[:, None] <= q_pos)], 2)
-    # Rows of a tile outside this call attend to anything: they are cut off afterwards, and an empty row would be NaN.
-    mask = mask | (q_pos < span.q_first) | (q_pos >= span.q_end)
-    return _Batch(head, row, keys.clamp(max=span.keys - 1), mask[:, None])
+    # An empty row would be NaN. Those of a tile outside this call attend to anything: they are cut off afterwards; what
+    # a plan lets keep nothing does too, and is put right.
+    empty = ~mask.any(-1, keepdim=True)
+    mask = mask | empty
+    empty &= (q_pos >= span.q_first) & (q_pos < span.q_end)
+    some = empty[:, None] if bool(empty.any()) else None
+    return _Batch(head, row, keys.clamp(max=span.keys - 1), mask[:, None], some)
 
 
 def _columns(plan: BlockPlan, sample: int, head: Tensor, row: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -289,8 +295,9 @@ def _split_by_mask(batch: _Batch, dtype: torch.dtype) -> Iterator[_Batch]:
     mask = batch.mask
     changes = (mask[1:] != mask[:-1]).flatten(1).any(1).nonzero().flatten() + 1
     if len(changes) > 3:
-        yield _Batch(batch.heads, batch.rows, batch.keys, _additive(mask, dtype))
+        yield replace(batch, mask=_additive(mask, dtype))
         return
     edges = [0, *changes.tolist(), len(mask)]
     for a, b in pairwise(edges):
-        yield _Batch(batch.heads[a:b], batch.rows[a:b], batch.keys[a:b], _additive(mask[a : a + 1], dtype))
+        empty = None if batch.empty is None else batch.empty[a:b]
+        yield _Batch(batch.heads[a:b], batch.rows[a:b], batch.keys[a:b], _additive(mask[a : a + 1], dtype), empty)

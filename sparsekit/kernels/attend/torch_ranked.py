@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from sparsekit.call.softmax import Softmax
 from sparsekit.plan import BlockPlan, Ranked, segment_bounds
+from sparsekit.plan.memo import VISITED
+from sparsekit.plan.plan import nothing_visited
 
 __all__ = ["attend_ranked"]
 
@@ -21,7 +23,7 @@ UNSEEN = -1.0e30  # a finite running maximum of a row without keys: no NaN
 def attend_ranked(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as a ranked plan says; fills in `ranked.visited`.
+    """Attention as a ranked plan says; what it visited is `plan.visited` afterwards.
 
     Args:
         q: (B, H, Q, D). k, v: (B, G, K, D). Any strides; K and V are never repeated.
@@ -31,15 +33,16 @@ def attend_ranked(
     """
     batch, heads, q_len, dim = q.shape
     out = q.new_zeros(batch, q_len, heads, dim).transpose(1, 2)
-    lse = torch.full((batch, heads, q_len), float("-inf"), device=q.device)
-    ranked.visited.zero_()
+    lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=torch.float32)
+    visited = nothing_visited(plan, ranked)
     bounds = segment_bounds(plan.geometry, plan.samples, ranked.segment_tokens, torch.device("cpu"))
     for b, rows in enumerate(torch.stack(bounds, -1).tolist()):
         for at, (first, low, high) in enumerate(rows):
             if low < high:
                 segment = _Segment(q[b], k[b], v[b], plan, ranked, softmax, b, at, first, high)
-                segment.walk()
+                segment.walk(visited[b, :, at])
                 segment.store(out[b], lse[b])
+    plan.memo[VISITED] = visited
     return out, lse if return_lse else None
 
 
@@ -64,7 +67,7 @@ class _Segment:
         self.q = q[head, self.rows].to(self.wide)
         self.m = torch.full(self.q_pos.shape, UNSEEN, dtype=self.wide, device=q.device)
         self.norm, self.acc = torch.zeros_like(self.m), torch.zeros_like(self.q)
-        if softmax.sink_logits is not None:
+        if softmax.sink_logits is not None:  # it joins first: a gain is a share of the whole denominator
             sinks = softmax.sink_logits.to(self.wide)[:, None]
             self.m = sinks.clamp(min=UNSEEN).expand_as(self.m)
             self.norm = (sinks - self.m).exp()
@@ -83,9 +86,7 @@ class _Segment:
 
     def _scores(self, live: Tensor, keys: Tensor, kept: Tensor | None = None) -> Tensor:
         """(heads, W, n): logits of the heads `live` over keys (heads, n, D)."""
-        z = self.q[live] @ keys.mT * self.softmax.scale
-        if self.softmax.softcap is not None:
-            z = self.softmax.softcap * torch.tanh(z / self.softmax.softcap)
+        z = self.softmax.logits(self.q[live] @ keys.mT)
         return z if kept is None else z.masked_fill(~kept, float("-inf"))
 
     def _join(self, live: Tensor, z: Tensor, values: Tensor) -> None:
@@ -96,8 +97,8 @@ class _Segment:
         self.acc[live] = self.acc[live] * alpha[..., None] + weights @ values
         self.m = self.m.index_copy(0, live, m)
 
-    def walk(self) -> None:
-        """The ranked keys of earlier segments, as far as each query tile goes."""
+    def walk(self, visited: Tensor) -> None:
+        """The ranked keys of earlier segments, as far as each query tile goes: into visited (H, T)."""
         ranked, block, heads = self.ranked, self.plan.block_kv, len(self.q)
         ptr = ranked.key_ptr[self.sample, self.at : self.at + 2].tolist()
         listed = ranked.keys[self.sample, :, ptr[0] : ptr[1]].long()
@@ -124,7 +125,7 @@ class _Segment:
             kept = going.repeat_interleave(self.plan.block_q, 1)[..., None]
             z = z.masked_fill(~kept, float("-inf")).flatten(-2)
             self._join(live, z, self.v[owner, keys].to(self.wide))
-        ranked.visited[self.sample, :, self.at, :tiles] = seen.to(torch.int32)
+        visited[:, :tiles] = seen.to(torch.int32)
 
     def _loud(self, live: Tensor, z: Tensor) -> Tensor:
         """bool (heads, tiles, n): whether each of the next key tiles, z (heads, W, n, block), is a gain to a query."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.tiles import SHORT_ROW_STEPS, Tile, tile_for
+from sparsekit.kernels.device import capability_of, processors_of
 from sparsekit.kernels.launch import (
-    _capability,
     _check,
     _descriptor,
     _descriptor_fields,
@@ -28,8 +28,6 @@ from sparsekit.kernels.launch import (
     _padded,
     _pointer_form,
     _precision,
-    _processors,
-    _spans,
     _start,
     _steps_fit_tma,
 )
@@ -46,7 +44,8 @@ from sparsekit.kernels.primitives import (
     _softmax_step,
     _store_rows,
 )
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import BlockPlan, span_numbers
+from sparsekit.plan.memo import TRITON
 
 __all__ = ["attend_triton"]
 
@@ -264,7 +263,7 @@ def attend_triton(
     Raises:
         SparsekitError: a dtype, head size or stride that the kernel does not take.
     """
-    _check(q, k, v, softmax)
+    _check(q, k, v)
     if plan.ranked is not None:
         from sparsekit.kernels.attend.triton_ranked import attend_ranked_triton
 
@@ -371,12 +370,12 @@ class _Launch:
 
 
 def _launch_for(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> _Launch:
-    key = ("block_sparse", q.shape[1], k.shape[1], q.shape[3], q.dtype, q.device)
-    launch = plan.memo.get(key)
+    key = (TRITON, q.shape[1], k.shape[1], q.shape[3], q.dtype, q.device)
+    launch: _Launch | None = plan.memo.get(key)
     if launch is None:
-        capability = _capability(q.device)
+        capability = capability_of(q.device)
         tile = tile_for(capability, q.shape[3], q.dtype, _rows_are_short(plan))
-        launch = plan.memo[key] = _make_launch(q, k, plan, tile, capability)
+        launch = plan.memo.keep(key, _make_launch(q, k, plan, tile, capability))
     return launch
 
 
@@ -423,7 +422,8 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
     numbers = (g.q_offset, q_len, plan.rows, plan.samples, batch_per, rule_sample, rule_head, n_tokens, n_words)
     partials = long_rows * per_row * chunks * heads
     plan_tensors = (
-        _spans(g, q.device), plan.row_ptr, plan.entries, plan.rule, dense, plan.tokens, plan.token_bits, plan.order,
+        span_numbers(g, g.batch, q.device), plan.row_ptr, plan.entries, plan.rule, dense, plan.tokens, plan.token_bits,
+        plan.order,
     )  # fmt: skip
     return _Launch(
         device=q.device,
@@ -460,7 +460,7 @@ def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
     if plan.entries is not None:
         listed = plan.entries.numel() * (plan.block_kv // tile.block_n) * (plan.block_q // tile.block_m)
         total += listed * (heads // plan.heads) * (batch // plan.samples)
-    share = total / _processors(q.device)
+    share = total / processors_of(q.device)
     if longest <= share:
         return whole
     partial = known * per_row * heads * tile.block_m * (_padded(q.shape[3]) + 2) * 4

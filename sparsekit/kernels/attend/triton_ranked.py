@@ -17,7 +17,8 @@ from torch import Tensor
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.attend.tiles import Tile, tile_for
-from sparsekit.kernels.launch import _capability, _padded, _pointer_form, _precision, _spans, _start, on_device
+from sparsekit.kernels.device import capability_of
+from sparsekit.kernels.launch import _padded, _pointer_form, _precision, _start, on_device
 from sparsekit.kernels.primitives import (
     LOG2E,
     MASKED,
@@ -29,7 +30,9 @@ from sparsekit.kernels.primitives import (
     _offset,
     _softmax_step,
 )
-from sparsekit.plan import BlockPlan, Ranked
+from sparsekit.plan import BlockPlan, Ranked, span_numbers
+from sparsekit.plan.memo import VISITED
+from sparsekit.plan.plan import nothing_visited
 
 __all__ = ["CHECK", "attend_ranked_triton"]
 
@@ -73,9 +76,9 @@ def _attend_ranked(
     i_sample = i_at % samples
     i_segment = segments - 1 - i_at // samples
     i_key_head = i_head // GROUP
-    start = tl.load(p_span + i_sample * 4)
-    q_first = tl.load(p_span + i_sample * 4 + 1)
-    keys = tl.load(p_span + i_sample * 4 + 3)
+    q_first = tl.load(p_span + i_sample * 4)
+    keys = tl.load(p_span + i_sample * 4 + 2)
+    start = tl.load(p_span + i_sample * 4 + 3)
     first = (q_first // segment_tokens + i_segment) * segment_tokens
     i_row = (i_sample * HEADS + i_head).to(tl.int64) * segments + i_segment
     q_pos = tl.load(p_index + i_row * (TILES * BM) + i_tile * BM + tl.arange(0, BM))
@@ -166,7 +169,8 @@ def attend_ranked_triton(
     """`torch_ranked.attend_ranked` on a CUDA device, for tensors that `attend_triton` has checked. The host does not
     wait."""
     batch, heads, q_len, dim = q.shape
-    g, segments, tiles = plan.geometry, ranked.visited.shape[2], ranked.visited.shape[3]
+    visited = nothing_visited(plan, ranked)
+    g, segments, tiles = plan.geometry, visited.shape[2], visited.shape[3]
     if plan.samples != batch or plan.heads != heads:
         raise SparsekitError(
             f"a ranked plan of {plan.samples} samples and {plan.heads} heads: want the batch, {batch}, and the query "
@@ -180,10 +184,10 @@ def attend_ranked_triton(
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
         if padded:
             lse.fill_(float("-inf"))
-    capability = _capability(q.device)
+    capability = capability_of(q.device)
     tile = tile_of(capability, dim, q.dtype, plan)
-    spans, sinks = _spans(g, q.device), softmax.sink_logits
-    tensors = (q, k, v, out, lse, sinks, spans, ranked.q_index, ranked.keys, ranked.key_ptr, ranked.visited)
+    spans, sinks = span_numbers(g, batch, q.device), softmax.sink_logits
+    tensors = (q, k, v, out, lse, sinks, spans, ranked.q_index, ranked.keys, ranked.key_ptr, visited)
     steps = tuple(step for x in (q, k, v, out) for step in x.stride()[:3])
     args = (
         *tensors, *steps, float(softmax.scale), float(softmax.softcap or 1.0), float(ranked.stop_tau), ranked.patience,
@@ -209,4 +213,5 @@ def attend_ranked_triton(
     form = ("ranked", q.device, *map(_pointer_form, tensors), steps, *options.values())
     with on_device(q.device):
         _start(_attend_ranked, form, (batch * segments * heads * tiles,), args, options, {})
+    plan.memo[VISITED] = visited
     return out, lse

@@ -6,6 +6,7 @@ heads at 1M tokens fit no memory, so callers walk `row_groups` and select from o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -154,7 +155,7 @@ def antidiagonal_mass(
 
         return antidiagonal_mass_triton(q, k, geometry, grid, block_tokens, stride, softmax, first_row, n_rows)
     per = block_tokens // stride
-    out = torch.zeros(*q.shape[:2], n_rows, grid.columns, device=q.device)
+    out = q.new_zeros(*q.shape[:2], n_rows, grid.columns, dtype=torch.float32)
     for b, span in enumerate(geometry.spans):
         first = span.q_first // block_tokens + first_row
         low, high = max(first * block_tokens, span.q_first), min((first + n_rows) * block_tokens, span.q_end)
@@ -171,12 +172,10 @@ def antidiagonal_mass(
         queries = ((row + 1) * stride).clamp(max=high) - (row * stride).clamp(min=low)  # (n, 1)
         logits = (rows.unflatten(0, (keys.shape[0], -1)) @ keys[:, None].transpose(-1, -2)).flatten(0, 1)
         logits = logits * (softmax.scale / queries.clamp(min=1))
-        if softmax.softcap is not None:
-            logits = softmax.softcap * torch.tanh(logits / softmax.softcap)
-        logits = logits.masked_fill(torch.arange(keys.shape[1], device=q.device) > row, float("-inf"))
+        logits = softmax.capped(logits).masked_fill(torch.arange(keys.shape[1], device=q.device) > row, float("-inf"))
         norm = logits.logsumexp(-1, keepdim=True)
         if softmax.sink_logits is not None:
-            sinks = softmax.sink_logits.float()[:, None, None] - torch.log(torch.tensor(float(stride)))
+            sinks = softmax.sink_logits.float()[:, None, None] - math.log(stride)
             norm = torch.logaddexp(norm, sinks)
         weights = torch.exp(logits - norm) * (queries > 0)
         mass = weights.unflatten(2, (-1, per)).sum(-1).unflatten(1, (-1, per)).sum(2)

@@ -16,9 +16,9 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
+from sparsekit.kernels.device import capability_of
 from sparsekit.kernels.launch import (
     HEAD_SIZES,
-    _capability,
     _descriptor,
     _has_tma,
     _padded,
@@ -332,7 +332,7 @@ def pooled_scores_triton(
     samples, heads, rows, dim = q_means.shape
     columns, device = k_means.shape[2], q_means.device
     out = torch.empty(samples, heads, n_rows, columns, dtype=torch.float32, device=device)
-    capability = _capability(device)
+    capability = capability_of(device)
     half = q_means.dtype == torch.float16
     exact = exact and not half
     if tile is None:
@@ -389,7 +389,7 @@ def antidiagonal_lse(
     """float32 (S, H, stride rows, C): base-2 log-sum-exp of a stride row's logits in each key block up to its own."""
     _check(q, k)
     samples, heads, _, dim = q.shape
-    capability = _capability(q.device)
+    capability = capability_of(q.device)
     tile = tile_for(capability, q.dtype) if tile is None else tile
     step = min(tile.k, dim & -dim)
     per = block_tokens // stride

@@ -10,7 +10,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import runs_triton
 from sparsekit.kernels.select.bits import WORD, unpack_bits
 from sparsekit.kernels.select.grid import BlockGrid, block_grid, rows_that_fit
-from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan
+from sparsekit.plan import CAUSAL, BlockPlan, pack
 
 __all__ = ["CAPACITY", "plan_from_block_bits"]
 
@@ -77,7 +77,7 @@ def plan_from_block_bits(
     tile = torch.arange(kept.shape[-1], device=bits.device) * grid.plan.block_kv
     low = torch.maximum(_row_starts(grid), grid.spans[:, :1])[:, None, :, None]
     flags = (tile + grid.plan.block_kv - 1 > low).long() * CAUSAL
-    entries = (tile << FLAG_BITS | flags).expand_as(kept)[kept]
+    entries = pack(tile, flags).expand_as(kept)[kept]
     row_ptr = torch.nn.functional.pad(kept.sum(-1).flatten().cumsum(0), (1, 0))
     return BlockPlan(
         grid.plan,

@@ -6,11 +6,10 @@ integers, which ones make up a share of the mass: no sort, no order of addition,
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.choose import runs_triton
@@ -29,7 +28,7 @@ def mass_codes(mass: Tensor) -> Tensor:
     return ((bits >> 16) - LOWEST).clamp(0, CODES - 1)
 
 
-@lru_cache(maxsize=8)
+@per_geometry
 def _values(device: torch.device) -> Tensor:
     """int64 (4096,): the mass that each code stands for, in units of 2^-31."""
     code = torch.arange(CODES, device=device)
@@ -134,10 +133,10 @@ def flex_bits(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _sample_blocks(geometry: Geometry, heads: int, device: torch.device) -> Tensor:
     """int32 (2, B, heads): key blocks of each sample."""
-    each = torch.tensor([-(-span.q_end // BLOCK) for span in geometry.spans], dtype=torch.int32)
+    each = torch.tensor([-(-span.q_end // BLOCK) for span in geometry.spans], dtype=torch.int32, device="cpu")
     each = each[:, None].expand(2, -1, heads).contiguous()
     return upload(each, device)
 
@@ -163,22 +162,17 @@ def _choose(
         n, blocks = min(queries, span.q_end - span.q_first), -(-span.q_end // BLOCK)
         at = geometry.q_index(b, span.q_end - n)
         mean = q[b, :, at : at + n].float().sum(1) / max(n, 1)
-        logits = _capped((mean.unflatten(0, (-1, group)) @ k_means[b, :, :blocks].mT).flatten(0, 1), softmax)
+        logits = softmax.logits((mean.unflatten(0, (-1, group)) @ k_means[b, :, :blocks].mT).flatten(0, 1))
         seen = mass[0, b, :, :blocks]
         distances.append(js_distance(logits.softmax(-1), seen / seen.sum(-1, keepdim=True)))
     aware = torch.stack(distances) < budgets.tau
     return mass, torch.where(aware, budgets.min_blocks, wanted), aware
 
 
-def _capped(logits: Tensor, softmax: Softmax) -> Tensor:
-    logits = logits * softmax.scale
-    return logits if softmax.softcap is None else softmax.softcap * torch.tanh(logits / softmax.softcap)
-
-
 def _map_codes(scores: Tensor, lengths: Tensor, softmax: Softmax) -> Tensor:
     """Codes of the softmax of each row of the block map; 0 ahead of the row."""
     ahead = torch.arange(scores.shape[-1], device=scores.device) >= lengths[..., None]
-    return mass_codes(_capped(scores, softmax).masked_fill(ahead, -torch.inf).softmax(-1))
+    return mass_codes(softmax.logits(scores).masked_fill(ahead, -torch.inf).softmax(-1))
 
 
 def _count_map(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, no_type_check
 
 import torch
@@ -10,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.launch import _padded, launch, load_step, on_device
@@ -230,7 +230,7 @@ def _write_bits(
 # ---- launchers
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _share(gamma: float, device: torch.device) -> Tensor:
     """A kernel's scalar would be rounded to float32."""
     return torch.full((1,), gamma, dtype=torch.float64, device=device)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import TILES, Geometry
 from sparsekit.errors import SparsekitError
-from sparsekit.plan import BlockPlan, upload
+from sparsekit.plan import causal_tiles, span_numbers, upload
 
 __all__ = ["BLOCK", "BlockGrid", "Budgets", "Form", "SlashGrid", "block_grid", "head_lengths", "slash_grid"]
 
@@ -27,7 +27,7 @@ class BlockGrid(NamedTuple):
     causal_tiles: int  # sum of `causal`
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def block_grid(geometry: Geometry, block_tokens: int, samples: int, device: torch.device) -> BlockGrid:
     """The grid of `block_tokens` positions on which a pattern decides, and the plan's tiles over it.
 
@@ -42,24 +42,20 @@ def block_grid(geometry: Geometry, block_tokens: int, samples: int, device: torc
         alike = "1 or " if geometry.uniform else ""
         raise SparsekitError(f"{samples} plan samples: {alike}{geometry.batch} for this batch.")
     cut = geometry.with_tile(geometry.block_q, min(block_tokens, geometry.block_kv))
-    plan = BlockPlan(cut, samples=samples)
-    spans = plan.spans()
-    causal = torch.stack([plan._causal_tiles(s) for s in range(plan.samples)])
+    spans, causal = cut.spans[:samples], causal_tiles(cut, samples)
     rows = max(max(-(-s.q_end // block_tokens) - s.q_first // block_tokens for s in spans), 1)
-    lengths = torch.zeros(len(spans), 1, rows, dtype=torch.int64)
+    lengths = torch.zeros(len(spans), 1, rows, dtype=torch.int64, device="cpu")
     for s, span in enumerate(spans):
         if span.q_end > span.q_first:
             first = span.q_first // block_tokens
-            own = torch.arange(first, first + rows)
+            own = torch.arange(first, first + rows, device="cpu")
             lengths[s, 0] = torch.where(own <= (span.q_end - 1) // block_tokens, own + 1, 0)
     columns = max(-(-max(span.q_end for span in spans) // block_tokens), 1)
-    starts = geometry.kv_start
-    numbers = torch.tensor([[s.q_first, s.q_end, s.keys, start] for s, start in zip(spans, starts, strict=False)])
-    small = [upload(t.to(torch.int32), device) for t in (numbers, causal, lengths)]
-    return BlockGrid(cut, small[0], small[1], small[2], rows, columns, int(causal.sum()))
+    there, held = (upload(t.to(torch.int32), device) for t in (causal, lengths))
+    return BlockGrid(cut, span_numbers(cut, samples, device), there, held, rows, columns, int(causal.sum()))
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def head_lengths(geometry: Geometry, block_tokens: int, samples: int, heads: int, device: torch.device) -> Tensor:
     """int32 (S, heads, Rb): `block_grid(...).lengths`, a copy for each head."""
     lengths = block_grid(geometry, block_tokens, samples, device).lengths
@@ -84,21 +80,18 @@ class SlashGrid(NamedTuple):
     room: int  # entries of a head at most
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def slash_grid(geometry: Geometry, block_kv: int, slashes: int, device: torch.device) -> SlashGrid:
     """The rows of a call and what they may list at most. Uploaded once a geometry, from pinned memory: no wait."""
     cut = geometry.with_tile(geometry.block_q, block_kv)
-    plan = BlockPlan(cut, samples=geometry.batch)
-    causal = torch.stack([plan._causal_tiles(s) for s in range(plan.samples)])
+    causal = causal_tiles(cut, geometry.batch)
     # A diagonal of one row lies in so many tiles, and a cover with the fewest tiles has no more than any other.
     most = slashes * -(-cut.block_q // block_kv)
-    numbers = torch.tensor(
-        [[s.q_first, s.q_end, s.keys, start] for s, start in zip(geometry.spans, geometry.kv_start, strict=True)]
-    )
     # A row's tiles grow with its distance from the first key.
     order = torch.argsort(causal.flatten(), descending=True, stable=True)
-    small = [upload(t.to(torch.int32), device) for t in (numbers, causal, order)]
-    return SlashGrid(cut, small[0], small[1], small[2], int(causal.clamp(max=most).sum()))
+    there, first = (upload(t.to(torch.int32), device) for t in (causal, order))
+    room = int(causal.clamp(max=most).sum())
+    return SlashGrid(cut, span_numbers(cut, geometry.batch, device), there, first, room)
 
 
 def fit(counts: Tensor, grid: SlashGrid, limit: int) -> Tensor | None:

@@ -17,7 +17,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import runs_triton
 from sparsekit.kernels.select.bits import pack_bits, unpack_bits
 from sparsekit.kernels.select.grid import Form
-from sparsekit.plan import CAUSAL, FLAG_BITS, RULE, BlockPlan, dense_plan, heaviest_first, row_bounds
+from sparsekit.plan import CAUSAL, RULE, BlockPlan, dense_plan, heaviest_first, pack, row_bounds, unpack
 
 __all__ = ["join_plans"]
 
@@ -154,7 +154,7 @@ def _merge(
         earlier, earlier_whole, current = current, current_whole, torch.full_like(current, BEFORE)
     used = torch.arange(out_key.shape[1], device=row.device) < place[:, None]
     flags = (out_key + width - 1 > low[:, None]) * CAUSAL + ~out_whole * RULE
-    entries = (out_key << FLAG_BITS | flags)[used].to(torch.int32)
+    entries = pack(out_key, flags)[used].to(torch.int32)
     return torch.nn.functional.pad(place.cumsum(0), (1, 0)).to(torch.int32), entries
 
 
@@ -166,8 +166,9 @@ def _listed(plan: BlockPlan, form: Form, row: Tensor, high: Tensor) -> tuple[Ten
     owner = torch.repeat_interleave(row, count)
     place = torch.arange(len(owner), device=row.device) - (count.cumsum(0) - count)[owner] + begin[owner]
     entry = plan.entries[place].long()
-    live = entry >> FLAG_BITS < high[owner]
-    return owner[live], (entry >> FLAG_BITS)[live], (entry & RULE == 0)[live]
+    key, flags = unpack(entry)
+    live = key < high[owner]
+    return owner[live], key[live], (flags & RULE == 0)[live]
 
 
 def _side_by_side(lists: Sequence[tuple[Tensor, Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +217,7 @@ def _drop_columns(row_ptr: Tensor, entries: Tensor, tokens: Tensor, bits: Tensor
     """The bits without columns that a row's tiles hold; takes the rule off tiles that hold a needed one, in place."""
     rows = len(bits)
     row = torch.repeat_interleave(torch.arange(rows, device=bits.device), row_ptr.long().diff())
-    key = entries.long() >> FLAG_BITS
+    key, _ = unpack(entries.long())
     every = tokens.flatten(0, 1).long()
     out = []
     for part in torch.arange(rows, device=bits.device).split(max(BITS_AT_ONCE // every.shape[1], 1)):

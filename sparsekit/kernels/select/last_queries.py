@@ -85,12 +85,10 @@ def _weights(q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax, b: int,
     row, key = geometry.q_index(b, span.q_end - n), geometry.kv_start[b]
     rows = q[b, :, row : row + n].to(wide).unflatten(0, (-1, group))  # (G, H / G, n, D)
     keys = k[b, :, key : key + span.q_end].to(wide)
-    z = (rows.flatten(1, 2) @ keys.mT).view(q.shape[1], n, span.q_end) * softmax.scale
-    if softmax.softcap is not None:
-        z = softmax.softcap * torch.tanh(z / softmax.softcap)
+    z = (rows.flatten(1, 2) @ keys.mT).view(q.shape[1], n, span.q_end)
     position = torch.arange(span.q_end, device=q.device)
     future = position > position[span.q_end - n :, None]
-    z = z.masked_fill(future, -torch.inf)
+    z = softmax.logits(z).masked_fill(future, -torch.inf)
     lse = z.logsumexp(-1, keepdim=True)
     if softmax.sink_logits is not None:
         lse = torch.logaddexp(lse, softmax.sink_logits.to(wide)[:, None, None])

@@ -7,7 +7,6 @@ turning row r by r places; what sticks out belongs to the next block, and is car
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -17,14 +16,12 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.device import capability_of, processors_of
 from sparsekit.kernels.launch import (
-    _capability,
     _check,
     _padded,
     _pointer_form,
     _precision,
-    _processors,
-    _spans,
     _start,
     on_device,
 )
@@ -36,7 +33,7 @@ from sparsekit.kernels.primitives import (
     _logits,
     _offset,
 )
-from sparsekit.plan import upload
+from sparsekit.plan import span_numbers
 
 __all__ = ["last_query_sums_triton"]
 
@@ -73,9 +70,9 @@ def _part(
     i_split = i_program // SLOTS % splits
     i_pair = i_program // SLOTS // splits
     i_sample = i_pair // KEY_HEADS
-    start = tl.load(p_span + i_sample * 4)
-    q_first = tl.load(p_span + i_sample * 4 + 1)
-    q_end = tl.load(p_span + i_sample * 4 + 2)
+    q_first = tl.load(p_span + i_sample * 4)
+    q_end = tl.load(p_span + i_sample * 4 + 1)
+    start = tl.load(p_span + i_sample * 4 + 3)
     n = tl.minimum(queries, q_end - q_first)
     first = q_end - n
     tiles = (first + BN - 1) // BN + 1
@@ -243,22 +240,12 @@ def last_query_sums_triton(
     force_distances: int,
 ) -> Tensor:
     """`last_queries.last_query_sums` on checked arguments."""
-    _check(q, k, k, softmax)
+    _check(q, k, k)
     forced = (force_columns, force_distances)
     sums = _sums_of(q, k, geometry, softmax, min(queries, AT_MOST), 0, *forced)
     if queries > AT_MOST:
         sums = _sums_of(q, k, geometry, softmax, queries - AT_MOST, AT_MOST, *forced, onto=sums)
     return sums
-
-
-@functools.lru_cache(maxsize=64)
-def _spans_behind(geometry: Geometry, behind: int, device: torch.device) -> Tensor:
-    """`_spans` as if each sample's last `behind` queries did not exist."""
-    rows = [
-        [start, span.q_first, max(span.q_end - behind, span.q_first), span.keys]
-        for start, span in zip(geometry.kv_start, geometry.spans, strict=True)
-    ]
-    return upload(torch.tensor(rows, dtype=torch.int32), device)
 
 
 def _sums_of(
@@ -275,14 +262,14 @@ def _sums_of(
     """The sums of the `queries` last queries but `behind`, which are at most `AT_MOST`; added to `onto`."""
     batch, heads, _, dim = q.shape
     key_heads, group = k.shape[1], heads // k.shape[1]
-    capability = _capability(q.device)
+    capability = capability_of(q.device)
     block_m = max(_padded(queries), 16)
     block_n = max(block_m, 64)
     wide = _padded(dim) * q.element_size() // 256  # a key's bytes, in those of 128 numbers of 2 bytes
     first, second = (_cut(form, group, block_m, block_n, max(wide, 1)) for form in (DENOMINATORS, SUMS))
     most = max(max(span.q_end for span in geometry.spans), 1)
     tiles = -(-most // block_n) + 1
-    wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * key_heads * second["SLOTS"]))
+    wanted = -(-PROGRAMS_PER_PROCESSOR * processors_of(q.device) // (batch * key_heads * second["SLOTS"]))
     splits = max(min(wanted, tiles // MIN_TILES), 1)
     rows = batch * heads
     sums = onto
@@ -290,7 +277,7 @@ def _sums_of(
         make = torch.empty if all(span.q_end == most for span in geometry.spans) else torch.zeros
         sums = make(2, batch, heads, most, dtype=torch.float32, device=q.device)
     part = torch.empty(2 * rows * splits * block_m, dtype=torch.float32, device=q.device)
-    spans = _spans_behind(geometry, behind, q.device) if behind else _spans(geometry, q.device)
+    spans = span_numbers(geometry, geometry.batch, q.device, behind)
     sinks = softmax.sink_logits
     steps = (*q.stride()[:3], *k.stride()[:3])
     scalars = (float(softmax.scale), float(softmax.softcap or 1.0), geometry.q_offset, queries, splits, batch)

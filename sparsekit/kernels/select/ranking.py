@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels.choose import runs_triton
 from sparsekit.kernels.select.topk import topk_indices_mask
@@ -20,7 +20,7 @@ KEY_TILE = 64  # keys that are gathered together, and after which the stop is lo
 SCRATCH_BYTES = 1 << 27  # of scores, or of queries in float32, at once
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _key_ptr(
     geometry: Geometry, samples: int, segment_tokens: int, max_tokens: int | None, device: torch.device
 ) -> tuple[list[list[int]], Tensor]:

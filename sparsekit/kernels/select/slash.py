@@ -7,17 +7,18 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels.choose import HALF, runs_triton
+from sparsekit.kernels.choose import runs_triton
 from sparsekit.kernels.select.bits import pack_bits, unpack_bits
 from sparsekit.kernels.select.grid import SlashGrid, fit, slash_grid
-from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan
+from sparsekit.plan import CAUSAL, BlockPlan, pack
 
 __all__ = ["CAPACITY", "plan_from_vertical_slash"]
 
 # Entries that a plan has room for, 1 GiB. At 128K tokens and 32 heads all causal tiles of 64 keys need an eighth.
 CAPACITY = 1 << 28
-# Rows of 64 queries are listed a second time, two by two (halves.py): past so many entries (32 MiB) a plan has room for
-# half of what its rows might list, and the other half of that memory is for the second list.
+# Rows of 64 queries are listed a second time, two by two, where two of them share what they read: past so many entries
+# (32 MiB) a plan has room for half of what its rows might list, and the other half of that memory is for that list.
+PAIRED_ROWS = 64
 SMALL = 1 << 23
 NO_TOKEN = 2**31 - 1
 
@@ -72,7 +73,7 @@ def plan_from_vertical_slash(
 
 def _capacity(grid: SlashGrid, heads: int) -> int:
     room = min(grid.room * heads, CAPACITY)
-    return max(room // 2, min(room, SMALL)) if grid.plan.block_q == HALF else CAPACITY
+    return max(room // 2, min(room, SMALL)) if grid.plan.block_q == PAIRED_ROWS else CAPACITY
 
 
 def _plan(bits: Tensor, grid: SlashGrid, columns: int, limit: int) -> BlockPlan:
@@ -100,7 +101,7 @@ def _plan(bits: Tensor, grid: SlashGrid, columns: int, limit: int) -> BlockPlan:
     if dense is not None:
         listed = listed & ~dense[..., None]
         keys = keys.masked_fill(~listed, NO_TOKEN)
-    entries = keys << FLAG_BITS | (keys + block_kv - 1 > low[..., None]).long() * CAUSAL
+    entries = pack(keys, (keys + block_kv - 1 > low[..., None]).long() * CAUSAL)
 
     position = torch.arange(chosen.shape[-1], device=device)
     tokens = torch.where(chosen & (position < q_end[:, None]), position, NO_TOKEN).sort(-1).values

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekit.kernels.choose import HALF, list_room
 from sparsekit.kernels.launch import launch, on_device
 from sparsekit.kernels.primitives import _ones
 from sparsekit.kernels.select.grid import SlashGrid, fit
@@ -199,8 +198,6 @@ def plan_triton(bits: Tensor, grid: SlashGrid, columns: int, limit: int) -> Bloc
         args = (tokens, grid.spans, row_ptr, entries, held, need, heads, rows, columns, token_words)
         search: dict[str, Any] = {**tile, "SEARCH": min(max(triton.next_power_of_2(columns), 32), SEARCH)}
         launch(_column_bits, pairs * rows, args, {**search, "num_warps": 4})
-    # A Hopper card lists rows of 64 queries once more, when nobody knows how much of `entries` is in use.
-    paired = list_room(max(room, 1), pairs, rows) if plan.block_q == HALF else 0
     return BlockPlan(
         plan,
         samples=samples,
@@ -211,5 +208,4 @@ def plan_triton(bits: Tensor, grid: SlashGrid, columns: int, limit: int) -> Bloc
         tokens=tokens,
         token_bits=need,
         order=grid.order,
-        workspace=make(paired) if paired else None,
     )

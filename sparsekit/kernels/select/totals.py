@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsekit.kernels.choose import runs_triton
 from sparsekit.plan import BlockPlan, PlanTotals
+from sparsekit.plan.memo import SUMS
 
 __all__ = ["plan_totals"]
 
@@ -17,5 +18,5 @@ def plan_totals(plan: BlockPlan, *, impl: str | None = None) -> PlanTotals:
     if plan.row_ptr is not None and plan.rows and runs_triton(plan.row_ptr.device, impl):
         from sparsekit.kernels.select.totals_triton import sums_triton
 
-        plan.memo["sums"] = sums_triton(plan)
+        plan.memo[SUMS] = sums_triton(plan)
     return plan.totals()

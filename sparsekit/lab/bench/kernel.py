@@ -23,18 +23,19 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.kernels import attend, choose_call, choose_device
+from sparsekit.kernels import attend, choose_call, choose_device, preferred_tile
 from sparsekit.lab.bench.kernel_peers import LAST, SINK, WINDOW, Shape, peer_call
 from sparsekit.lab.bench.timing import Record, rounds, spread
 from sparsekit.lab.options import Dtype, Lengths, Rows, numbers_of, words_of
 from sparsekit.lab.provenance import place
 from sparsekit.plan import (
     CAUSAL,
-    FLAG_BITS,
     BlockPlan,
     TokenRule,
     dense_plan,
+    pack,
     plan_from_rule,
+    unpack,
 )
 
 __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
@@ -167,10 +168,6 @@ def _inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return one(shape.heads), one(shape.key_heads), one(shape.key_heads)
 
 
-def _tile(impl: str) -> tuple[int, int]:
-    return (128, 128) if impl == "hopper" else (128, 64)
-
-
 def _plan(case: str, shape: Shape, tile: tuple[int, int]) -> BlockPlan:
     geometry = Geometry.of(shape.tokens, block_q=tile[0], block_kv=tile[1])
     if case == "dense":
@@ -196,7 +193,7 @@ def _random_plan(geometry: Geometry, heads: int) -> BlockPlan:
     flags = (column + geometry.block_kv - 1 > start) * CAUSAL
     counts = mask.sum(-1).flatten()
     ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    entries = (column << FLAG_BITS | flags).int().expand_as(mask)[mask]
+    entries = pack(column, flags).int().expand_as(mask)[mask]
     order = torch.argsort(counts.view(heads, rows).sum(0), descending=True, stable=True).int()
     return BlockPlan(geometry, heads=heads, row_ptr=ptr, entries=entries, order=order)
 
@@ -213,7 +210,7 @@ def _with_columns(plan: BlockPlan, heads: int) -> BlockPlan:
     end = (torch.arange(plan.rows, device=device) + 1) * g.block_q
     low = plan.entries.new_full((plan.rows,), g.kv_len, dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(plan.rows, device=device), plan.row_ptr.diff().long())
-    key = (plan.entries >> FLAG_BITS).long()
+    key = unpack(plan.entries)[0].long()
     low.scatter_reduce_(0, owner, torch.where(key >= SINK, key, g.kv_len), "amin")
     held = (tokens[:, None] < g.block_kv) | (tokens[:, None] >= low[:, None]) | plan.dense_rows[:, None]
     needed = ~held & (tokens[:, None] < end[:, None])
@@ -227,7 +224,6 @@ def _with_columns(plan: BlockPlan, heads: int) -> BlockPlan:
         dense_rows=plan.dense_rows.repeat(heads),
         tokens=tokens.int()[None],
         token_bits=bits.flatten(0, 1),
-        memo={},
     )
 
 
@@ -251,7 +247,7 @@ def _correctness(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.d
         for case in ("dense", "triangle", "random", "columns"):
             if case == "columns" and tokens < COLUMNS:
                 continue
-            plan = _plan(case, shape, _tile(impl))
+            plan = _plan(case, shape, preferred_tile("cuda", impl))
             got = attend(q, k, v, plan, impl=impl)
             assert isinstance(got, Tensor)
             error, plain = _errors(q, k, v, plan, got)
@@ -297,7 +293,7 @@ def _rows(
         for impl in impls:
             torch.cuda.synchronize()
             start = time.perf_counter()
-            plan = _plan(case, shape, _tile(impl))
+            plan = _plan(case, shape, preferred_tile("cuda", impl))
             torch.cuda.synchronize()
             extra = {"plan_ms": round((time.perf_counter() - start) * 1e3, 3), "plan_bytes": plan.nbytes}
             ran = choose_call(q, k, v, plan, Softmax(shape.dim**-0.5), impl=impl).impl
@@ -352,7 +348,7 @@ def _launch_cost(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.d
     """Host microseconds of one `attend` with a cached plan, while the device keeps up (256 tokens)."""
     shape = Shape(256, heads, key_heads, dim, dtype)
     q, k, v = _inputs(shape)
-    run = _attend(q, k, v, _plan("triangle", replace(shape, tokens=256), _tile(impl)), impl)
+    run = _attend(q, k, v, _plan("triangle", replace(shape, tokens=256), preferred_tile("cuda", impl)), impl)
     times = []
     for _ in range(7):
         for _ in range(20):

@@ -58,7 +58,7 @@ def main() -> None:
     geometry = Geometry.of(2048)
     for capability, limit in SHARED.items():
         Driver.capability = capability[0] * 10 + capability[1]
-        triton_ranked._capability = lambda device, found=capability: found  # type: ignore[assignment]
+        triton_ranked.capability_of = lambda device, found=capability: found  # type: ignore[assignment]
         for dtype, dim, softmax in (
             (torch.bfloat16, 128, Softmax(0.1)),
             (torch.bfloat16, 64, Softmax(0.1, 5.0, torch.zeros(4))),

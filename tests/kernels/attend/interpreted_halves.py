@@ -12,6 +12,7 @@ from test_hopper import GEOMETRIES, HALF_PLANS, HEADS, KEY_HEADS
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import launch
 from sparsekit.kernels.attend.hopper import halves, worklist
+from sparsekit.kernels.attend.hopper.items import list_room
 from sparsekit.plan import BlockPlan
 
 
@@ -33,7 +34,7 @@ def test_both_paths_make_the_same_items(make: Callable[[Geometry], BlockPlan], g
         for pair in (halves._by_hand, halves._on_card):
             count = len(grid.items) * (1 if plan.dense_rows is None else 2)
             items, work = grid.items.new_zeros(count, 8), grid.items.new_zeros(count)
-            room = plan.entries.numel() + halves.SPARE * plan.samples * plan.heads * (plan.rows // 2 + 1)
+            room = list_room(plan.entries.numel(), plan.samples * plan.heads, plan.rows)
             entries = torch.full((room,), -7, dtype=torch.int32)
             pair(plan, grid.items, grid.rows, rows, items, work, entries, step)
             made.append((items * (items[:, 3:4] > 0), work, entries))  # an item without steps says nothing else

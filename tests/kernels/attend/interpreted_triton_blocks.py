@@ -28,6 +28,7 @@ from sparsekit.kernels import attend, choose, launch
 from sparsekit.kernels.attend import triton_blocks
 from sparsekit.patterns import Triangle, Union
 from sparsekit.plan import BlockPlan
+from sparsekit.plan.memo import TRITON
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 G150 = Geometry.of(150, block_q=64, block_kv=64)
@@ -46,7 +47,7 @@ PLANS: dict[str, Callable[[], BlockPlan]] = {
     "columns of each head, off the grid": lambda: with_columns(unaligned_plan(CHUNK, 4, step=51), 33),
     "columns and dense rows": lambda: with_columns(rule_plan(TRIANGLE, G150, 9), 120),
     "columns alone": lambda: with_columns(_own_tiles_only(G150), 64),
-    "no launch order": lambda: replace(rule_plan(TRIANGLE, G150), order=None, memo={}),
+    "no launch order": lambda: replace(rule_plan(TRIANGLE, G150), order=None),
 }
 
 
@@ -63,7 +64,7 @@ def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cut_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long rows cut over keys, as on a card whose processors are many for the work."""
-    monkeypatch.setattr(triton_blocks, "_processors", lambda device: 1000)
+    monkeypatch.setattr(triton_blocks, "processors_of", lambda device: 1000)
     monkeypatch.setattr(triton_blocks, "MIN_CHUNK_STEPS", 2)
 
 
@@ -116,7 +117,7 @@ def test_rows_cut_over_keys(name: str, options: dict[str, torch.Tensor]) -> None
         plans.append(replace(with_columns(plans[1], 40), long_rows=3))
     for plan in plans:
         check(plan, tensors(geometry, torch.float32, heads=2, key_heads=1), "triton", **options)
-        launch = next(value for key, value in plan.memo.items() if key[0] == "block_sparse")
+        launch = next(value for key, value in plan.memo.items() if key[0] == TRITON)
         assert launch.merge_grid[0] > 0, "no row was cut, so this tests nothing"
 
 

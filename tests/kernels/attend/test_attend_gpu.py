@@ -30,6 +30,7 @@ from sparsekit.plan import (
     dense_plan,
     plan_from_rule,
 )
+from sparsekit.plan.memo import TRITON
 
 pytestmark = pytest.mark.gpu
 
@@ -99,7 +100,7 @@ def test_rows_cut_over_keys(heads: int) -> None:
     exact = _last_rows(q, k, v, 100)
     for plan, rows in ((chunk, q[:, :, -100:]), (triangle, q)):
         out, lse = attend(rows, k, v, plan, impl="triton", return_lse=True)
-        launch = next(value for key, value in plan.memo.items() if key[0] == "block_sparse")
+        launch = next(value for key, value in plan.memo.items() if key[0] == TRITON)
         assert launch.merge_grid[0] > 0, "no row was cut, so this tests nothing"
         error = (out[:, :, -100:].float() - exact[0]).norm() / exact[0].norm()
         assert float(error) < 4e-3  # bfloat16 rounds at 2^-9; SDPA's own is 2e-3 here
@@ -116,7 +117,7 @@ def _last_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_strides(dtype: torch.dtype) -> None:
-    plan = replace(rule_plan(TRIANGLE, LONG, 200).to("cuda"), memo={})
+    plan = replace(rule_plan(TRIANGLE, LONG, 200).to("cuda"))
     q, k, v = _inputs(LONG, dtype)
     expected = attend(q, k, v, plan, impl="triton")
     fused = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)

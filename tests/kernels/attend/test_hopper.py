@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from children import interpret
+from kernel_cases import loose_plan
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.kernels.attend.hopper import host, worklist
-from sparsekit.kernels.attend.hopper.halves import own_list
+from sparsekit.kernels.attend.hopper import items as item
 from sparsekit.kernels.attend.reference import attend_reference
-from sparsekit.kernels.choose import list_room
 from sparsekit.kernels.select.bits import pack_bits
 from sparsekit.kernels.select.slash import plan_from_vertical_slash
 from sparsekit.plan import (
@@ -30,10 +30,13 @@ from sparsekit.plan import (
     BlockPlan,
     TokenRule,
     dense_plan,
-    plan_from_block_mask,
+    pack,
     plan_from_rule,
     stack_heads,
+    unpack,
 )
+from sparsekit.plan.bounds import row_starts
+from sparsekit.plan.memo import HOPPER_WORK
 
 HEADS, KEY_HEADS = 4, 2
 NEVER = 2**31 - 1
@@ -79,7 +82,7 @@ def _random_tiles(geometry: Geometry, heads: int = HEADS, keep: float = 0.4) -> 
     samples = 1 if geometry.uniform else geometry.batch
     columns = -(-geometry.kv_len // geometry.block_kv)
     g = torch.Generator().manual_seed(0)
-    return plan_from_block_mask(torch.rand(samples, heads, geometry.rows, columns, generator=g) < keep, geometry)
+    return loose_plan(torch.rand(samples, heads, geometry.rows, columns, generator=g) < keep, geometry)
 
 
 def _mixed_heads(geometry: Geometry) -> BlockPlan:
@@ -95,20 +98,20 @@ def _mixed_heads(geometry: Geometry) -> BlockPlan:
 
 def _any_key(geometry: Geometry) -> BlockPlan:
     """Tiles off the grid, one at key 5 and the diagonal's from odd keys on; two heads, one with an empty row."""
-    width, rows, plan = geometry.block_kv, geometry.rows, BlockPlan(geometry)
+    width, rows = geometry.block_kv, geometry.rows
     lists: list[list[int]] = []
     samples = 1 if geometry.uniform else geometry.batch
     for s in range(samples):
-        start = BlockPlan(geometry, samples=samples).row_starts()[s].tolist()
+        start = row_starts(geometry, samples)[s].tolist()
         for head in range(2):
             for r in range(rows):
                 first = max(start[r] - 3 * head - 1, 0)
                 tiles = [] if head and r == 1 else list(range(first, start[r] + 128, width))
-                entries = [key * 4 + CAUSAL for key in tiles]
-                lists.append([5 * 4 + CAUSAL, *entries] if first > 5 + width and entries else entries)
+                entries = [pack(key, CAUSAL) for key in tiles]
+                lists.append([pack(5, CAUSAL), *entries] if first > 5 + width and entries else entries)
     ptr = torch.tensor([0, *(len(row) for row in lists)]).cumsum(0).int()
     flat = torch.tensor([entry for row in lists for entry in row], dtype=torch.int32)
-    return replace(plan, samples=samples, heads=2, row_ptr=ptr, entries=flat)
+    return BlockPlan(geometry, samples=samples, heads=2, row_ptr=ptr, entries=flat)
 
 
 def _with_columns(geometry: Geometry, heads: int = 1, tokens: int = 150) -> BlockPlan:
@@ -118,7 +121,7 @@ def _with_columns(geometry: Geometry, heads: int = 1, tokens: int = 150) -> Bloc
         window = _random_tiles(geometry, heads=1)
     plan = stack_heads([window], [0] * heads) if heads > 1 and window.heads == 1 else window
     if plan.heads != heads:
-        plan = replace(_repeat_heads(window, heads), memo={})
+        plan = replace(_repeat_heads(window, heads))
     keys = max(span.keys for span in geometry.spans)
     g = torch.Generator().manual_seed(1)
     chosen = torch.stack(
@@ -132,7 +135,7 @@ def _with_columns(geometry: Geometry, heads: int = 1, tokens: int = 150) -> Bloc
     bits[:, : listed.shape[2]] = ~held & (listed != NEVER).repeat_interleave(plan.rows, 1).flatten(0, 1)
     packed = (bits.view(-1, words, 32) << torch.arange(32)).sum(-1)
     packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
-    return replace(plan, tokens=listed.int(), token_bits=packed, memo={})
+    return replace(plan, tokens=listed.int(), token_bits=packed)
 
 
 def _repeat_heads(plan: BlockPlan, heads: int) -> BlockPlan:
@@ -148,7 +151,7 @@ def _repeat_heads(plan: BlockPlan, heads: int) -> BlockPlan:
     dense = None
     if plan.dense_rows is not None:
         dense = plan.dense_rows.view(plan.samples, 1, -1).expand(-1, heads, -1).flatten()
-    return replace(plan, heads=heads, row_ptr=ptr, entries=torch.cat(pieces), dense_rows=dense, memo={})
+    return replace(plan, heads=heads, row_ptr=ptr, entries=torch.cat(pieces), dense_rows=dense)
 
 
 def _tiles_hold(plan: BlockPlan, tokens: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ def _tiles_hold(plan: BlockPlan, tokens: Tensor) -> Tensor:
     held = []
     for row in range(len(plan.row_ptr) - 1):
         mine = tokens.view(-1, tokens.shape[2])[row // plan.rows]
-        key = (plan.entries[plan.row_ptr[row] : plan.row_ptr[row + 1]] >> 2).long()[:, None]
+        key = unpack(plan.entries[plan.row_ptr[row] : plan.row_ptr[row + 1]])[0].long()[:, None]
         inside = ((mine >= key) & (mine < key + plan.block_kv)).any(0)
         dense = plan.dense_rows is not None and bool(plan.dense_rows[row])
         held.append(inside | dense)
@@ -196,25 +199,29 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
             if count == 0:
                 continue
             sample, head = divmod(sample_head, HEADS)
-            low, high, dense, empty, diagonal = kind & 255, kind >> 8 & 255, kind >> 16 & 1, kind >> 17 & 1, kind >> 18
-            narrow, missing = not dense and kind >> 20 & 1, 0 if dense else kind >> 21 & 3
+            low, high, bits_above = item.unpack_tile(kind)
+            dense, empty = bool(bits_above & item.DENSE), bool(bits_above & item.EMPTY)
+            diagonal = bits_above >> item.DIAGONAL_SHIFT
+            narrow = not dense and bool(bits_above & item.NARROW)
+            missing = 0 if dense else bits_above >> item.MISSING_SHIFT & item.MISSING
             lane = torch.arange(low, high)
             query = lane + row + g.q_offset - kv_start
             if empty:
                 query = torch.full_like(query, -1)
-            listed, columns = count & 0xFFFFF, count >> 20
+            listed, columns = item.unpack_steps(count)
             if slot >= 0 and not halves:
                 seen[slot] = row
             half = lane // 64
             i = torch.arange(listed * parts)
             if dense:
-                entry = ((begin - i // parts) * step + i % parts * width) * 4 + (i // parts < diagonal)
+                entry = pack((begin - i // parts) * step + i % parts * width, (i // parts < diagonal) * CAUSAL)
             else:
                 assert work.entries is not None
                 i = i[: len(i) - missing]
-                entry = work.entries[begin + i // split_entry] + i % split_entry * step * 4
-            key = ((entry >> 2)[:, None] + torch.arange(width)).flatten()
-            flags = (entry & 3).repeat_interleave(width)
+                entry = work.entries[begin + i // split_entry] + pack(i % split_entry * step, 0)
+            key, flags = unpack(entry)
+            key = (key[:, None] + torch.arange(width)).flatten()
+            flags = flags.repeat_interleave(width)
             ok = (flags == 0) | (key <= query[:, None])
             if plan.rule is not None and not dense:
                 shape = plan.rule.shape
@@ -227,8 +234,8 @@ def _pairs_of_work(plan: BlockPlan, dim: int) -> Tensor:
                 ruled = (key < sink) | (query[:, None] - key < window) | (query[:, None] >= dense_from)
                 ok &= (flags & RULE == 0) | ruled
             if halves:
-                both, turns, rest, order = slot & 0xFFFF, slot >> 16 & 0x7FFF, int(slot < 0), i // parts
-                turn = torch.where(order < both + 2 * turns, (order - both) % 2, rest)
+                (both, turns, second), order = item.Halves.of(slot), i // parts
+                turn = torch.where(order < both + 2 * turns, (order - both) % 2, int(second))
                 ok &= ((order < both) | (turn == half[:, None])).repeat_interleave(width, 1)
             _count(got[sample, head, row + low : row + high], ok, key + kv_start)
             if columns:
@@ -270,7 +277,7 @@ def test_work_list_computes_the_plan(
     expected = plan.multiplicity().repeat_interleave(HEADS // plan.heads, 1)
     assert torch.equal(_pairs_of_work(plan, dim), expected)
     if split and geometry.q_len >= 700:
-        works = [work for key, made in plan.memo.items() if key[0] == "hopper" for work in made]
+        works = [work for key, made in plan.memo.items() if key[0] == HOPPER_WORK for work in made]
         assert all(work.merges is not None for work in works)
 
 
@@ -319,8 +326,8 @@ def test_nobody_passes_two_steps_in_a_row() -> None:
     (work,) = host._works(plan, q, k)
     passed = 0
     for _, _, _, count, _, _, word, _ in work.items.tolist():
-        both, turns = word & 0xFFFF, word >> 16 & 0x7FFF
-        order = torch.arange(count & 0xFFFFF)
+        both, turns, _ = item.Halves.of(word)
+        order = torch.arange(item.unpack_steps(count)[0])
         for who in range(2):
             passes = (order >= max(both, 1)) & (order < both + 2 * turns) & ((order - both) % 2 != who)
             passed += int(passes.sum())
@@ -328,27 +335,40 @@ def test_nobody_passes_two_steps_in_a_row() -> None:
     assert passed > 100
 
 
-def test_pairs_are_listed_in_the_plans_own_room_once() -> None:
-    """A second list (another head size) must not overwrite the first, which is kept with the plan."""
-    plain, here = _slashes(_tiled(2000).with_tile(64, 64), slashes=60), torch.device("cpu")
-    assert plain.entries is not None
-    room = list_room(plain.entries.numel(), plain.heads, plain.rows)
-    plan = replace(plain, workspace=torch.zeros(room, dtype=torch.int32), memo={})
-    assert plan.nbytes == plain.nbytes + 4 * room
-    (first, second), (expected, _) = (
-        [
-            host._works(p, torch.empty(1, HEADS, 2000, dim), torch.empty(1, KEY_HEADS, 2000, dim))[0]
-            for dim in (128, 256)
-        ]
-        for p in (plan, plain)
+def test_a_second_list_leaves_the_first_alone() -> None:
+    """Each head size lists its own way, and both are kept with the plan, whose tensors nobody writes to."""
+    plan, again = (
+        _slashes(_tiled(2000).with_tile(64, 64), slashes=60),
+        _slashes(_tiled(2000).with_tile(64, 64), slashes=60),
     )
-    assert first.entries is plan.workspace and second.entries is not plan.workspace
+    first, second = (
+        host._works(plan, torch.empty(1, HEADS, 2000, dim), torch.empty(1, KEY_HEADS, 2000, dim))[0]
+        for dim in (128, 256)
+    )
+    (expected,) = host._works(again, torch.empty(1, HEADS, 2000, 128), torch.empty(1, KEY_HEADS, 2000, 128))
+    assert first.entries is not None and second.entries is not None and expected.entries is not None
+    assert first.entries.numel() == item.list_room(plan.entries.numel(), plan.heads, plan.rows)  # type: ignore[union-attr]
+    assert first.entries.data_ptr() != second.entries.data_ptr()
     assert torch.equal(first.items, expected.items)
-    for start, count in first.items[:, 2:4].tolist():
-        steps = slice(start, start + 2 * (count & 0xFFFFF))
-        assert torch.equal(first.entries[steps], expected.entries[steps])  # type: ignore[index]
-    small = replace(plain, workspace=torch.zeros(room - 1, dtype=torch.int32), memo={})
-    assert own_list(small, here).numel() == room
+    for start, count in first.items[:, [item.START, item.COUNT]].tolist():
+        steps = slice(start, start + 2 * item.unpack_steps(count)[0])
+        assert torch.equal(first.entries[steps], expected.entries[steps])
+    for name, tensor in plan.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+
+
+def test_words_of_an_item_are_unpacked_as_they_were_packed() -> None:
+    for low, high in ((0, 128), (3, 64), (64, 65)):
+        kind = item.pack_tile(low, high) | item.NARROW | 2 << item.MISSING_SHIFT
+        assert item.unpack_tile(kind) == (low, high, item.NARROW | 2 << item.MISSING_SHIFT)
+        assert kind < 2**31
+    assert item.unpack_steps(item.pack_steps(1234, 99)) == (1234, 99)
+    for halves in (item.Halves(1, 0, False), item.Halves(60000, 0x7FFF, True)):
+        word = item.pack_halves(*halves)
+        assert item.Halves.of(word) == halves
+        assert -(2**31) <= word < 2**31
+    assert len({item.DENSE, item.EMPTY, 1 << item.DIAGONAL_SHIFT}) == 3
+    assert min(item.DENSE.bit_length() - 1, item.EMPTY.bit_length() - 1) >= item.TILE_BITS
 
 
 def test_items_without_steps_come_last() -> None:
@@ -379,9 +399,10 @@ def test_halves_read_no_more_than_rows_of_128_and_compute_less() -> None:
     wide, narrow = (plan_from_vertical_slash(bits, geometry.with_tile(rows, 64), 1, 16, 64) for rows in (128, 64))
     q = k = torch.empty(1, 1, 8192, 128)
     ((read,), (halves,)) = (host._works(plan, q, k) for plan in (wide, narrow))
-    both, turns = halves.items[:, 6] & 0xFFFF, halves.items[:, 6] >> 16 & 0x7FFF
-    assert int(halves.items[:, 3].bitwise_and(0xFFFFF).sum()) <= 1.1 * int(read.items[:, 3].bitwise_and(0xFFFFF).sum())
-    assert int((both + turns).sum()) < 0.75 * int(read.items[:, 3].bitwise_and(0xFFFFF).sum())
+    needed = [item.Halves.of(word) for word in halves.items[:, item.SLOT].tolist()]
+    steps, wide_steps = (int(item.unpack_steps(work.items[:, item.COUNT])[0].sum()) for work in (halves, read))
+    assert steps <= 1.1 * wide_steps
+    assert sum(both + turns for both, turns, _ in needed) < 0.75 * wide_steps
 
 
 def test_long_rows_are_split_and_no_others() -> None:
@@ -406,11 +427,10 @@ def test_long_rows_are_split_and_no_others() -> None:
 def test_covers_names_the_reason() -> None:
     q = torch.randn(1, 4, 256, 128, dtype=torch.bfloat16)
     plan, softmax = dense_plan(_tiled(256)), Softmax(0.1)
-    reason = host.covers(q, q, q, plan, softmax, False)
-    assert reason == "needs a CUDA device of compute capability 9.0"
+    assert host.missing(torch.device("cpu")) == "it is not a CUDA device"
 
-    def form(q: Tensor, plan: BlockPlan = plan, softmax: Softmax = softmax) -> str:
-        return host._form_missing(q, q, q, plan, softmax)
+    def form(q: Tensor, plan: BlockPlan = plan) -> str:
+        return "; ".join(host.covers(q, q, q, plan, softmax, False))
 
     assert form(q) == ""
     assert form(q.transpose(1, 2).contiguous().transpose(1, 2)) == ""
@@ -420,7 +440,8 @@ def test_covers_names_the_reason() -> None:
     assert "tile 64 x 128" in form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=128)))
     ruled = plan_from_rule(TokenRule(8, 64, 256), Geometry.of(256, block_q=64, block_kv=64))
     assert "tile 64 x 64" in form(q, ruled)
-    assert "scale" in form(q, softmax=Softmax(-1.0))
+    both = form(q[..., :96].float())
+    assert "float32" in both and "head size 96" in both  # all reasons
     assert "strides" in form(torch.empty(1, 4, 256, 129, dtype=torch.bfloat16)[..., :128])
     assert "16-byte" in form(torch.empty(4 * 256 * 128 + 8, dtype=torch.bfloat16)[1:-7].view(1, 4, 256, 128))
     assert "strides" in form(q[:, :1].expand(-1, 4, -1, -1))

@@ -54,9 +54,9 @@ def test_these_plans_do_stop_early() -> None:
         assert plan.ranked is not None
         attend(q, k, v, plan)
         listed = plan.ranked.key_ptr.diff()[:, None, :, None]
-        ended = (plan.ranked.visited * 64 < listed) & (listed > 0)
+        ended = (plan.visited * 64 < listed) & (listed > 0)
         assert float(ended.sum() / (listed > 0).expand_as(ended).sum()) > 0.25
-        assert len(plan.ranked.visited.unique()) > 3
+        assert len(plan.visited.unique()) > 3
 
 
 def test_what_is_visited_is_known_after_execution() -> None:
@@ -64,7 +64,7 @@ def test_what_is_visited_is_known_after_execution() -> None:
     q, k, v = peaked(geometry)
     plan = plan_of(PATTERNS["stops"], (q, k, v), geometry)
     assert plan.ranked is not None
-    assert bool((plan.ranked.visited == -1).all())
+    assert plan.visited is None
     before = plan.density()
     assert before == 1
     attend(q, k, v, plan)
@@ -89,11 +89,11 @@ def test_tiles_are_counted_as_they_are_visited(kind: str) -> None:
     for head in range(4):
         for segment in range(-(-500 // size)):
             places = plan.ranked.q_index[0, head, segment].tolist()
-            for t in range(plan.ranked.visited.shape[-1]):
+            for t in range(plan.visited.shape[-1]):
                 queries = [p for p in places[t * plan.block_q : (t + 1) * plan.block_q] if p >= 0]
                 if queries:
                     tiles += (max(queries) - segment * size) // 64 + 1 + (segment > 0)
-                    tiles += int(plan.ranked.visited[0, head, segment, t])
+                    tiles += int(plan.visited[0, head, segment, t])
     assert plan.visited_tiles() == tiles
 
 
@@ -106,9 +106,9 @@ def test_nan_is_no_reason_to_stop() -> None:
         fresh = unvisited(plan)
         out = attend(q, k, v, fresh, impl=impl)
         assert isinstance(out, torch.Tensor)
-        assert fresh.ranked is not None
-        assert int(fresh.ranked.visited[0, 0, 7, 0]) == 6  # all of them: 448 keys, less the sink tile
-        assert int(fresh.ranked.visited[0, 1, 7, 0]) < 6
+        assert fresh.visited is not None
+        assert int(fresh.visited[0, 0, 7, 0]) == 6  # all of them: 448 keys, less the sink tile
+        assert int(fresh.visited[0, 1, 7, 0]) < 6
         assert bool(out[0, 0, 450].isnan().all())
         assert int(out.isnan().any(-1).sum()) == 1
 
@@ -131,7 +131,7 @@ def test_bytes_and_tensors() -> None:
     plan = plan_of(PATTERNS["everything"], peaked(G300), G300)
     assert plan.ranked is not None
     assert plan.nbytes == sum(t.nbytes for t in plan.ranked.tensors.values())
-    assert {name.removeprefix("ranked.") for name in plan.tensors} == {"q_index", "keys", "key_ptr", "visited"}
+    assert {name.removeprefix("ranked.") for name in plan.tensors} == {"q_index", "keys", "key_ptr"}
     assert not plan.all_dense
 
 

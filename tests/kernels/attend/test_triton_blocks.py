@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from children import interpret
@@ -44,7 +46,7 @@ def test_a_kernel_that_cannot_run_here_is_an_error(impl: str, monkeypatch: pytes
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsekit.kernels.choose.find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["sparsekit.kernels.choose"], "find_spec", lambda name: None)
     with pytest.raises(SparsekitError, match="triton is not installed"):
         choose("cpu", "triton")
 

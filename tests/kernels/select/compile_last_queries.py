@@ -28,8 +28,8 @@ def main() -> None:
     driver.set_active(Driver())
     for module in (launch, last_queries_triton):
         module._start = compile_select._compile  # type: ignore[assignment]
-    last_queries_triton._capability = lambda device: (9, 0)  # type: ignore[assignment]
-    last_queries_triton._processors = lambda device: 132  # type: ignore[assignment]
+    last_queries_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
+    last_queries_triton.processors_of = lambda device: 132  # type: ignore[assignment]
     geometry = Geometry.of(4096, block_kv=128)
     sinks = Softmax(0.1, 5.0, torch.zeros(32))
     for dtype, dim, queries, softmax in (

@@ -56,7 +56,7 @@ def _inputs(geometry: Geometry, dtype: torch.dtype, dim: int) -> tuple[torch.Ten
 def main() -> None:
     driver.set_active(Driver())
     launch._start = _compile  # type: ignore[assignment]
-    block_scores_triton._capability = lambda device: (9, 0)  # type: ignore[assignment]
+    block_scores_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
     geometry = Geometry.of(4096, block_kv=128)
     for dtype, dim, stride, cap in (
         (torch.bfloat16, 128, 16, None),

@@ -30,6 +30,6 @@ def test_both_paths_give_one_plan(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_both_paths_count_alike(case: Case) -> None:
     for plan in (*case.plans(), join_plans(case.plans(), impl="torch")):
-        fresh = replace(plan, memo={})
+        fresh = replace(plan)
         assert plan_totals(fresh, impl="triton").sums.tolist() == plan.sums().tolist()
         assert fresh.kept_pairs() == int(plan.to_mask().sum())

@@ -34,7 +34,7 @@ LONG = {
 @pytest.fixture
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in as many parts as there are tiles."""
-    monkeypatch.setattr(last_queries_triton, "_processors", lambda device: 60)
+    monkeypatch.setattr(last_queries_triton, "processors_of", lambda device: 60)
     monkeypatch.setattr(last_queries_triton, "MIN_TILES", 1)
 
 

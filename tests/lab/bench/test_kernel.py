@@ -38,7 +38,6 @@ def test_a_rate_counts_each_row_once(block_kv: int) -> None:
         dense_rows=plan.dense_rows.repeat(6),
         tokens=torch.arange(64, dtype=torch.int32).repeat(1, 6, 1),
         token_bits=bits,
-        memo={},
     )
     assert kernel._flops(columns, shape) == (tiles * 6 + 35 / block_kv) * 4 * block_q * block_kv * 64
     assert kernel._flops(dense_plan(geometry), shape) == 2 * tokens**2 * 64 * 6

@@ -117,7 +117,7 @@ def test_inspect(tiny) -> None:
         (["probe", "m", "--seeds", "a"], "--seeds 'a': whole numbers separated by commas"),
         (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "400"], "must end in .png"),
         (["rule", "m", "--rule", "suffix", "-o", "c.yaml"], "needs a probe"),
-        (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "list", "-o", "c.yaml"], "one pattern, which all"),
+        (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "list", "-o", "c.yaml"], "one pattern for all"),
         (["tune", "m", "--patterns", "{name: triangle", "-o", "c.yaml"], "--patterns '{name: triangle'"),
         (["tune", "m", "--patterns", "triangle", "--tokens", "9000", "-o", "c.yaml"], "the model has 4096 positions"),
     ],

@@ -6,7 +6,7 @@ i - 1, and the softmax of step i runs while that P V is in flight. A step is BN 
 PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the 128-byte swizzle stores a
 tile: pieces of several entries in the right order are one tile.
 
-A work item is 8 int32 (the names below are its columns):
+A work item is 8 int32, by the names in items.py:
     ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
     HEAD    sample * H + query head.
     START   listed: index into entries; dense: the first step to run, from which the others go down to 0.
@@ -44,24 +44,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparsekit.kernels.attend.hopper import items
 from sparsekit.kernels.attend.hopper.halves_device import NOWHERE
+from sparsekit.plan import RULE as RULE_FLAG
 
 __all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
 
-ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(8))
-ITEM = gl.constexpr(8)
+ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(items.ITEM))
+ITEM = gl.constexpr(items.ITEM)
 # What the producer mails to the consumers: an item, and what else they would wait for at a tile's start, as loads from
 # global memory: the row's token rule and its first two steps.
 SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1 = (gl.constexpr(i) for i in range(8, 13))
 MAIL = gl.constexpr(16)
-DENSE = gl.constexpr(1 << 16)
-EMPTY = gl.constexpr(1 << 17)
-DIAGONAL_SHIFT = gl.constexpr(18)
-NARROW = gl.constexpr(1 << 20)
-MISSING_SHIFT = gl.constexpr(21)
-COLUMN_SHIFT = gl.constexpr(20)
-PAIRS_SHIFT = gl.constexpr(16)
-NARROW_KEYS = gl.constexpr(16)
+DENSE = gl.constexpr(items.DENSE)
+EMPTY = gl.constexpr(items.EMPTY)
+DIAGONAL_SHIFT = gl.constexpr(items.DIAGONAL_SHIFT)
+NARROW = gl.constexpr(items.NARROW)
+MISSING_SHIFT = gl.constexpr(items.MISSING_SHIFT)
+COLUMN_SHIFT = gl.constexpr(items.COLUMN_SHIFT)
+PAIRS_SHIFT = gl.constexpr(items.PAIRS_SHIFT)
+NARROW_KEYS = gl.constexpr(items.NARROW_KEYS)
+RULE_ALONE = gl.constexpr(RULE_FLAG)  # `RULE` is a kernel's option here
 CHUNK = gl.constexpr(64)  # columns of a row that the 128-byte swizzle keeps together, in 16-bit elements
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -944,7 +947,7 @@ def list_items(
     flags = kind & 0xFFFF
     count = entries
     if PARTS > 1:
-        flags = flags | ((-entries & (PARTS - 1)) << 21)
+        flags = flags | ((-entries & (PARTS - 1)) << MISSING_SHIFT)
         count = (entries + (PARTS - 1)) // PARTS
     elif p_rule is not None:
         at = plan_row // rows
@@ -954,9 +957,9 @@ def list_items(
         dense_from = tl.load(p_own + 2, mask=there, other=0)
         start = row + q_offset - kv_start
         first = tl.load(p_entries + tl.minimum(begin, last_entry), mask=there, other=0)
-        few = (first == 2) & (sink <= 16) & (entries > 1)
+        few = (first == RULE_ALONE) & (sink <= NARROW_KEYS) & (entries > 1)
         narrow = (few & (start - window + 1 >= BLOCK_KV) & (start + 128 <= dense_from)).to(tl.int32)
-        flags = flags | (narrow << 20)
+        flags = flags | narrow * NARROW
         begin += narrow
         count = entries - narrow
     if BLOCK_KV > STEP:
@@ -975,8 +978,8 @@ def list_items(
             last = tl.maximum(last, tl.max(tl.where(word != 0, at_word[None] + 1, 0), 1))
         columns = (last * 32 + (STEP - 1)) // STEP
         work = count + columns
-        count = count | (columns << 20)
-    empty = ((kind & (1 << 17)) != 0) | (work == 0)
+        count = count | (columns << COLUMN_SHIFT)
+    empty = ((kind & EMPTY) != 0) | (work == 0)
     bounded = dense | empty
     p_to = p_items + i * 8
     tl.store(p_to, row, mask=there)
@@ -984,7 +987,7 @@ def list_items(
     tl.store(p_to + 2, tl.where(empty, 0, tl.where(dense, dense_start, begin)), mask=there)
     tl.store(p_to + 3, tl.where(empty, 1, count), mask=there)
     tl.store(p_to + 4, kv_start, mask=there)
-    tl.store(p_to + 5, tl.where(bounded, kind, flags) | tl.where(empty, 1 << 17, 0), mask=there)
+    tl.store(p_to + 5, tl.where(bounded, kind, flags) | tl.where(empty, EMPTY, 0), mask=there)
     tl.store(p_to + 6, -1, mask=there)
     tl.store(p_to + 7, plan_row.to(tl.int32), mask=there)
     tl.store(p_work + i, tl.where(empty, 1, work), mask=there)

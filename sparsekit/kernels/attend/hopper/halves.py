@@ -9,15 +9,16 @@ diagonals a half needs seven steps in ten, while no more tiles are read than for
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
-from sparsekit.kernels.choose import HALF, SPARE, list_room
-from sparsekit.plan import FLAG_BITS, BlockPlan, upload
+from sparsekit.kernels.attend.hopper import items as item
+from sparsekit.kernels.attend.hopper.items import HALF, SPARE
+from sparsekit.plan import BlockPlan, unpack, upload
 
 __all__ = ["FARTHEST_KEY", "own_list", "pair_rows"]
 
@@ -26,13 +27,10 @@ ENTRIES_AT_ONCE = 256
 
 
 def own_list(plan: BlockPlan, device: torch.device) -> Tensor:
-    """int32 room for the entries of all items: the plan's workspace, where it has one and this is the first to ask."""
+    """int32 room for the entries of all items, kept with the work list: when nobody knows yet how many there are."""
     assert plan.entries is not None
-    room, taken = list_room(plan.entries.numel(), plan.samples * plan.heads, plan.rows), plan.workspace
-    if taken is None or taken.numel() < room or plan.memo.get("workspace taken"):
-        return torch.empty(room, dtype=torch.int32, device=device)
-    plan.memo["workspace taken"] = True
-    return taken
+    room = item.list_room(plan.entries.numel(), plan.samples * plan.heads, plan.rows)
+    return torch.empty(room, dtype=torch.int32, device=device)
 
 
 def pair_rows(
@@ -62,17 +60,18 @@ def pair_rows(
     return made, work
 
 
-@lru_cache(maxsize=8)
+@per_geometry
 def _rows(
     g: Geometry, samples: tuple[int, ...], shared: bool, plan_heads: int, heads: int, device: torch.device
 ) -> Tensor:
     """int32 (2, n * H * T): the plan's rows in each item's halves, -1 where a half has no query."""
     tiles = g.with_tile(2 * HALF, g.block_kv).rows
-    first = torch.tensor([g.spans[b].q_first // HALF % 2 for b in samples])[:, None, None]
-    sample = torch.tensor([0 if shared else b for b in samples])[:, None, None]
-    head = torch.arange(heads)[:, None] // (heads // plan_heads)
-    row = torch.stack([2 * torch.arange(tiles) - first, 2 * torch.arange(tiles) + 1 - first])
-    rows = torch.tensor([-(-g.spans[b].q_end // HALF) - g.spans[b].q_first // HALF for b in samples])[:, None, None]
+    numbers = [(g.spans[b].q_first // HALF % 2, 0 if shared else b, g.spans[b].tiles(HALF)) for b in samples]
+    there = torch.tensor(numbers, dtype=torch.int64, device="cpu")[:, :, None, None]
+    first, sample, rows = there.unbind(1)
+    head = torch.arange(heads, device="cpu")[:, None] // (heads // plan_heads)
+    tile = 2 * torch.arange(tiles, device="cpu")
+    row = torch.stack([tile - first, tile + 1 - first])
     row = torch.where((row >= 0) & (row < rows), (sample * plan_heads + head) * g.rows + row, -1)
     return upload(row.flatten(1).to(torch.int32), device)
 
@@ -106,36 +105,38 @@ def _by_hand(
     ptr, listed, parts = plan.row_ptr.tolist(), plan.entries.tolist(), step // HALF
     for i, (grid, pair, first, second) in enumerate(zip(items.tolist(), pairs.tolist(), *rows.tolist(), strict=True)):
         there = [row for row in (first, second) if row >= 0]
-        lists = [{} if row < 0 else {e >> FLAG_BITS: e for e in listed[ptr[row] : ptr[row + 1]]} for row in rows[:, i]]
+        lists = [{} if row < 0 else {unpack(e)[0]: e for e in listed[ptr[row] : ptr[row + 1]]} for row in rows[:, i]]
         alone = [[e for key, e in own.items() if key not in other] for own, other in (lists, lists[::-1])]
         both = [e | lists[1][key] for key, e in lists[0].items() if key in lists[1]]
         shared, *own = (_in_steps(some, parts, int(NOWHERE.value)) for some in (both, *alone))
         turns = min(map(len, own))
         steps = [*shared, *(s for two in zip_longest(*own) for s in two if s is not None)]
         begin = ptr[there[0]] + SPARE * pair if there else 0
-        entries[begin : begin + len(steps) * parts] = torch.tensor([e for s in steps for e in s], dtype=torch.int32)
+        flat = [e for s in steps for e in s]
+        entries[begin : begin + len(flat)] = torch.tensor(flat, dtype=torch.int32, device="cpu")
 
-        words = [0] if plan.token_bits is None else [_last_word(plan.token_bits[row]) for row in there]
-        columns = -(-max([*words, 0]) * 32 // step)
+        last_words = [0] if plan.token_bits is None else [_last_word(plan.token_bits[row]) for row in there]
+        columns = -(-max([*last_words, 0]) * 32 // step)
         dense = [plan.dense_rows is not None and bool(plan.dense_rows[row]) for row in there]
-        low, high, by_bounds = grid[5] & 255, grid[5] >> 8 & 255, grid[5] >> 16 << 16
-        empty = bool(grid[5] & 1 << 17) or not (len(steps) + columns or (dense and all(dense)))
+        low, high, by_bounds = item.unpack_tile(grid[item.KIND])
+        empty = bool(by_bounds & item.EMPTY) or not (len(steps) + columns or (dense and all(dense)))
         if len(set(dense)) == 2:
-            work[len(items) + i] = grid[3]
+            work[len(items) + i] = grid[item.COUNT]
             cut = (low, min(high, HALF)) if dense[0] else (max(low, HALF), high)
-            kind = by_bounds | cut[0] | cut[1] << 8
-            made[len(items) + i] = torch.tensor([*grid[:5], kind, grid[3], grid[7]], dtype=torch.int32)
+            other = [*grid[: item.KIND], by_bounds | item.pack_tile(*cut), grid[item.COUNT], grid[item.PLAN]]
+            made[len(items) + i] = torch.tensor(other, dtype=torch.int32, device="cpu")
             low, high = (max(low, HALF), high) if dense[0] else (low, min(high, HALF))
-        plan_row = (there[0] if there else -1) << 1 | (len(there) == 2)
+        row, head, start, count, kv, *_ = grid
+        plan_row = item.pack_pair(there[0] if there else -1, int(len(there) == 2))
+        tile = item.pack_tile(low, high)
         if empty or (dense and all(dense)):
-            count = 1 if empty else grid[3]
-            kind = low | high << 8 | by_bounds | empty << 17
-            item = [*grid[:2], 0 if empty else grid[2], count, grid[4], kind, count, plan_row]
+            start, count = (0, 1) if empty else (start, count)
+            words = [row, head, start, count, kv, tile | by_bounds | empty * item.EMPTY, count, plan_row]
         else:
             count = len(steps) + columns
-            halves = (len(shared) if steps else 1) | turns << 16 | (-(1 << 31) if len(own[0]) < len(own[1]) else 0)
-            item = [*grid[:2], begin, len(steps) | columns << 20, grid[4], low | high << 8, halves, plan_row]
-        made[i], work[i] = torch.tensor(item, dtype=torch.int32), count
+            halves = item.pack_halves(len(shared) if steps else 1, turns, len(own[0]) < len(own[1]))
+            words = [row, head, begin, item.pack_steps(len(steps), columns), kv, tile, halves, plan_row]
+        made[i], work[i] = torch.tensor(words, dtype=torch.int32, device="cpu"), count
 
 
 def _in_steps(entries: list[int], parts: int, nowhere: int) -> list[list[int]]:

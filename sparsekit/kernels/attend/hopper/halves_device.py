@@ -5,9 +5,16 @@
 import triton
 import triton.language as tl
 
+from sparsekit.call.geometry import MAX_TOKENS
+from sparsekit.kernels.attend.hopper import items
+from sparsekit.plan import CAUSAL, pack
+
 __all__ = ["pair_rows"]
 
-NOWHERE = tl.constexpr(((1 << 29) - 4096) * 4 + 1)  # an entry past all keys: zeros by TMA, and masked
+NOWHERE = tl.constexpr(pack(MAX_TOKENS - 4096, CAUSAL))  # an entry past all keys: zeros by TMA, and masked
+EMPTY, PAIRS_SHIFT, COLUMN_SHIFT, SECOND, HALF = (
+    tl.constexpr(n) for n in (items.EMPTY, items.PAIRS_SHIFT, items.COLUMN_SHIFT, items.SECOND, items.HALF)
+)
 
 
 @triton.jit
@@ -121,12 +128,12 @@ def pair_rows(
     dense_steps = tl.load(p_grid + i * 8 + 3)
     low = kind & 255
     high = (kind >> 8) & 255
-    empty = ((kind & (1 << 17)) != 0) | ((dense == 0) & (listed + columns == 0))
+    empty = ((kind & EMPTY) != 0) | ((dense == 0) & (listed + columns == 0))
     by_bounds = dense | empty
     work = tl.where(empty, 1, tl.where(dense, dense_steps, listed + columns))
     # A word for items by bounds too: both halves need all of their steps.
     both = tl.where(by_bounds, work, tl.where(listed == 0, 1, both_steps))
-    halves = both | tl.where(by_bounds, 0, pairs << 16 | tl.where(steps_a < steps_b, -2147483648, 0))
+    halves = both | tl.where(by_bounds, 0, pairs << PAIRS_SHIFT | tl.where(steps_a < steps_b, SECOND, 0))
     alone = tl.where(first >= 0, first, second)
     two = ((first >= 0) & (second >= 0)).to(tl.int32)
     if p_dense is not None:
@@ -134,21 +141,21 @@ def pair_rows(
         p_other = p_items + (items + i) * 8
         for column in tl.static_range(8):
             tl.store(p_other + column, tl.load(p_grid + i * 8 + column))
-        other_low = tl.where(dense_a, low, tl.maximum(low, 64))
-        other_high = tl.where(dense_a, tl.minimum(high, 64), high)
+        other_low = tl.where(dense_a, low, tl.maximum(low, HALF))
+        other_high = tl.where(dense_a, tl.minimum(high, HALF), high)
         tl.store(p_other + 3, tl.where(mixed, dense_steps, 0))
         tl.store(p_other + 5, kind >> 16 << 16 | other_low | other_high << 8)
         tl.store(p_other + 6, dense_steps)
         tl.store(p_work + items + i, tl.where(mixed, dense_steps, 0))
-        low = tl.where(mixed & dense_a, tl.maximum(low, 64), low)
-        high = tl.where(mixed & (dense_a == 0), tl.minimum(high, 64), high)
+        low = tl.where(mixed & dense_a, tl.maximum(low, HALF), low)
+        high = tl.where(mixed & (dense_a == 0), tl.minimum(high, HALF), high)
     p_item = p_items + i * 8
     tl.store(p_item, tl.load(p_grid + i * 8))
     tl.store(p_item + 1, tl.load(p_grid + i * 8 + 1))
     tl.store(p_item + 2, tl.where(empty, 0, tl.where(dense, tl.load(p_grid + i * 8 + 2), start)))
-    tl.store(p_item + 3, tl.where(by_bounds, work, listed | columns << 20))
+    tl.store(p_item + 3, tl.where(by_bounds, work, listed | columns << COLUMN_SHIFT))
     tl.store(p_item + 4, tl.load(p_grid + i * 8 + 4))
-    tl.store(p_item + 5, low | high << 8 | tl.where(by_bounds, kind >> 16 << 16, 0) | tl.where(empty, 1 << 17, 0))
+    tl.store(p_item + 5, low | high << 8 | tl.where(by_bounds, kind >> 16 << 16, 0) | tl.where(empty, EMPTY, 0))
     tl.store(p_item + 6, halves)
     tl.store(p_item + 7, alone << 1 | two)
     tl.store(p_work + i, work)

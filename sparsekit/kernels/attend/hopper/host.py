@@ -6,7 +6,8 @@ launch. Nothing here synchronises with the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,79 +15,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.call.geometry import Geometry
+from sparsekit.call.caches import per_geometry
+from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
+from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
 from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
 from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _halves, _parts, _step_keys, _Work, _works
-from sparsekit.kernels.choose import HALF
-from sparsekit.plan import FLAG_BITS, BlockPlan, upload
+from sparsekit.kernels.device import capability_of
+from sparsekit.plan import BlockPlan, upload
+from sparsekit.plan.memo import COVERED, HOPPER_LAUNCHES
 
-__all__ = ["attend_hopper", "compile_form", "covers"]
+__all__ = ["attend_hopper", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = (32, 64, 128)
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
-LOG2E = 1.4426950408889634
 _Pair = tuple["Tensor | None", "Tensor | None"]
 MERGE_ROWS = 32
-FARTHEST = 1 << (31 - FLAG_BITS)
 COLUMNS_A_PROGRAM = 64
 
 
-def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> str:
-    """Why this call must go to the portable kernel, in one clause; "" where the Hopper form runs it.
+def missing(device: torch.device) -> str:
+    """Why the Hopper form cannot run on `device`, or ""."""
+    if device.type != "cuda":
+        return "it is not a CUDA device"
+    if torch.version.cuda is None:
+        return "it needs an NVIDIA device of compute capability 9.0"
+    major, minor = capability_of(device)
+    if (major, minor) != (9, 0):
+        return f"it needs compute capability 9.0, this device has {major}.{minor}"
+    return gluon_missing()
+
+
+def tile(q: Tensor | None, narrow: bool) -> tuple[int, int]:
+    """128 x 128; for what keeps less in narrow rows 64 x 64, of which two rows share what they read."""
+    halves = narrow and q is not None and q.dtype in DTYPES and q.shape[3] in (64, 128)
+    return (HALF, HALF) if halves else (BLOCK_Q, 128)
+
+
+def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> list[str]:
+    """Why this call must go to another implementation, each reason in a clause; none where the Hopper form runs it.
 
     On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap,
     padding and chunks are covered.
     """
-    if q.device.type != "cuda" or _capability(q.device.index) != (9, 0):
-        return "needs a CUDA device of compute capability 9.0"
-    missing = gluon_missing()
-    if missing:
-        return missing
-    return _form_missing(q, k, v, plan, softmax)
+    key = (COVERED, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride())
+    reasons: list[str] | None = plan.memo.get(key)
+    if reasons is None:
+        reasons = plan.memo[key] = list(_against(q, k, v, plan))
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return [*reasons, "q, k or v not on a 16-byte boundary, as TMA wants them"]
+    return reasons
 
 
-def _form_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
-    """The part of `covers` that looks at the call, not at the machine."""
-    key = ("hopper covers", q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale > 0)
-    reason = plan.memo.get(key)
-    if reason is None:
-        reason = plan.memo[key] = _shape_missing(q, k, v, plan, softmax)
-    if not reason and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        return "q, k or v not on a 16-byte boundary, as TMA wants them"
-    return str(reason)
-
-
-def _shape_missing(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax) -> str:
+def _against(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[str]:
     if q.dtype not in DTYPES:
-        return f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
+        yield f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
     if q.shape[3] not in HEAD_SIZES:
-        return f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
+        yield f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
     if plan.ranked is not None:
-        return "ranked keys with an early stop"
+        yield "ranked keys with an early stop"
     g = plan.geometry
     halves = (g.block_q, g.block_kv) == (HALF, HALF) and plan.rule is None and g.kv_len < FARTHEST_KEY
-    if not halves and (g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV):
+    if plan.ranked is None and not halves and (g.block_q != BLOCK_Q or g.block_kv not in BLOCK_KV):
         allowed = f"128 x {', '.join(map(str, BLOCK_KV))}"
-        return f"tile {g.block_q} x {g.block_kv}: {allowed}; 64 x 64 without a token rule, below {FARTHEST_KEY} keys"
+        yield f"tile {g.block_q} x {g.block_kv}: {allowed}; 64 x 64 without a token rule, below {FARTHEST_KEY} keys"
     if plan.row_ptr is not None and plan.row_ptr.dtype != torch.int32:
-        return f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
-    if g.kv_len >= FARTHEST:
-        return f"{g.kv_len} keys: fewer than {FARTHEST}"
-    if not softmax.scale > 0:
-        return f"softmax scale {softmax.scale}: above 0"
+        yield f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
+    if g.kv_len >= MAX_TOKENS:
+        yield f"{g.kv_len} keys: fewer than {MAX_TOKENS}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         outer = zip(x.stride()[:3], x.shape[:3], strict=True)
         if x.stride(3) != 1 or any(n > 1 and (s % 8 or s <= 0) for s, n in outer):
-            return f"{name} with strides {x.stride()}: TMA wants the last one 1 and the others multiples of 8"
-    return ""
-
-
-@lru_cache(maxsize=16)
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+            yield f"{name} with strides {x.stride()}: TMA wants the last one 1 and the others multiples of 8"
 
 
 @lru_cache(maxsize=1)
@@ -114,12 +116,14 @@ def attend_hopper(
     sinks = softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
-        "hopper launches", q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale,
+        HOPPER_LAUNCHES, q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale,
         softmax.softcap, None if sinks is None else sinks.dtype, return_lse, stream,
     )  # fmt: skip
-    launches = plan.memo.get(key)
+    launches: _Launches | None = plan.memo.get(key)
     if launches is None:
-        launches = plan.memo[key] = _prepare(q, k, v, plan, softmax, return_lse, stream)
+        launches = plan.memo.keep(key, _prepare(q, k, v, plan, softmax, return_lse, stream))
+    else:
+        plan.memo.touch()
     batch, heads, q_len, dim = q.shape
     padded = launches.padded
     out = (q.new_zeros if padded else q.new_empty)((batch, q_len, heads, dim)).transpose(1, 2)
@@ -221,10 +225,9 @@ def _launch(
         None,
     ]
     if parts > 1 or narrow:
-        code = _device_code()
-        rows = plan.block_kv if parts > 1 else int(code.NARROW_KEYS.value)
+        rows = plan.block_kv if parts > 1 else NARROW_KEYS
         for i, x in enumerate((k, v)):
-            boxes[6 + i] = _box(x.shape, x.stride(), work.kv_end, rows, q.dtype, int(code.CHUNK.value))
+            boxes[6 + i] = _box(x.shape, x.stride(), work.kv_end, rows, q.dtype, int(_device_code().CHUNK.value))
     columns = plan.tokens is not None and plan.token_bits is not None
     if columns:
         assert plan.tokens is not None
@@ -252,7 +255,7 @@ def _launch(
         *boxes,
         work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, plan.tokens,
         plan.token_bits,
-        scale if cap is None else float(cap), 0.0 if cap is None else 2 * LOG2E * scale / cap,
+        scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
         len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, heads // pool_heads, width, plan.heads * width if plan.samples > 1 else 0,
         *flags,
@@ -285,7 +288,7 @@ def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Soft
     return _prepare(q, k, v, plan, softmax, return_lse).launches[0].kernel
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _counters(device: torch.device, stream: int) -> Tensor:
     """Two int32 zeros that the kernel itself puts back to zero; a pair a stream, since launches of two may overlap."""
     return torch.zeros(2, dtype=torch.int32, device=device)
@@ -312,11 +315,11 @@ def _box(
     return {**contents, "padding": "zero", "round_f32_to_tf32": False}
 
 
-@lru_cache(maxsize=64)
+@per_geometry
 def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
     """int32 (B, 2): kv_start, and the last valid position."""
     bounds = [(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
-    return upload(torch.tensor(bounds, dtype=torch.int32), device)
+    return upload(torch.tensor(bounds, dtype=torch.int32, device="cpu"), device)
 
 
 def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,18 @@ long cache), those rows are split over keys and merged by their log-sum-exp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
+from sparsekit.kernels.attend.hopper import items as item
 from sparsekit.kernels.attend.hopper.halves import own_list, pair_rows
 from sparsekit.kernels.attend.hopper.load import _device_code
-from sparsekit.kernels.choose import HALF
-from sparsekit.plan import RULE, BlockPlan, upload
+from sparsekit.kernels.device import processors_of
+from sparsekit.plan import RULE, BlockPlan, causal_tiles, upload
+from sparsekit.plan.memo import HOPPER_WORK, SLOTS
 
 BLOCK_Q = 128
 # Key heads worked on at once, so that their K and V stay in L2: worth 3% dense, and 15 to 24% on lists of each head's
@@ -39,9 +41,8 @@ ITEMS_A_PROGRAM = 32
 WORK_BITS = 24  # of a sort key: steps of an item; its section stands above
 
 
-@lru_cache(maxsize=16)
-def _processors(device: int | None) -> int:
-    return H100_SMS if device is None else torch.cuda.get_device_properties(device).multi_processor_count
+def _processors(device: torch.device) -> int:
+    return processors_of(device) if device.type == "cuda" else H100_SMS
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
     batch, heads, _, dim = q.shape
     step = _step_keys(dim)
     slots = _workspace_slots(plan, q, k, step)
-    key = ("hopper", q.device, heads, k.shape[1], step, slots)
-    works = plan.memo.get(key)
+    key = (HOPPER_WORK, q.device, heads, k.shape[1], step, slots)
+    works: tuple[_Work, ...] | None = plan.memo.get(key)
     if works is None:
         g = plan.geometry
         ends = sorted({end for end, span in zip(g.kv_end, g.spans, strict=True) if span.q_end > span.q_first})
@@ -79,7 +80,7 @@ def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
             _make_work(plan, entries, samples, end, heads, heads // k.shape[1], step, slots, q.device)
             for samples, end in zip(groups, ends, strict=True)
         )
-        plan.memo[key] = works
+        plan.memo.keep(key, works)
     return works
 
 
@@ -89,23 +90,21 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
     Decided by what the host knows: the longest row there can be, against the entries listed.
     """
     batch, heads, _, dim = q.shape
-    key = ("hopper slots", batch, heads, k.shape[1], dim, step)
+    key = (SLOTS, batch, heads, k.shape[1], dim, step)
     if key not in plan.memo:
         g = plan.geometry
         longest = -(-max(span.q_end for span in g.spans) // step)
         if plan.entries is None:
-            total = heads * sum(int(plan._causal_tiles(s).sum()) for s in range(plan.samples))
+            total = heads * int(causal_tiles(g, plan.samples).sum())
             total = total * (batch // plan.samples) * plan.block_kv * plan.block_q // (step * BLOCK_Q)
         else:
             shared = batch * heads // (plan.samples * plan.heads)
             total = plan.entries.numel() * shared * plan.block_kv // step
         budget = max(int(WORKSPACE_SHARE * 2 * (q.nbytes + k.nbytes)), WORKSPACE_BYTES)
         wanted = (
-            not _halves(plan)
-            and longest >= SPLIT_FROM_STEPS
-            and longest * _processors(q.device.index) > LONG_SHARE * total
+            not _halves(plan) and longest >= SPLIT_FROM_STEPS and longest * _processors(q.device) > LONG_SHARE * total
         )
-        plan.memo[key] = min(budget // (BLOCK_Q * (dim + 1) * 4), 4 * _processors(q.device.index)) if wanted else 0
+        plan.memo[key] = min(budget // (BLOCK_Q * (dim + 1) * 4), 4 * _processors(q.device)) if wanted else 0
     return int(plan.memo[key])
 
 
@@ -125,15 +124,15 @@ class _Grid:
     dead: Tensor
 
 
-@lru_cache(maxsize=8)
+@per_geometry
 def _grid(
     g: Geometry, samples: tuple[int, ...], shared: bool, plan_heads: int, heads: int, group: int, step: int,
     device: torch.device,
 ) -> _Grid:  # fmt: skip
     """The grid of `samples`; `shared`: one plan sample serves them all. Kept for plans that are made anew each call."""
-    code, rows = _device_code(), g.rows
+    rows = g.rows
     spans = [(g.kv_start[b], g.spans[b].q_first, g.spans[b].q_end, b, 0 if shared else b) for b in samples]
-    there = upload(torch.tensor(spans, dtype=torch.int32), device)
+    there = upload(torch.tensor(spans, dtype=torch.int32, device="cpu"), device)
     kv_start, q_first, q_end, sample, plan_sample = there[:, :, None, None].unbind(1)  # (n, 1, 1) each
     row = torch.arange(rows, device=device, dtype=torch.int32)
     head = torch.arange(heads, device=device, dtype=torch.int32)[:, None]
@@ -141,9 +140,9 @@ def _grid(
     low, high = (q_first - start).clamp(0, BLOCK_Q), (q_end - start).clamp(0, BLOCK_Q)
     dead = high <= low
     steps = torch.where(dead, 1, (start + high + (step - 1)) // step)
-    by_bounds = int(code.DENSE.value) | BLOCK_Q // step << int(code.DIAGONAL_SHIFT.value)
-    tile = low | high << 8
-    kind = tile | torch.where(dead, by_bounds | int(code.EMPTY.value), by_bounds)
+    by_bounds = item.DENSE | BLOCK_Q // step << item.DIAGONAL_SHIFT
+    tile = item.pack_tile(low, high)
+    kind = tile | torch.where(dead, by_bounds | item.EMPTY, by_bounds)
     plan_row = (plan_sample * plan_heads + head // (heads // plan_heads)) * rows + row
     shape = (len(samples), heads, rows)
     fields = [
@@ -152,7 +151,7 @@ def _grid(
     ]  # fmt: skip
     items = torch.stack([x.expand(shape) for x in fields], -1).view(-1, len(fields)).to(torch.int32)
     at_once = KEY_HEADS_AT_ONCE if plan_heads == 1 else KEY_HEADS_AT_ONCE_LISTED
-    section = (items[:, 1] // (group * at_once)).clamp(max=120) + 1
+    section = (items[:, item.HEAD] // (group * at_once)).clamp(max=120) + 1
     # Contiguous: an expanded dimension may survive `reshape` as a view of stride 0, which the device code cannot see.
     flat = [x.expand(shape).reshape(-1).contiguous() for x in (plan_row, steps, tile, dead)]
     return _Grid(items, flat[0].long(), flat[1], section << WORK_BITS, flat[2], flat[3])
@@ -180,7 +179,7 @@ def _make_work(
         section = section.repeat(len(items) // len(section))
     else:
         items, work = _listed(plan, grid, step)
-    processors = _processors(device.index)
+    processors = _processors(device)
     order = torch.sort(_sort_keys(work, section, processors), stable=True).indices
     items = items[order]
     merges = None
@@ -220,16 +219,16 @@ def _listed_on_card(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Te
 def _listed_by_torch(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
     """The same with torch ops: what `list_items` is tested against."""
     assert plan.row_ptr is not None and plan.entries is not None
-    code, parts = _device_code(), _parts(plan, step)
+    parts = _parts(plan, step)
     begin = plan.row_ptr[:-1][grid.rows]
     count = (plan.row_ptr[1:] - plan.row_ptr[:-1])[grid.rows]
     kind = grid.tile
     if parts > 1:
-        kind = kind | (-count & (parts - 1)) << int(code.MISSING_SHIFT.value)
+        kind = kind | (-count & (parts - 1)) << item.MISSING_SHIFT
         count = (count + (parts - 1)) // parts
     elif plan.rule is not None and plan.entries.numel():
-        narrow = _only_sinks(plan, grid, begin, count, int(code.NARROW_KEYS.value))
-        kind = kind | narrow * int(code.NARROW.value)
+        narrow = _only_sinks(plan, grid, begin, count, item.NARROW_KEYS)
+        kind = kind | narrow * item.NARROW
         begin, count = begin + narrow, count - narrow
     if plan.block_kv > step:
         count = count * (plan.block_kv // step)
@@ -241,21 +240,21 @@ def _listed_by_torch(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, T
     if plan.token_bits is not None:
         columns = _column_steps(plan.token_bits, step)[grid.rows]
         work = count + columns
-        count = count | columns << int(code.COLUMN_SHIFT.value)
+        count = item.pack_steps(count, columns)
     # Rows that keep nothing stay as the grid has them, dense by bounds, with one step that is masked whole.
     empty = grid.dead | (work == 0)
     bounded = empty if dense is None else empty | dense
     items = grid.items.clone()
-    items[:, 2] = torch.where(bounded, items[:, 2], begin)
-    items[:, 2].masked_fill_(empty, 0)
-    items[:, 3] = torch.where(empty, 1, count)
-    items[:, 5] = torch.where(bounded, items[:, 5], kind) | empty * int(code.EMPTY.value)
+    items[:, item.START] = torch.where(bounded, items[:, item.START], begin)
+    items[:, item.START].masked_fill_(empty, 0)
+    items[:, item.COUNT] = torch.where(empty, 1, count)
+    items[:, item.KIND] = torch.where(bounded, items[:, item.KIND], kind) | empty * item.EMPTY
     return items, torch.where(empty, 1, work)
 
 
 def _halves(plan: BlockPlan) -> bool:
     """Whether two rows of the plan share an item."""
-    return plan.block_q == HALF and plan.row_ptr is not None
+    return plan.block_q == item.HALF and plan.row_ptr is not None
 
 
 def _parts(plan: BlockPlan, step: int) -> int:
@@ -271,7 +270,7 @@ def _only_sinks(plan: BlockPlan, grid: _Grid, begin: Tensor, count: Tensor, keys
     assert plan.rule is not None and plan.entries is not None
     rule = plan.rule.expand(plan.samples, plan.heads, 3).reshape(-1, 3)[grid.rows // plan.rows]
     sink, window, dense_from = rule.unbind(1)
-    start = grid.items[:, 0] + plan.geometry.q_offset - grid.items[:, 4]
+    start = grid.items[:, item.ROW] + plan.geometry.q_offset - grid.items[:, item.KV]
     first = plan.entries[begin.clamp(max=plan.entries.numel() - 1)] == RULE
     few = first & (sink <= keys) & (count > 1)
     return (few & (start - window + 1 >= plan.block_kv) & (start + BLOCK_Q <= dense_from)).to(torch.int32)
@@ -309,10 +308,8 @@ def _split(
     items: Tensor, work: Tensor, slots: int, block_kv: int, step: int, processors: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Items much longer than a processor's share of the work, cut into pieces of half of that: (items, merges)."""
-    code = _device_code()
     split_entry, parts = max(block_kv // step, 1), max(step // block_kv, 1)
-    shift = int(code.COLUMN_SHIFT.value)
-    count, columns = items[:, 3] & ((1 << shift) - 1), items[:, 3] >> shift
+    count, columns = item.unpack_steps(items[:, item.COUNT])
     share = work.sum() // (2 * processors) + 1
     long = torch.where(work > int(2 * LONG_SHARE) * share, work, 0).sum() * 2 // slots
     piece = torch.maximum(share, long).clamp(min=SHORTEST_PIECE) // split_entry * split_entry + split_entry
@@ -331,17 +328,18 @@ def _split(
     many = pieces[owner] > 1
     length = torch.where(many, torch.minimum(count[owner] - skipped, piece), count[owner])
     final = nth == pieces[owner] - 1
-    length = torch.where(exists, length | torch.where(final, columns[owner], 0) << shift, 0)
-    dense = (kind & int(code.DENSE.value)) != 0
+    length = torch.where(exists, item.pack_steps(length, torch.where(final, columns[owner], 0)), 0)
+    dense = (kind & item.DENSE) != 0
     begin = torch.where(dense, begin - skipped, begin + skipped * parts // split_entry)
     # Only a row's first piece crosses the diagonal and has the sinks, and only its last one lacks entries.
-    later = (1 << int(code.DIAGONAL_SHIFT.value)) - 1 | 3 << int(code.MISSING_SHIFT.value)
-    kind = torch.where(nth > 0, kind & later, kind)
-    kind = torch.where(final, kind, kind & ~(3 << int(code.MISSING_SHIFT.value)))
+    missing = item.MISSING << item.MISSING_SHIFT
+    kind = torch.where(nth > 0, kind & ((1 << item.DIAGONAL_SHIFT) - 1 | missing), kind)
+    kind = torch.where(final, kind, kind & ~missing)
     slot = torch.where(many & exists, first_slot[owner] + nth, -1)
     pieced = torch.stack([row, sample_head, begin, length, kv_start, kind, slot, plan_row], 1).to(torch.int32)
 
     merges = torch.zeros(slots + 1, 4, dtype=torch.int32, device=items.device)
     target = torch.where(first_slot >= 0, first_slot, slots)  # the extra row takes what is not split
-    merges[target] = torch.stack([items[:, 0], items[:, 1], items[:, 5] & 0xFFFF, pieces], 1).to(torch.int32)
+    tile = items[:, item.KIND] & ((1 << item.TILE_BITS) - 1)
+    merges[target] = torch.stack([items[:, item.ROW], items[:, item.HEAD], tile, pieces], 1).to(torch.int32)
     return pieced, merges[:slots]

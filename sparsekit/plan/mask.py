@@ -1,0 +1,102 @@
+"""What a plan means: its token mask, the definition by which kernels and counts are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsekit.call.geometry import Span
+from sparsekit.plan.bounds import row_starts, segment_bounds
+from sparsekit.plan.entries import CAUSAL, RULE
+
+if TYPE_CHECKING:
+    from sparsekit.plan.plan import BlockPlan, Ranked
+
+__all__ = ["multiplicity"]
+
+_Pairs = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def multiplicity(plan: BlockPlan) -> Tensor:
+    """int32 (B, P, Q, K): how often each pair is computed. Anything above 1 is a broken plan."""
+    g = plan.geometry
+    out = torch.zeros(g.batch, plan.heads, g.q_len, g.kv_len, dtype=torch.int32, device="cpu")
+    one = torch.ones((), dtype=torch.int32, device="cpu")
+    for b in range(g.batch):
+        s = b if plan.samples > 1 else 0
+        span = g.spans[b]
+        if span.q_first == span.q_end:
+            continue
+        q0, k0 = g.q_index(b, span.q_first), g.kv_start[b]
+        view = out[b, :, q0 : q0 + span.q_end - span.q_first, k0 : k0 + span.keys]
+        for head, q_pos, k_pos, kept in _pairs(plan, s):
+            kept = kept & (k_pos < span.keys)
+            head, q_row, key = (x.expand_as(kept)[kept] for x in (head, q_pos - span.q_first, k_pos))
+            view.index_put_((head, q_row, key), one, accumulate=True)
+    return out
+
+
+def _pairs(plan: BlockPlan, sample: int) -> _Pairs:
+    """Broadcastable (head, query position, key position, computed?) of one plan sample, some rows at a time."""
+    visited, span = plan.visited, plan.spans()[sample]
+    plan = plan.to("cpu")
+    starts = row_starts(plan.geometry, plan.samples)[sample]
+    lane, keys = _arange(plan.block_q), _arange(plan.block_kv)
+    for row, head, flags, key in plan.entry_blocks(sample):
+        q_pos = starts[row, None, None] + lane[None, :, None]
+        k_pos = key[:, None, None] + keys
+        kept = (q_pos >= span.q_first) & (q_pos < span.q_end)
+        kept = kept & ((flags[:, None, None] & CAUSAL == 0) | ((k_pos <= q_pos) & (k_pos < span.keys)))
+        if plan.rule is not None:
+            ruled = plan.rule_of(sample, head[:, None, None]).holds(q_pos, k_pos)
+            kept = kept & ((flags[:, None, None] & RULE == 0) | ruled)
+        yield head[:, None, None], q_pos, k_pos, kept
+    if plan.ranked is not None:
+        yield from _ranked_pairs(plan, plan.ranked, visited, sample)
+    dense = _arange(plan.heads * plan.rows) if plan.all_dense else plan.rows_of(plan.dense_rows, sample)
+    for row in dense.tolist():
+        q_pos = starts[row % plan.rows] + lane
+        q_pos = q_pos[(q_pos >= span.q_first) & (q_pos < span.q_end)][:, None]
+        k_pos = _arange(span.keys)[None]
+        yield _head(row // plan.rows), q_pos, k_pos, k_pos <= q_pos
+    if plan.tokens is not None and plan.token_bits is not None:
+        for head_index in range(plan.heads):
+            yield from _column_pairs(plan, sample, head_index, starts, lane, span)
+
+
+def _column_pairs(plan: BlockPlan, sample: int, head: int, starts: Tensor, lane: Tensor, span: Span) -> _Pairs:
+    assert plan.tokens is not None
+    k_pos = plan.tokens[sample, head].long()[None]
+    for r in range(plan.rows):
+        needed = plan.columns_of(sample, head, r)[None]
+        q_pos = starts[r] + lane
+        q_pos = q_pos[(q_pos >= span.q_first) & (q_pos < span.q_end)][:, None]
+        yield _head(head), q_pos, k_pos, needed & (k_pos <= q_pos)
+
+
+def _ranked_pairs(plan: BlockPlan, ranked: Ranked, visited: Tensor | None, sample: int) -> _Pairs:
+    firsts = segment_bounds(plan.geometry, plan.samples, ranked.segment_tokens, torch.device("cpu"))[0][sample]
+    ptr = ranked.key_ptr[sample].tolist()
+    tiles = ranked.q_index.shape[3] // plan.block_q
+    for head, at, tile in product(range(plan.heads), range(ranked.q_index.shape[2]), range(tiles)):
+        q_pos = ranked.q_index[sample, head, at].long()[tile * plan.block_q : (tile + 1) * plan.block_q, None]
+        q_pos, first = q_pos[q_pos[:, 0] >= 0], int(firsts[at])
+        own = torch.arange(first, first + ranked.segment_tokens, device="cpu")[None]
+        yield _head(head), q_pos, own, own <= q_pos
+        stop = ptr[at + 1]
+        if visited is not None:
+            stop = min(ptr[at] + int(visited[sample, head, at, tile]) * plan.block_kv, stop)
+        earlier = torch.cat([_arange(min(plan.block_kv, first)), ranked.keys[sample, head, ptr[at] : stop].long()])
+        yield _head(head), q_pos, earlier[None], (earlier < first) & (q_pos >= 0)
+
+
+def _arange(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device="cpu")
+
+
+def _head(index: int) -> Tensor:
+    return torch.tensor([[index]], dtype=torch.int64, device="cpu")

@@ -1,0 +1,270 @@
+"""Plans are checked where they are made, whoever makes them; and outputs are defined for any plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+import sparsekit.patterns.base as registry
+from sparsekit import BlockPlan, Geometry, SparsekitError, attention
+from sparsekit.call.geometry import Span
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import attend
+from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern, Union, parse_pattern
+from sparsekit.plan import CAUSAL, RULE, TokenRule, pack, plan_from_block_mask, plan_from_rule
+from sparsekit.plan.flex import from_flex
+from sparsekit.testing import check_pattern
+
+IMPLS = ("torch", "reference")
+
+
+@pytest.fixture
+def scratch_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Patterns defined in a test are forgotten after it."""
+    registry.pattern_names()
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    return
+
+
+def _inputs(tokens: int, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, n, tokens, 16, generator=g) for n in (heads, 2, 2))  # type: ignore[return-value]
+
+
+# ---- where they are made
+
+
+def test_a_static_pattern_that_forgets_queries_is_named(scratch_registry: None) -> None:
+    class EvenBlocks(StaticPattern):
+        """Keys of every second block."""
+
+        name: Literal["even_blocks"] = "even_blocks"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            return (k_pos <= q_pos) & ((q_pos // 128) % 2 == 0)
+
+    q, k, v = _inputs(400)
+    with pytest.raises(SparsekitError, match=r"pattern 'even_blocks': query 128 does not keep itself"):
+        attention(q, k, v, EvenBlocks())
+    with pytest.raises(AssertionError, match="query 128 does not keep itself"):
+        check_pattern(EvenBlocks(), [Geometry.of(300, block_q=64, block_kv=64)])
+    # In a chunk the first bad query is the chunk's own, counted from the prompt's start.
+    with pytest.raises(SparsekitError, match="query 130 does not keep itself"):
+        registry.static_plan(EvenBlocks(), Geometry.of(100, 230), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (TokenRule(4, 0, 300), "pattern 'broken': .*query 4 does not keep itself"),
+        (TokenRule(-5, -1, 300), "query 0 does not keep itself"),
+        (TokenRule(4, 2.5, 0), "three whole numbers"),
+        (TokenRule(4, True, 0), "three whole numbers"),
+    ],
+)
+def test_a_rule_that_forgets_queries_is_named(scratch_registry: None, rule: TokenRule, message: str) -> None:
+    class Broken(StaticPattern):
+        """Its rule is not a plan's."""
+
+        name: Literal["broken"] = "broken"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            return k_pos <= q_pos
+
+        def rule(self, span: Span) -> TokenRule:
+            return rule
+
+    with pytest.raises(SparsekitError, match=message):
+        attention(*_inputs(300), Broken())
+
+
+def test_a_rule_without_a_window_is_fine_where_every_query_is_a_sink_or_dense() -> None:
+    geometry = Geometry.of(300, block_q=64)
+    for rule in (TokenRule(300, 0, 10**12), TokenRule(0, 0, 0), TokenRule(100, 0, 100)):
+        plan = plan_from_rule(rule, geometry)
+        assert plan.density() == 1, rule
+    assert plan_from_rule(TokenRule(-3, 10**30, -(10**30)), geometry).all_dense  # numbers past int32 are only large
+    with pytest.raises(SparsekitError, match="2 token rules: one, or one for each of 3 samples"):
+        plan_from_rule([TokenRule(1, 1, 1)] * 2, Geometry.of(10, batch=3))
+
+
+def test_what_keep_returns(scratch_registry: None) -> None:
+    class Floats(StaticPattern):
+        """Returns scores."""
+
+        name: Literal["floats"] = "floats"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            return (k_pos <= q_pos).float()
+
+    with pytest.raises(SparsekitError, match=r"pattern 'floats': `keep` returns a tensor of torch.float32, not a bool"):
+        attention(*_inputs(100), Floats())
+
+
+def test_a_dynamic_pattern_that_returns_no_plan_is_named(scratch_registry: None) -> None:
+    class Nothing(DynamicPattern):
+        """Selects nothing."""
+
+        name: Literal["nothing"] = "nothing"
+
+        def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return None  # type: ignore[return-value]
+
+    with pytest.raises(SparsekitError, match="pattern 'nothing': `select` returns a NoneType, not a BlockPlan"):
+        attention(*_inputs(100), Nothing())
+
+
+def test_a_block_mask_keeps_every_query() -> None:
+    geometry = Geometry.of(300, block_q=64, block_kv=64)
+    mask = torch.ones(1, 2, 5, 5, dtype=torch.bool)
+    mask[0, 1, 3, 3] = False
+    with pytest.raises(SparsekitError, match="block mask: query 192 of sample 0, head 1 does not keep itself"):
+        plan_from_block_mask(mask, geometry)
+    mask[0, 1, 3] = True
+    mask[0, 1, 0, 4] = False  # in the future, and past the end
+    assert plan_from_block_mask(mask, geometry).density() == 1
+    fine = Geometry.of(300, block_q=64, block_kv=32)  # two key tiles hold a row's own queries
+    mask = torch.ones(1, 1, 5, 10, dtype=torch.bool)
+    mask[0, 0, 1, 3] = False
+    with pytest.raises(SparsekitError, match="query 96 of sample 0, head 0"):
+        plan_from_block_mask(mask, fine)
+    for bad in (mask[..., :5], mask.float(), mask[0], mask[:, :0], mask[:, :, :4]):
+        with pytest.raises(SparsekitError, match=r"block mask .*want bool"):
+            plan_from_block_mask(bad, fine)
+
+
+def test_a_flex_mask_keeps_every_query() -> None:
+    def causal_but_one(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & ~((q // 128 == 1) & (k // 128 == 1))
+
+    mask = create_block_mask(causal_but_one, 1, 1, 384, 384, device="cpu")
+    with pytest.raises(SparsekitError, match="query 128 of sample 0, head 0 does not keep itself"):
+        from_flex(mask)
+
+    def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k <= q
+
+    mask = create_block_mask(causal, 1, 1, 384, 384, device="cpu")
+    with pytest.raises(SparsekitError, match="query 2 does not keep itself"):
+        from_flex(mask, rule=TokenRule(2, 0, 384))
+    with pytest.raises(SparsekitError, match="BlockMask of 384 queries and 384 keys, geometry of 256 and 256"):
+        from_flex(mask, geometry=Geometry.of(256, block_q=128, block_kv=128))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_ptr": torch.zeros(3, dtype=torch.int32)}, r"plan\.row_ptr \(3,\): want \(6,\)"),
+        ({"row_ptr": torch.zeros(6)}, r"plan\.row_ptr is torch.float32: want torch.int32 or torch.int64"),
+        ({"entries": torch.zeros(4)}, r"plan\.entries is torch.float32"),
+        ({"entries": None}, "row_ptr comes with entries"),
+        ({"rule": torch.zeros(1, 2, 3, dtype=torch.int32)}, r"plan\.rule \(1, 2, 3\): want \(1, 1, 3\)"),
+        ({"dense_rows": torch.zeros(5)}, r"plan\.dense_rows is torch.float32"),
+        ({"order": torch.zeros(4, dtype=torch.int32)}, r"plan\.order \(4,\): want \(5,\)"),
+        ({"tokens": torch.zeros(1, 1, 40, dtype=torch.int32)}, "tokens with token_bits"),
+    ],
+)
+def test_tensors_of_a_plan_have_their_shapes(change: dict[str, Tensor | None], message: str) -> None:
+    whole = {"row_ptr": torch.zeros(6, dtype=torch.int32), "entries": torch.zeros(0, dtype=torch.int32)}
+    with pytest.raises(SparsekitError, match=message):
+        BlockPlan(Geometry.of(300, block_q=64), **{**whole, **change})  # type: ignore[arg-type]
+
+
+def test_one_sample_of_a_plan_does_not_serve_samples_that_differ() -> None:
+    with pytest.raises(SparsekitError, match="plan of 1 samples: want 2, the batch, or 1 if all are alike"):
+        BlockPlan(Geometry.of(300, batch=2, kv_start=(0, 7)))
+
+
+@pytest.mark.parametrize("name", ["block_topk", "xattention", "flexprefill", "vertical_slash"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_dynamic_patterns_keep_every_query_whatever_the_inputs_hold(name: str, value: float) -> None:
+    q, k, _ = _inputs(700)
+    q[:, :, 600:] = value
+    k[:, 0, 100:300] = value
+    pattern = parse_pattern({"name": name, "top_k": 2} if name == "block_topk" else name)
+    often = pattern.plan(q, k, Geometry.of(700, block_q=64, block_kv=64), Softmax(0.25)).multiplicity()
+    assert int(often.max()) == 1 and not bool(often.triu(1).any())
+    assert bool((often.diagonal(dim1=-2, dim2=-1) == 1).all())
+
+
+def test_a_union_of_broken_rules_is_named(scratch_registry: None) -> None:
+    class NoWindow(StaticPattern):
+        """Sinks alone."""
+
+        name: Literal["no_window"] = "no_window"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            return self.rule(span).keep(q_pos, k_pos)
+
+        def rule(self, span: Span) -> TokenRule:
+            return TokenRule(4, 0, span.prompt_tokens)
+
+    assert issubclass(NoWindow, Pattern)
+    with pytest.raises(SparsekitError, match="query 4 does not keep itself"):
+        attention(*_inputs(300), Union.model_validate({"of": (NoWindow(), NoWindow())}))
+
+
+# ---- what is computed of plans that nobody checked
+
+
+def _loose(geometry: Geometry) -> dict[str, BlockPlan]:
+    """Made by hand: rows without entries, queries whose tiles keep nothing, rows with columns alone."""
+    rows = geometry.rows
+    ptr = torch.tensor([0, *(1 if r in (0, 1, 3) else 0 for r in range(rows))]).cumsum(0).int()
+    entries = torch.tensor([pack(0, CAUSAL), pack(0, RULE), pack(192, CAUSAL)], dtype=torch.int32)
+    rule = torch.tensor([[[3, 70, 10**6]]], dtype=torch.int32)
+    none = torch.tensor([[[0, 0, 10**6]]], dtype=torch.int32)
+    dense = torch.zeros(rows, dtype=torch.bool)
+    dense[4] = True
+    words = torch.zeros(rows, 1, dtype=torch.int32)
+    words[2] = 0b10
+    tokens = torch.tensor([[[5, 140]]], dtype=torch.int32)
+    return {
+        "rows without entries": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=rule),
+        "a rule that keeps nothing": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=none),
+        "dense rows too": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=none, dense_rows=dense),
+        "columns that come late": BlockPlan(
+            geometry, row_ptr=ptr, entries=entries, rule=rule, tokens=tokens, token_bits=words
+        ),
+        "no entry at all": BlockPlan(geometry, row_ptr=torch.zeros_like(ptr), entries=entries[:0]),
+        "each head": BlockPlan(
+            geometry, heads=2, row_ptr=torch.cat([ptr, ptr[1:] * 0 + 3]), entries=entries, rule=rule
+        ),
+    }
+
+
+LOOSE = tuple(_loose(Geometry.of(300, block_q=64, block_kv=64)))
+
+
+@pytest.mark.parametrize("kind", LOOSE)
+@pytest.mark.parametrize("extra", ["plain", "soft-cap", "sinks"])
+def test_rows_that_keep_nothing_give_zero(kind: str, extra: str) -> None:
+    geometry = Geometry.of(300, block_q=64, block_kv=64)
+    plan, (q, k, v) = _loose(geometry)[kind], _inputs(300)
+    softcap = 5.0 if extra == "soft-cap" else None
+    sinks = torch.tensor([0.5, -1.0, 2.0, float("-inf")]) if extra == "sinks" else None
+    mask = (plan.multiplicity() > 0).repeat_interleave(4 // plan.heads, 1)
+    kept = mask.any(-1)
+    assert not bool(kept.all())
+    z = q.double() @ k.double().repeat_interleave(2, 1).mT / 4
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z.masked_fill(~mask, float("-inf"))
+    lse = z.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None])
+    weights = torch.exp(z - lse[..., None]).nan_to_num(0)
+    expected = (weights @ v.double().repeat_interleave(2, 1)).masked_fill(~kept[..., None], 0)
+    for impl in IMPLS:
+        out, got = attend(q, k, v, plan, impl=impl, softcap=softcap, sink_logits=sinks, return_lse=True)
+        fast = attend(q, k, v, plan, impl=impl, softcap=softcap, sink_logits=sinks)
+        assert isinstance(fast, Tensor)
+        for result in (out, fast):
+            assert float((result - expected).abs().max()) < 1e-5, impl
+            assert bool((result[~kept] == 0).all()), impl
+        assert bool((got[~kept] == float("-inf")).all()), impl
+        assert torch.allclose(got[kept].double(), lse[kept], rtol=0, atol=1e-5), impl
