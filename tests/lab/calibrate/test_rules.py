@@ -47,7 +47,7 @@ def test_lowest_k_and_list() -> None:
     assert lowest_k(made_up([1, 0.1, None, 0.5, 0.2]), 2) == [1, 4]
     assert lowest_k(made_up([0.1, 0.1, 0.1]), 2) == [1, 2]
     assert lowest_k(made_up([1, 2]), 0) == []
-    assert from_list("5,1-3,2", 6) == [1, 2, 3, 5]
+    assert from_list("5,1-3", 6) == [1, 2, 3, 5]
     assert from_list([3, 1], 6) == [1, 3]
 
 
