@@ -148,7 +148,7 @@ layers:
         ("{+1: triangle, 1: dense}", "line 1: 1 is written twice"),
         ("{0: triangle, 0: dense}", "line 1: 0 is written twice"),
         ("{0: triangle, 0.0: dense}", r"line 1: 0\.0 is written twice"),
-        ("{0,0: triangle}", "'0,0' holds 0 twice"),
+        ('{"0,0": triangle}', "'0,0' holds 0 twice"),
         ('{"1 0": triangle}', "'1 0' is not a range"),
         ("{0x10: triangle}", "'0x10' is not a range"),
         ("{1:30: triangle}", "'1:30' is not a range"),
@@ -175,6 +175,16 @@ def test_a_mapping_from_python_is_as_strict() -> None:
     assert load({"layers": {"01": "triangle"}}).resolve(ModelFacts(num_layers=2, num_heads=1)).layers[1].patterns
 
 
+@pytest.mark.parametrize("key", ["0-" + "9" * 5000, "0," * 100_000, "0-999999999", "9" * 5000, "1-2-3", "", "-", ","])
+def test_a_range_is_bounded_before_it_is_spelled_out(key: str) -> None:
+    start = time.process_time()
+    with pytest.raises(SparsekitError) as caught:
+        parse_range(key)
+    with pytest.raises(SparsekitError, match="layers: "):
+        load({"layers": {key: "triangle"}})
+    assert len(str(caught.value)) < 300 and time.process_time() - start < 0.5
+
+
 def test_numbers_are_decimal_and_dates_are_texts() -> None:
     config = load("provenance: {a: 010, b: 1e-3, c: 2026-11-28, d: 1_000, e: 0x10, f: 1:30}\n")
     assert config.provenance == {"a": "010", "b": 1e-3, "c": "2026-11-28", "d": 1000, "e": "0x10", "f": "1:30"}
@@ -193,18 +203,15 @@ LAUGHS = "provenance:\n  a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ('layers: {"0-300000000": triangle}', "'0-300000000': layers and heads are numbered from 0 to 1,023"),
         ('heads: {0: {"0-999999999": triangle}}', "numbered from 0 to 1,023"),
-        (f'layers: {{"0-{"9" * 5000}": triangle}}', "numbered from 0 to 1,023"),
-        (f'layers: {{"{"0," * 100_000}": triangle}}', "is not a range"),
         ("model: {num_layers: 1000000000, num_heads: 4}", r"num_layers = 1000000000: it should be from 1 to 1,024"),
         ("model: {num_layers: 4, num_heads: 1000000000}", r"num_heads = 1000000000: it should be from 1 to 1,024"),
         (f"model: {{num_layers: {10**30}, num_heads: 4}}", "is too large; numbers go up to 2,147,483,647"),
         (f"model: {{num_layers: 2, num_heads: 4, hidden_size: {10**30}}}", "hidden_size: 1000.* is too large"),
         (f"min_queries: {10**30}", "min_queries: 1000.* is too large"),
         (f"default: {{name: triangle, window_tokens: {10**30}}}", "window_tokens: 1000.* is too large"),
-        (f"default: {{name: xattention, threshold: [0.5, {10**30}]}}", "threshold: 1000.* is too large"),
         ("default: " + "{name: union, of: [" * 20 + "dense", "nested more than 40 deep"),
         ("[" * 100_000, "line 1: nested more than 40 deep"),
-        (LAUGHS, "line 7: more than 100,000 values"),
+        (LAUGHS, "line 6: more than 100,000 values"),
         ("provenance: &a {x: *a}", r"line 1: '\*a' holds itself"),
         ("provenance: !!python/name:os.system x", "the tag .* is not allowed"),
         ("version: !!int x", "the tag .* is not allowed"),

@@ -174,7 +174,7 @@ def _deep(rng: random.Random) -> str:
             LARGE + "heads: {'0-1023': {'0-1022': triangle}}", '{"a":' * n,
             "[[" + "0," * n + "]]",
             QUESTION.replace("[64, 128]", str(list(range(1, 900)))).replace("[0, 1]", str(list(range(700)))),
-            QUESTION.replace("[0, 1]", str(list(range(min(n, 3000))))), 
+            QUESTION.replace("[0, 1]", str(list(range(min(n, 3000))))),
             "0.5 " * n, "0.5\n" * n, '[{"0": ["stream_llm", ' + "9" * n + ", 1]}]",
             QUESTION.replace("tokens > 100", rng.choice(CONSTRAINTS)),
         ]
