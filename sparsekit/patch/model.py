@@ -33,7 +33,7 @@ BRANCH = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
 REVIEWED_FILES = {"modeling_gpt2", "modeling_gemma4", "modeling_gemma4_unified", "modeling_qwen2_5_omni"}
 
 # What transformers calls a layer of causal attention. A hybrid one has another mixer beside it, which stays as it is.
-FULL_KINDS = {"full_attention", "hybrid"}
+FULL_KINDS = {"full_attention", "attention", "hybrid"}
 SLIDING_KINDS = {"sliding_attention", "hybrid_sliding"}
 
 
