@@ -17,12 +17,24 @@ if TYPE_CHECKING:
 __all__ = ["SparsekitError", "nearest", "one_line", "read_text", "shown", "writable", "writing"]
 
 SHOWN = 100  # characters of a value that an error shows
+MOST_WORDS = 1200  # characters of an error
 MOST_BYTES = 8 << 20  # of a text file that is read whole; the largest tables of other projects take 2 MB
 NEIGHBOURS = 1000  # names that a misspelt one is compared with
 
 
 class SparsekitError(ValueError):
-    """Bad input. The message is one line: the field, the value, what is allowed, and the nearest right name."""
+    """Bad input. The message is one line: the field, the value, what is allowed, and the nearest right name.
+
+    A message that became long, since values in it were, keeps its beginning and its end.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if "\n" in text:
+            text = " ".join(text.split())
+        super().__init__(
+            text if len(text) <= MOST_WORDS else f"{text[: MOST_WORDS // 2]} ... {text[-MOST_WORDS // 2 :]}"
+        )
 
 
 # ---- words of an error

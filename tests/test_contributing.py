@@ -31,7 +31,7 @@ def _files() -> dict[str, str]:
 def _command(word: str) -> list[str]:
     """The recipe's command with that word, for this Python."""
     [block] = re.findall(r"```bash\n(.*?)```", _section("A pattern"), re.DOTALL)
-    [line] = [line for line in block.splitlines() if word in line]
+    [line] = [line for line in block.replace("\\\n", "").splitlines() if word in line]
     return [sys.executable, *shlex.split(line)[1:]]
 
 

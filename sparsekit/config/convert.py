@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,7 +209,9 @@ def _table(text: str, where: str, wanted: str | None) -> tuple[str, list[_Line]]
             raise SparsekitError(f"{where}: table {shown(wanted)}: this file holds one table, without a name.")
         return "", _plain_rows(text, where)
     try:
-        body = ast.parse(text).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, about the file's code
+            body = ast.parse(text).body
     except SyntaxError as error:
         line = error.lineno or 1
         raise SparsekitError(f"{where} line {line}: {_quoted(_line_of(text, line))}: {error.msg}.") from None

@@ -9,7 +9,7 @@ from sparsekit.errors import SparsekitError, shown
 
 __all__ = ["MOST", "format_range", "parse_range", "ranged"]
 
-MOST = 4096  # layers of a model, and heads of a layer: a range is bounded before it is spelled out
+MOST = 1024  # layers of a model, and heads of a layer: a range is bounded before it is spelled out
 MOST_CHARACTERS = 5 * MOST  # every second number by itself
 
 _HOW = 'write a number, a range "0-15", or a list "0,4,8-11"'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.cli import app
+from sparsekit.cli.options import numbers_of
 
 MODEL = "model: {num_layers: 30, num_heads: 9}\n"
 
@@ -218,3 +221,34 @@ def test_an_implementation_that_cannot_run_here(
     assert "\n" not in str(caught.value)
     for words in says:
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("redirect", "says"),
+    [(">/dev/full", "error: stdout: No space left on device."), (">&-", "error: stdout is closed;")],
+    ids=["full", "closed"],
+)
+@pytest.mark.parametrize("command", ["validate c.yaml", "patterns --json", "--help", "explain c.yaml -n 4096"])
+def test_a_full_or_closed_stdout_is_one_line(command: str, redirect: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(MODEL)
+    code = f"{sys.executable} -m sparsekit {command} {redirect}"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(says) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "patterns", ["{name: triangle, sink_tokens: 1, sink_tokens: 2}", "{", "!!int 3", "[" * 5000, "a: 010: b"]
+)
+def test_patterns_in_options_are_read_as_strictly_as_configs(patterns: str, tmp_path: Path) -> None:
+    args = ["calibrate", "rule", "nowhere", "--rule", "list", "--layers", "1", "-o", str(tmp_path / "c.yaml")]
+    result = run.invoke(app, [*args, "--pattern", patterns])
+    assert result.exit_code == 1 and "--pattern" in _one_line(result.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("numbers", ["9" * 5000, "3000000000", "1,2,x", "²", ",", "1," * 2000])
+def test_numbers_in_options_are_bounded(numbers: str) -> None:
+    with pytest.raises(SparsekitError, match="--seeds") as caught:
+        numbers_of(numbers, "--seeds")
+    assert len(str(caught.value)) < 300

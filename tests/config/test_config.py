@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -129,3 +131,127 @@ layers:
     ):
         with pytest.raises(SparsekitError, match=says):
             load(text)
+
+
+# ---- one key in two spellings, and what is larger than any config
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ('{0: triangle, "0": dense}', "'0' and 0 overlap at 0"),
+        ('{"0": triangle, 0: dense}', "0 and '0' overlap at 0"),
+        ("{0-0: triangle, 0: dense}", "0 and '0-0' overlap at 0"),
+        ("{1: triangle, 01: dense}", "'01' and 1 overlap at 1"),
+        ('{"1-3": triangle, "2,5": dense}', "'2,5' and '1-3' overlap at 2"),
+        ('{"1 - 3": triangle, " 3": dense}', "' 3' and '1 - 3' overlap at 3"),
+        ("{+1: triangle, 1: dense}", "line 1: 1 is written twice"),
+        ("{0: triangle, 0: dense}", "line 1: 0 is written twice"),
+        ("{0: triangle, 0.0: dense}", r"line 1: 0\.0 is written twice"),
+        ('{"0,0": triangle}', "'0,0' holds 0 twice"),
+        ('{"1 0": triangle}', "'1 0' is not a range"),
+        ("{0x10: triangle}", "'0x10' is not a range"),
+        ("{1:30: triangle}", "'1:30' is not a range"),
+        ("{٣: triangle}", "'٣' is not a range"),
+        ("{true: triangle}", "True: write a number"),
+        ("{1.0: triangle}", r"1\.0: write a number"),
+        ("{-1: triangle}", "'-1' is not a range"),
+        ("{1023: triangle, 1024: dense}", "1024: layers and heads are numbered from 0 to 1,023"),
+    ],
+)
+def test_no_rule_is_lost_to_the_spelling_of_its_key(layers: str, says: str) -> None:
+    for text in (f"layers: {layers}\n", f'heads: {{"0-5": {layers}}}\n'):
+        with pytest.raises(SparsekitError, match=says):
+            load(text)
+
+
+def test_a_mapping_from_python_is_as_strict() -> None:
+    with pytest.raises(SparsekitError, match="layers: '0' and 0 overlap"):
+        load({"layers": {0: "triangle", "0": "dense"}})
+    with pytest.raises(SparsekitError, match="heads: '0' and 0 overlap"):
+        load({"heads": {0: {0: "triangle"}, "0": {1: "dense"}}})
+    with pytest.raises(SparsekitError, match="heads: '3': '01' and 1 overlap at 1"):
+        load({"heads": {3: {1: "triangle", "01": "dense"}}})
+    assert load({"layers": {"01": "triangle"}}).resolve(ModelFacts(num_layers=2, num_heads=1)).layers[1].patterns
+
+
+@pytest.mark.parametrize("key", ["0-" + "9" * 5000, "0," * 100_000, "0-999999999", "9" * 5000, "1-2-3", "", "-", ","])
+def test_a_range_is_bounded_before_it_is_spelled_out(key: str) -> None:
+    start = time.process_time()
+    with pytest.raises(SparsekitError) as caught:
+        parse_range(key)
+    with pytest.raises(SparsekitError, match="layers: "):
+        load({"layers": {key: "triangle"}})
+    assert len(str(caught.value)) < 300 and time.process_time() - start < 0.5
+
+
+def test_numbers_are_decimal_and_dates_are_texts() -> None:
+    config = load("provenance: {a: 010, b: 1e-3, c: 2026-11-28, d: 1_000, e: 0x10, f: 1:30}\n")
+    assert config.provenance == {"a": "010", "b": 1e-3, "c": "2026-11-28", "d": 1000, "e": "0x10", "f": "1:30"}
+    assert load(config.dump()) == config
+    with pytest.raises(SparsekitError, match="window_tokens = '010': it should be a valid integer"):
+        load("default: {name: triangle, window_tokens: 010}\n")
+
+
+LAUGHS = "provenance:\n  a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"  {b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('layers: {"0-300000000": triangle}', "'0-300000000': layers and heads are numbered from 0 to 1,023"),
+        ('heads: {0: {"0-999999999": triangle}}', "numbered from 0 to 1,023"),
+        ("model: {num_layers: 1000000000, num_heads: 4}", r"num_layers = 1000000000: it should be from 1 to 1,024"),
+        ("model: {num_layers: 4, num_heads: 1000000000}", r"num_heads = 1000000000: it should be from 1 to 1,024"),
+        (f"model: {{num_layers: {10**30}, num_heads: 4}}", "is too large; numbers go up to 2,147,483,647"),
+        (f"model: {{num_layers: 2, num_heads: 4, hidden_size: {10**30}}}", "hidden_size: 1000.* is too large"),
+        (f"min_queries: {10**30}", "min_queries: 1000.* is too large"),
+        (f"default: {{name: triangle, window_tokens: {10**30}}}", "window_tokens: 1000.* is too large"),
+        ("default: " + "{name: union, of: [" * 20 + "dense", "nested more than 40 deep"),
+        ("[" * 100_000, "line 1: nested more than 40 deep"),
+        (LAUGHS, "line 6: more than 100,000 values"),
+        ("provenance: &a {x: *a}", r"line 1: '\*a' holds itself"),
+        ("provenance: !!python/name:os.system x", "the tag .* is not allowed"),
+        ("version: !!int x", "the tag .* is not allowed"),
+        (f"default: '{'x' * 1_000_000}'", "too long: at most 1,000,000 characters"),
+        (f"default: '{'x' * 900_000}'", r"unknown pattern 'x+\.\.\.x+'"),
+    ],
+)
+def test_what_is_larger_than_any_config_is_refused_before_it_is_built(text: str, says: str) -> None:
+    start = time.process_time()
+    with pytest.raises(SparsekitError, match=says) as caught:
+        load(text + "\n").resolve()
+    assert len(str(caught.value)) < 500
+    assert time.process_time() - start < 2
+
+
+def test_the_largest_config_resolves_soon() -> None:
+    start = time.process_time()
+    layers = (
+        load('model: {num_layers: 1024, num_heads: 1024}\nheads: {"0-1023": {"0-1022": triangle}}\n').resolve().layers
+    )
+    assert len(layers) == 1024 and layers[7].pattern_of_head == (0,) * 1023 + (1,)
+    assert time.process_time() - start < 1
+
+
+def test_unions_of_unions_are_read_once_each() -> None:
+    """A wrong one at the bottom is not read twice at every level."""
+    wrong: Any = "trianlge"
+    for _ in range(18):
+        wrong = {"name": "union", "of": [wrong]}
+    start = time.process_time()
+    with pytest.raises(SparsekitError, match="Did you mean 'triangle'"):
+        load({"default": wrong})
+    assert time.process_time() - start < 1
+    endless: dict[str, Any] = {"name": "union"}
+    endless["of"] = [endless]
+    with pytest.raises(SparsekitError, match="more than 40 deep"):
+        load({"default": endless})
+
+
+@pytest.mark.parametrize("source", [None, 5, b"default: dense", ["default: dense"]])
+def test_what_is_no_config_is_told(source: Any) -> None:
+    with pytest.raises(SparsekitError, match="want a path, YAML text, a mapping or a SparseConfig"):
+        load(source)

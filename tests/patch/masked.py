@@ -6,23 +6,18 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from tiny import TRIANGLE, logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekit.patch.capture import wrap_attention
 
-SINK, NEAR, LAST = 8, 40, 20
-TRIANGLE = {"name": "triangle", "sink_tokens": SINK, "window_tokens": NEAR, "last_tokens": LAST}
+SINK, NEAR, LAST = (TRIANGLE[name] for name in ("sink_tokens", "window_tokens", "last_tokens"))
 
 
-def random_ids(tokens: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 250, (1, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
 def logits_of(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    logits: Tensor = model(ids, use_cache=False, **kwargs).logits
-    return logits
+    """Without a cache, which transformers makes by the encoder's depth for some decoders."""
+    return logits(model, ids, use_cache=False, **kwargs)
 
 
 def with_triangle(model: PreTrainedModel, ids: Tensor, layers: Collection[int]) -> Tensor:

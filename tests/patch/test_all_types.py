@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from masked import TRIANGLE, causal_layers, logits_of, random_ids, with_triangle
+from masked import causal_layers, logits_of, with_triangle
 from small_models import NOT_BUILT, PARTS, small, small_config
+from tiny import TOKENS, TRIANGLE, ids
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -25,8 +26,7 @@ from sparsekit.cli.about import validate
 from sparsekit.patch.state import DOORS, LAYERS
 
 TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-TOKENS = 200
-IDS = random_ids(TOKENS)
+IDS = ids()
 
 # Why a model may be refused.
 REASONS = (

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from masked import with_triangle
+from small_models import small
+from tiny import TRIANGLE
 from tiny import close as _close
 from tiny import logits as _logits
 from torch import Tensor
@@ -20,12 +23,9 @@ from transformers import DynamicCache, PreTrainedModel
 import sparsekit
 from sparsekit import SparsekitError, explain, models
 from sparsekit.models import tiny
-from sparsekit.patch.capture import wrap_attention
 
 TOKENS = 200
 WINDOW = 32
-SINK, NEAR, LAST = 8, 40, 20
-TRIANGLE = {"name": "triangle", "sink_tokens": SINK, "window_tokens": NEAR, "last_tokens": LAST}
 OWN_WINDOW = {"name": "a_shape", "sink_tokens": 0, "window_tokens": WINDOW}
 
 # Family -> model type and config fields. What makes a family special is set so that a mistake shows in its logits.
@@ -106,17 +106,8 @@ def _range_of(model: PreTrainedModel, kind: str) -> str:
 
 
 def _with_explicit_mask(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The stock model, whose full layers get the triangle as an explicit 4-D float mask."""
-    i, j = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)[None]
-    kept = (j <= i) & ((j < SINK) | (i - j < NEAR) | (i >= TOKENS - LAST))
-    explicit = torch.where(kept, 0.0, torch.finfo(torch.float32).min)[None, None]
-    kinds = _kinds(model)
-
-    def run(own: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
-        return own(module, q, k, v, explicit if kinds[module.layer_idx] == "full_attention" else mask, **kwargs)
-
-    with wrap_attention(model, run):
-        return _logits(model, ids)
+    """The stock model, whose full layers get the triangle as an explicit mask."""
+    return with_triangle(model, ids, {i for i, kind in enumerate(_kinds(model)) if kind == "full_attention"})
 
 
 # ---- what every family shows
@@ -376,6 +367,9 @@ REFUSED = {
     ),
     "BART": (_bart, "is an encoder-decoder model"),
     "BERT": (_bert, "its attention is not causal"),
+    "Zamba 2": (lambda: small("zamba2"), "Zamba2Attention has layer_idx -1, out of 0-3, so its layers cannot be told"),
+    "HRM-Text": (lambda: small("hrm_text"), "2 attention modules have layer_idx 0, so its layers cannot be told apart"),
+    "Qwen4-Exp": (lambda: small("qwen4_exp_text"), "Qwen4ExpTextAttention looks into its attention mask"),
 }
 
 

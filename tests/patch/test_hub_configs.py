@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from masked import TRIANGLE, causal_layers, logits_of, random_ids, with_triangle
+from masked import causal_layers, logits_of, with_triangle
 from small_models import small, small_config
+from tiny import TOKENS, TRIANGLE, ids
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,8 +23,7 @@ from sparsekit.config import ModelFacts
 from sparsekit.patch.capture import capture_attention
 from sparsekit.patch.model import facts_of
 
-TOKENS = 200
-IDS = random_ids(TOKENS)
+IDS = ids()
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.5] * 8, "rope_theta": 10_000.0}
 
 

@@ -607,7 +607,7 @@ def _agrees(
     clean, dirty = _inputs(plan.geometry, dim, dtype, gain)
     expected, expected_lse = attend_reference(*(x.double() for x in clean), plan, softmax)
     on_card = plan.to("cuda")
-    assert host.covers(*dirty, on_card, softmax, True) == ""
+    assert host.covers(*dirty, on_card, softmax, True) == []
     with monkeypatch.context() as patched:
         patched.setattr(Tensor, "new_empty", _poisoned)
         out, lse = host.attend_hopper(*dirty, on_card, softmax, True)

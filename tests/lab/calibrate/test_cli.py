@@ -114,7 +114,7 @@ def test_inspect(tiny) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["probe", "m", "--seeds", "a"], "--seeds 'a': whole numbers separated by commas"),
+        (["probe", "m", "--seeds", "a"], "--seeds 'a': want whole numbers, comma-separated"),
         (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "400"], "must end in .png"),
         (["rule", "m", "--rule", "suffix", "-o", "c.yaml"], "needs a probe"),
         (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "list", "-o", "c.yaml"], "one pattern for all"),

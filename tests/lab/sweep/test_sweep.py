@@ -208,6 +208,45 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+MANY_VALUES = {"layers.2-3.window_tokens": list(range(1, 900)), "layers.2-3.sink_tokens": list(range(900))}
+LARGE: list[tuple[dict[str, Any], str]] = [
+    (
+        {"axes": MANY_VALUES, "seeds": list(range(900))},
+        "axes: .* combinations of axes, models, tasks, lengths and seeds; at",
+    ),
+    ({"axes": {"layers.2-3.window_tokens": list(range(1, 5000))}}, "4,999 values; an axis has at most 1,000"),
+    ({"seeds": list(range(100_000))}, "seeds: 100,000 are listed; at most 1,000"),
+    (
+        {"axes": {"layers.2-3.window_tokens": list(range(1, 1000))}, "seeds": list(range(12))},
+        "axes: .* runs; at most 10,000",
+    ),
+    ({"seeds": [10**30]}, "seeds.0 = 1000.*less than"),
+    ({"lengths": [10**30]}, "lengths.0 = 1000.*less than"),
+    ({"samples": 10**30}, "samples = 1000.*less than"),
+    ({"constraints": ["'a' * 999999999 == task"]}, "arithmetic is for numbers, not 'a' and 999999999"),
+    ({"constraints": ["'%9999999999d' % 1 == task"]}, "arithmetic is for numbers"),
+    ({"constraints": ["[1] * 999999999 == task"]}, "arithmetic is for numbers"),
+    ({"constraints": ["not " * 1000 + "1"]}, "is longer than 500 characters"),
+    ({"axes": {"w" * 5000: [1]}}, "unknown field 'w+\\.\\.\\.w+'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "says"), LARGE)
+def test_a_sweep_is_bounded_before_it_is_expanded(change: dict[str, Any], says: str) -> None:
+    start = time.process_time()
+    with pytest.raises(SparsekitError, match=says) as error:
+        load_question(asked(**change)).runs()
+    assert len(str(error.value)) < 800
+    assert time.process_time() - start < 2
+
+
+def test_constraints_come_before_configs() -> None:
+    """A combination that is no config is no error where a constraint leaves it out."""
+    axes = {"layers.2-3.window_tokens": [0, 64]}
+    runs = load_question(asked(axes=axes, constraints=["window_tokens > 0"])).runs()
+    assert {run.label for run in runs} == {"dense", "window_tokens=64"}
+
+
 @pytest.mark.parametrize(("change", "says"), BAD)
 def test_a_wrong_question_is_told_in_one_line(change: dict[str, Any], says: str) -> None:
     with pytest.raises(SparsekitError, match=says) as error:
