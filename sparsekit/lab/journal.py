@@ -124,7 +124,8 @@ class Journal:
             try:
                 while data:
                     data = data[os.write(fd, data) :]
-                os.fsync(fd)
+                if self.path.is_file():  # a pipe has no disk
+                    os.fsync(fd)
                 if new and hasattr(os, "O_DIRECTORY"):  # the name of a new file is on the disk when its folder is
                     folder = os.open(self.path.parent, os.O_DIRECTORY)
                     os.fsync(folder)
@@ -160,10 +161,13 @@ def replacing(journal: Journal, kept: str = "") -> Iterator[Callable[[Mapping[st
     Raises:
         SparsekitError: another process holds the file, or it cannot be written.
     """
+    if journal.path.is_dir():
+        raise SparsekitError(f"{journal} must be a file.")
+    if journal.path.exists() and not journal.path.is_file():  # a pipe, /dev/stdout
+        yield journal.append
+        return
     part = Journal(journal.path.with_name(f"{journal.path.name}.part"), journal.what, journal.rows)
     with journal.held():
-        if journal.path.exists() and not journal.path.is_file() and not journal.path.is_char_device():
-            raise SparsekitError(f"{journal} must be a file.")
         with writable(journal.path, journal.what):
             part.path.write_text(kept, encoding="utf-8")
         yield part.append

@@ -79,6 +79,8 @@ def test_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     assert journal(tmp_path / "x").read()[0] == [{"n": 0}, {"n": 9}]
     with pytest.raises(SparsekitError, match="must be a file"), replacing(journal(tmp_path)):
         pass
+    with replacing(journal(Path("/dev/null"))) as add:
+        add({"n": 9})
 
 
 def test_the_demo_reads_what_a_kill_left(tmp_path: Path) -> None:

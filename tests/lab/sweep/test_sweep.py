@@ -700,9 +700,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lost.exit_code == 1 and "output 'how-many.jsonl/best.yaml' cannot be written" in lost.stderr
     for options, says in (
         (["--best", "the best"], "'the best' cannot be read"),
-        (["--best-output", "b.yaml"], "--best-output goes with --best only"),
-        (["--workers", "2"], "--workers goes with --executor ray only; this one is inline"),
-        (["--gpus", "0.5", "--executor", "processes"], "--gpus goes with --executor ray only"),
+        (["--best-output", "b.yaml"], "--best-output needs --best"),
+        (["--workers", "2"], "--workers needs --executor ray"),
+        (["--gpus", "0.5", "--executor", "processes"], "--gpus needs --executor ray"),
         (["--device", ","], "--device ',': at least one"),
         (["--device", "cuda:0,cuda:1"], "executor 'inline' runs on one"),
     ):
