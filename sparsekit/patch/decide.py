@@ -21,10 +21,8 @@ def verdict(layer: Layer, rows: int, mask: Any, call: Call | None) -> Verdict:
         SparsekitError: the layer should run sparse, and the call cannot; or it contradicts `Handle.prompt`.
     """
     applied = layer.applied
-    if call is None and decodes(layer, rows, mask):
+    if rows < layer.min_queries and (call is None or rows != call.kwargs["q_length"]):  # or the last queries alone
         return DECODING
-    if call is not None and rows != call.kwargs["q_length"] and rows < layer.min_queries:
-        return DECODING  # the last queries alone
     whole = None if call is None else verdict_of_call(applied, call)
     if layer.own or whole is not None:
         return of_layer(layer, whole)
@@ -48,7 +46,7 @@ def verdict(layer: Layer, rows: int, mask: Any, call: Call | None) -> Verdict:
 
 
 def decodes(layer: Layer, rows: int, mask: Any) -> bool:
-    """Whether a call without a descriptor is decoding: every token of every layer asks."""
+    """What `verdict` says of few queries without a descriptor, known at a glance: every token of every layer asks."""
     return rows < layer.min_queries and (mask is None or getattr(mask, "dtype", None) is not torch.int32)
 
 

@@ -98,10 +98,10 @@ def remove(model: PreTrainedModel) -> None:
     Raises:
         SparsekitError: a forward of the model is running.
     """
+    text_config = _text_config(model)
     with CHANGES:
         for applied in applied_to(model):
             _remove(applied)
-        text_config = _text_config(model)
         if isinstance(text_config._attn_implementation, Name) and id(text_config) not in DOORS:
             text_config._attn_implementation_internal = original_of(text_config)
 

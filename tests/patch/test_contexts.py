@@ -145,6 +145,36 @@ def test_trainer_evaluates_in_bfloat16(model: PreTrainedModel, tmp_path: Path) -
     assert loss == pytest.approx(float(expected), rel=1e-3)
 
 
+# ---- torch's defaults
+
+
+@every_pattern
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_default_dtype(model: PreTrainedModel, name: str, default: torch.dtype) -> None:
+    ids = _ids(tokens=LONG)
+    with sparsekit.apply(model, _config(name)) as handle:
+        expected = _logits(model, ids)
+        try:
+            torch.set_default_dtype(default)
+            got = _logits(model, ids)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert _ran(handle) == ["sparse"] * 4
+    assert torch.equal(got, expected)
+
+
+@every_pattern
+def test_default_device(model: PreTrainedModel, name: str) -> None:
+    """Nothing is made where nobody said."""
+    ids = _ids(tokens=LONG + 1)  # a length that no other test has planned
+    own = _logits(model, ids)
+    with sparsekit.apply(model, _config(name)) as handle, torch.device("meta"):
+        got = _logits(model, ids, position_ids=torch.arange(LONG + 1, device="cpu")[None])
+        assert _ran(handle) == ["sparse"] * 4
+        assert all(row.density < 1 for row in handle.report().layers)
+    assert got.device.type == "cpu" and not torch.equal(got, own)
+
+
 # ---- tracing
 
 
@@ -429,7 +459,7 @@ def test_a_layer_number_that_is_none(model: PreTrainedModel, index: int) -> None
     own = _logits(model, _ids(), use_cache=False)
     model.model.layers[3].self_attn.layer_idx = index
     before = _state(model)
-    with pytest.raises(SparsekitError, match=rf"LlamaAttention says that it is layer {index} of 4"):
+    with pytest.raises(SparsekitError, match=rf"a LlamaAttention has layer_idx {index}, out of 0-3"):
         sparsekit.apply(model, SPARSE)
     assert _state(model) == before
     assert torch.equal(_logits(model, _ids(), use_cache=False), own)
