@@ -49,10 +49,10 @@ run = CliRunner()
         (["--harness", "lm-eval", "--tasks", "hellaswag", "--tokens", "512"], "--tokens does not go with --harness"),
         (["--harness", "lm-eval", "--tasks", "hellaswag", "--samples", "24"], "--samples does not go with --harness"),
         (["--harness", "lm-eval", "--tasks", "hellaswag", "--corpus", "pydoc"], "--corpus does not go with --harness"),
-        (["--harness", "helm", "--tasks", "hellaswag"], "--harness 'helm': lm-eval is the one"),
-        (["--limit", "3"], "--limit goes with --harness lm-eval only"),
-        (["--num-fewshot", "0"], "--num-fewshot goes with --harness lm-eval only"),
-        (["--include", "."], "--include goes with --harness lm-eval only"),
+        (["--harness", "helm", "--tasks", "hellaswag"], "--harness 'helm': want lm-eval"),
+        (["--limit", "3"], "--limit needs --harness lm-eval"),
+        (["--num-fewshot", "0"], "--num-fewshot needs --harness lm-eval"),
+        (["--include", "."], "--include needs --harness lm-eval"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], says: str) -> None:

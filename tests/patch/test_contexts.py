@@ -25,28 +25,18 @@ from sparsekit import SparsekitError
 from sparsekit.kernels import Choice
 from sparsekit.models import tiny
 from sparsekit.patch.state import DOORS, LAYERS
-from sparsekit.patterns import pattern_names
+from sparsekit.patterns import pattern_class, pattern_names
 
 TOKENS = 200
 LONG = 520  # where every pattern of these sizes drops something
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 SPARSE = {"layers": {"1-3": TRIANGLE}}
 OTHER = {"default": {"name": "a_shape", "sink_tokens": 4, "window_tokens": 9}}
-FIELDS: dict[str, dict[str, Any]] = {
-    "a_shape": {"sink_tokens": 8, "window_tokens": 40},
-    "triangle": TRIANGLE,
-    "union": {"of": [TRIANGLE, {"name": "a_shape", "sink_tokens": 30, "window_tokens": 20}]},
-    "vertical_slash": {"vertical_tokens": 8, "slash_tokens": 3, "estimate_queries": 20},
-    "block_topk": {"top_k": 2},
-    "flexprefill": {"gamma": 0.3, "min_budget_tokens": 1},
-    "xattention": {"threshold": 0.5},
-    "s2o": {"segment_tokens": 64, "tau": 0.4},
-}
 every_pattern = pytest.mark.parametrize("name", [name for name in pattern_names() if name != "dense"])
 
 
 def _config(name: str) -> dict[str, Any]:
-    return {"default": {"name": name, **FIELDS[name]}}
+    return {"default": {"name": name, **pattern_class(name).test_points[0]}}
 
 
 def _ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import load
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, read_text
 from sparsekit.lab.calibrate.blocks import (
     grouped,
     row_blocks,
@@ -427,11 +427,12 @@ def _summed(rows: Sequence[Any], model: PreTrainedModel, sections: Sections, pro
 
 def read_probe(path: str | Path) -> Probe:
     """The probe that `sparsekit calibrate probe -o FILE` wrote."""
+    text = read_text(path, "probe")
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(text)
         if found.pop("kind") != "probe":
             raise ValueError("kind")
         layers = tuple(LayerProbe(**{**layer, "heads": tuple(layer["heads"])}) for layer in found.pop("layers"))
         return Probe(sections=Sections(**found.pop("sections")), layers=layers, **found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparsekitError(f"probe {str(path)!r}: not a file of `sparsekit calibrate probe -o` ({error}).") from None
