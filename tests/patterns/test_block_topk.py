@@ -161,7 +161,7 @@ def test_selection_is_by_query_head() -> None:
     [
         ("top_k", 0, "top_k = 0: it should be greater than or equal to 1"),
         ("block_tokens", 32, "block_tokens = 32: it should be 64 or 128"),
-        ("topk", 5, "unknown field 'topk' = 5; it has .* Did you mean 'top_k'?"),
+        ("topk", 5, "unknown field 'topk' = 5; allowed: .* Did you mean 'top_k'?"),
         ("force_sink", 1, "force_sink = 1: it should be a valid boolean"),
     ],
 )
