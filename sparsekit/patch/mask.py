@@ -124,7 +124,7 @@ def _shape(mask: Any, kwargs: Mapping[str, Any]) -> Shape:
         return CAUSAL
     if code is masks.sliding_window_overlay(1).__code__:
         return Shape(window=held["sliding_window"])
-    if code is masks.blockwise_overlay(None).__code__:
+    if "block_sequence_ids" in held and code is masks.blockwise_overlay(None).__code__:  # not in every version
         return UNKNOWN if _has_blocks(held["block_sequence_ids"], kwargs) else EMPTY
     parts = [_shape(part, kwargs) for part in held.get("mask_functions", ())]
     if parts and code is masks.and_masks(causal).__code__:
