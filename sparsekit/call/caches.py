@@ -17,9 +17,9 @@ from torch import Tensor
 
 __all__ = ["BUDGET", "Memo", "cached_bytes", "clear_caches", "per_geometry"]
 
-# Bytes of all kept values together, host and devices: two CPU plans of Triangle for 4 samples of 32K tokens, whose
-# masks take 67 MB; on a GPU a plan's grids and work lists take 2 MB at 32 heads and 128K tokens.
-BUDGET = 3 << 26
+# Bytes of all kept values together, host and devices: one CPU plan of Triangle for 4 samples of 32K tokens, whose masks
+# take 67 MB, and as much again; on a GPU a plan's grids and work lists take 2 MB at 32 heads and 128K tokens.
+BUDGET = 1 << 27
 ENTRY_BYTES = 4096  # of a value's objects, so that values without tensors are bounded too
 
 _P = ParamSpec("_P")
@@ -56,7 +56,7 @@ class Memo(dict[Any, Any]):
     def keep(self, key: Hashable, value: _T) -> _T:
         """The value, held under `key` if it fits the budget."""
         size = _nbytes(value, set())
-        if size <= BUDGET:
+        if self.nbytes + size <= BUDGET:
             self[key] = value
             self.counted.append(key)
             self.nbytes += size

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sparsekit.call.caches import clear_caches
 from sparsekit.config import ResolvedConfig, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
@@ -245,3 +246,5 @@ def _take_off(applied: Applied, why: str) -> None:
     text_config = applied.text_config()
     if text_config is not None:
         close_door(text_config, applied)
+    if not LAYERS:  # the last one: nobody is left to use what was kept
+        clear_caches()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-import resource
+import json
+import subprocess
+import sys
 import threading
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,10 +28,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _empty() -> None:
     clear_caches()
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_results_are_kept_by_their_arguments() -> None:
@@ -100,9 +98,12 @@ def test_a_memo_counts_and_goes_with_its_owner(monkeypatch: pytest.MonkeyPatch) 
     assert cached_bytes() == 20_000 and set(one) == {"light"}
     one.keep("heavy", torch.zeros(15_000, dtype=torch.uint8))
     two.touch()
-    one.keep("more", torch.zeros(10_000, dtype=torch.uint8))  # both: the last one used stays
-    assert set(one) == {"light"} or not two
-    del one, two
+    third = Memo()
+    third.keep("heavy", torch.zeros(10_000, dtype=torch.uint8))  # `two` was in use after `one`
+    assert set(one) == {"light"} and "heavy" in two
+    two.keep("more", torch.zeros(30_000, dtype=torch.uint8))  # more than all there is, with what it has
+    assert set(two) == {"heavy"} and cached_bytes() == 30_000
+    del one, two, third
     gc.collect()
     assert cached_bytes() == 0
 
@@ -131,26 +132,36 @@ def test_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wrong and cached_bytes() <= 100_000 + 400 * 4
 
 
-def test_memory_is_flat_over_batches_of_changing_lengths() -> None:
-    """4 samples of about 32K tokens, padded differently each time: masks of 67 MB a batch."""
-    kept, resident = [], []
-    for i in range(24):
-        tokens = 32768 - 64 * i
-        starts = (0, 17 + i, 1000 + 31 * i, 5000 - i)
-        geometry = Geometry.of(tokens, batch=4, kv_start=starts, block_q=128, block_kv=64)
-        plan = static_plan(Triangle(), geometry, CPU)
-        from sparsekit.kernels.attend import torch_blocks
+BATCHES = """
+import json, resource
+from pathlib import Path
+import torch
+from sparsekit.kernels.attend import torch_blocks
+from sparsekit import Geometry
+from sparsekit.call.caches import cached_bytes
+from sparsekit.patterns import Triangle, static_plan
 
-        for sample in range(4):
-            for _ in torch_blocks._batches(plan, sample, torch.float32, CPU):
-                pass
-        kept.append(cached_bytes())
-        resident.append(_resident())
+cpu, seen = torch.device("cpu"), []
+for i in range(24):
+    starts = (0, 17 + i, 1000 + 31 * i, 5000 - i)
+    plan = static_plan(Triangle(), Geometry.of(32768 - 64 * i, batch=4, kv_start=starts), cpu)
+    for sample in range(4):
+        for _ in torch_blocks._batches(plan, sample, torch.float32, cpu):
+            pass
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    seen.append((cached_bytes(), pages * resource.getpagesize()))
+print(json.dumps(seen))
+"""
+
+
+def test_memory_is_flat_over_batches_of_changing_lengths() -> None:
+    """4 samples of about 32K tokens, padded differently each time: masks of 50 MB and more a batch, 24 batches."""
+    ran = subprocess.run([sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True)
+    kept, resident = zip(*json.loads(ran.stdout), strict=True)
     assert kept[0] > 50 << 20  # there is something to bound
     assert max(kept) <= BUDGET
-    assert max(resident[3:]) - resident[2] < 100 << 20, [r >> 20 for r in resident]
-    sparsekit.clear_caches()
-    assert cached_bytes() == 0
+    # Without a bound 1.1 GB; the C library itself keeps some of what is freed, and gives it back late.
+    assert max(resident[3:]) - resident[2] < 400 << 20, [size >> 20 for size in resident]
 
 
 def test_plans_stay_as_they_were_made() -> None:
@@ -169,8 +180,6 @@ def test_plans_stay_as_they_were_made() -> None:
 
 
 def test_a_copy_of_a_plan_remembers_nothing() -> None:
-    from dataclasses import replace
-
     plan = plan_from_rule(TokenRule(4, 64, 600), Geometry.of(700, block_q=64))
     pairs = plan.kept_pairs()
     entries = plan.entries.clone()  # type: ignore[union-attr]
@@ -185,3 +194,20 @@ def test_a_pattern_alone_in_its_layer_is_planned_once() -> None:
     assert tiled_for(Triangle(), geometry, q) is geometry
     assert static_plan(Triangle(), geometry, CPU) is static_plan(Triangle(), Geometry.of(1000), CPU)
     assert static_plan(Triangle(), geometry, CPU) is not static_plan(Triangle(window_tokens=64), geometry, CPU)
+
+
+def test_the_last_model_that_goes_takes_them_along() -> None:
+    from sparsekit.models import tiny
+
+    one, two = tiny(), tiny()
+    ids = torch.arange(200)[None] % 90
+    pattern = {"default": {"name": "triangle", "sink_tokens": 4, "window_tokens": 40, "last_tokens": 20}}
+    handles = [sparsekit.apply(model, pattern) for model in (one, two)]
+    with torch.no_grad():
+        one(ids)
+    held = cached_bytes()
+    assert held > 0
+    handles[1].remove()
+    assert cached_bytes() == held
+    handles[0].remove()
+    assert cached_bytes() == 0

@@ -14,6 +14,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.plan import (
     CAUSAL,
+    RULE,
     BlockPlan,
     TokenRule,
     dense_plan,
@@ -72,6 +73,32 @@ def loose_plan(mask: Tensor, geometry: Geometry) -> BlockPlan:
     entries = pack(key, (key + geometry.block_kv - 1 > low).long() * CAUSAL).expand_as(kept)[kept].int()
     ptr = torch.nn.functional.pad(kept.sum(-1).flatten().cumsum(0), (1, 0)).int()
     return BlockPlan(geometry, samples=samples, heads=heads, row_ptr=ptr, entries=entries)
+
+
+def loose_plans(geometry: Geometry) -> dict[str, BlockPlan]:
+    """Made by hand: rows without entries, queries whose tiles keep nothing, rows with columns alone."""
+    rows = geometry.rows
+    ptr = torch.tensor([0, *(1 if r in (0, 1, 3) else 0 for r in range(rows))]).cumsum(0).int()
+    entries = torch.tensor([pack(0, CAUSAL), pack(0, RULE), pack(192, CAUSAL)], dtype=torch.int32)
+    rule = torch.tensor([[[3, 70, 10**6]]], dtype=torch.int32)
+    none = torch.tensor([[[0, 0, 10**6]]], dtype=torch.int32)
+    dense = torch.zeros(rows, dtype=torch.bool)
+    dense[4] = True
+    words = torch.zeros(rows, 1, dtype=torch.int32)
+    words[2] = 0b10
+    tokens = torch.tensor([[[5, 140]]], dtype=torch.int32)
+    return {
+        "rows without entries": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=rule),
+        "a rule that keeps nothing": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=none),
+        "dense rows too": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=none, dense_rows=dense),
+        "columns that come late": BlockPlan(
+            geometry, row_ptr=ptr, entries=entries, rule=rule, tokens=tokens, token_bits=words
+        ),
+        "no entry at all": BlockPlan(geometry, row_ptr=torch.zeros_like(ptr), entries=entries[:0]),
+        "each head": BlockPlan(
+            geometry, heads=2, row_ptr=torch.cat([ptr, ptr[1:] * 0 + 3]), entries=entries, rule=rule
+        ),
+    }
 
 
 def with_columns(plan: BlockPlan, count: int) -> BlockPlan:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from kernel_cases import loose_plans
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -16,7 +17,7 @@ from sparsekit.call.geometry import Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern, Union, parse_pattern
-from sparsekit.plan import CAUSAL, RULE, TokenRule, pack, plan_from_block_mask, plan_from_rule
+from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.flex import from_flex
 from sparsekit.testing import check_pattern
 
@@ -212,40 +213,14 @@ def test_a_union_of_broken_rules_is_named(scratch_registry: None) -> None:
 # ---- what is computed of plans that nobody checked
 
 
-def _loose(geometry: Geometry) -> dict[str, BlockPlan]:
-    """Made by hand: rows without entries, queries whose tiles keep nothing, rows with columns alone."""
-    rows = geometry.rows
-    ptr = torch.tensor([0, *(1 if r in (0, 1, 3) else 0 for r in range(rows))]).cumsum(0).int()
-    entries = torch.tensor([pack(0, CAUSAL), pack(0, RULE), pack(192, CAUSAL)], dtype=torch.int32)
-    rule = torch.tensor([[[3, 70, 10**6]]], dtype=torch.int32)
-    none = torch.tensor([[[0, 0, 10**6]]], dtype=torch.int32)
-    dense = torch.zeros(rows, dtype=torch.bool)
-    dense[4] = True
-    words = torch.zeros(rows, 1, dtype=torch.int32)
-    words[2] = 0b10
-    tokens = torch.tensor([[[5, 140]]], dtype=torch.int32)
-    return {
-        "rows without entries": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=rule),
-        "a rule that keeps nothing": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=none),
-        "dense rows too": BlockPlan(geometry, row_ptr=ptr, entries=entries, rule=none, dense_rows=dense),
-        "columns that come late": BlockPlan(
-            geometry, row_ptr=ptr, entries=entries, rule=rule, tokens=tokens, token_bits=words
-        ),
-        "no entry at all": BlockPlan(geometry, row_ptr=torch.zeros_like(ptr), entries=entries[:0]),
-        "each head": BlockPlan(
-            geometry, heads=2, row_ptr=torch.cat([ptr, ptr[1:] * 0 + 3]), entries=entries, rule=rule
-        ),
-    }
-
-
-LOOSE = tuple(_loose(Geometry.of(300, block_q=64, block_kv=64)))
+LOOSE = tuple(loose_plans(Geometry.of(300, block_q=64, block_kv=64)))
 
 
 @pytest.mark.parametrize("kind", LOOSE)
 @pytest.mark.parametrize("extra", ["plain", "soft-cap", "sinks"])
 def test_rows_that_keep_nothing_give_zero(kind: str, extra: str) -> None:
     geometry = Geometry.of(300, block_q=64, block_kv=64)
-    plan, (q, k, v) = _loose(geometry)[kind], _inputs(300)
+    plan, (q, k, v) = loose_plans(geometry)[kind], _inputs(300)
     softcap = 5.0 if extra == "soft-cap" else None
     sinks = torch.tensor([0.5, -1.0, 2.0, float("-inf")]) if extra == "sinks" else None
     mask = (plan.multiplicity() > 0).repeat_interleave(4 // plan.heads, 1)

@@ -13,7 +13,9 @@ from kernel_cases import (
     GEOMETRIES,
     TRIANGLE,
     check,
+    loose_plans,
     mixed_plan,
+    poisoned_memory,
     random_plan,
     rule_plan,
     tensors,
@@ -105,6 +107,25 @@ def test_plans(name: str) -> None:
 def test_plans_through_descriptors(name: str) -> None:
     plan = PLANS[name]()
     check(plan, tensors(plan.geometry, torch.float16), "triton")
+
+
+LOOSE_GEOMETRY = Geometry.of(300, block_q=64, block_kv=64)
+
+
+@pytest.mark.parametrize("kind", loose_plans(LOOSE_GEOMETRY))
+def test_rows_that_keep_nothing_give_zero(kind: str) -> None:
+    """Of plans that nobody checked: 0 and -inf, also where a sink logit would have joined."""
+    plan, (q, k, v) = loose_plans(LOOSE_GEOMETRY)[kind], tensors(LOOSE_GEOMETRY, torch.float32)
+    for softcap, sinks in ((None, None), (5.0, SINKS), (None, SINKS.new_tensor([0.5, float("-inf"), 2.0, 0.0]))):
+        options = {"softcap": softcap, "sink_logits": sinks, "return_lse": True}
+        expected, expected_lse = attend(q, k, v, plan, impl="reference", **options)  # type: ignore[arg-type]
+        with poisoned_memory():
+            out, lse = attend(q, k, v, plan, impl="triton", **options)  # type: ignore[arg-type]
+        nothing = expected_lse == float("-inf")
+        assert bool(nothing.any())
+        assert bool((out[nothing] == 0).all()) and torch.equal(lse == float("-inf"), nothing)
+        assert float((out - expected).abs().max()) < 1e-5
+        assert torch.allclose(lse[~nothing], expected_lse[~nothing], atol=1e-5)
 
 
 @pytest.mark.usefixtures("cut_rows")
