@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.cli import app
-from sparsekit.cli.options import numbers_of
+from sparsekit.lab.options import numbers_of
 
 MODEL = "model: {num_layers: 30, num_heads: 9}\n"
 

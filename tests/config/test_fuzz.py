@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, explain, load
 from sparsekit.cli import app, validate
-from sparsekit.cli.options import numbers_of, patterns_of
 from sparsekit.config import parse_range
 from sparsekit.config.convert import convert_minference, convert_xattention
+from sparsekit.lab.options import numbers_of, patterns_of
 from sparsekit.lab.sweep import load_question
 from sparsekit.patterns import parse_pattern
 
