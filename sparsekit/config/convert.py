@@ -24,6 +24,8 @@ SMALLEST_THRESHOLD = 1e-6
 # XAttention's published thresholds end at 0.96 and go down to 0.0004: a table of shares that has both heads of 1, which
 # keep everything, and heads below this one is of something else, as DuoAttention's scores, which go from 0 to 1.
 LOW_SHARE = 0.3
+# In the published tables at most an eighth of the heads is below a half; of scores in general about half of them is.
+HALF, MOST_BELOW_HALF, TELLING = 0.5, 1 / 3, 64  # TELLING: numbers from which on their spread tells
 QUOTED = 60  # characters of a line that an error shows
 LARGEST = 1e9  # a number that is quoted in an error; thresholds end at 1
 
@@ -99,7 +101,7 @@ def convert_xattention(
                 raise SparsekitError(
                     f"{where} line {line}: layer {number}, head {head}: threshold {value!r} is not from 0 to 1."
                 )
-    _check_thresholds(rows, where)
+    _check_thresholds(rows, where, fits_a_model=model is not None)
     layers: list[dict[int, Pattern]] = []
     for number, (line, values) in enumerate(rows):
         raised = [value or SMALLEST_THRESHOLD for value in values]
@@ -179,10 +181,10 @@ class _Line(NamedTuple):
     values: list[float]
 
 
-def _check_thresholds(rows: list[_Line], where: str) -> None:
+def _check_thresholds(rows: list[_Line], where: str, *, fits_a_model: bool) -> None:
     """That the numbers, all from 0 to 1, can be thresholds; those of other tables of heads are told by their values.
 
-    Scores of key heads look like thresholds where none of them is 1: then their number tells, against a model's.
+    Scores of key heads may look like thresholds: then their number tells, against a model's query heads.
     """
     every = {value for _, values in rows for value in values}
     if every == {0.0, 1.0}:
@@ -196,6 +198,13 @@ def _check_thresholds(rows: list[_Line], where: str) -> None:
         raise SparsekitError(
             f"{where} line {line}: the numbers go from {lowest:g} to 1: scores of heads, as DuoAttention's, not "
             "thresholds, which end below 1; a threshold is the share of attention that a head keeps."
+        )
+    numbers = [value for _, values in rows for value in values]
+    below = sum(value < HALF for value in numbers)
+    if not fits_a_model and len(numbers) >= TELLING and below > MOST_BELOW_HALF * len(numbers):
+        raise SparsekitError(
+            f"{where}: {below} of {len(numbers)} numbers are below {HALF:g}, as scores of heads are and thresholds are "
+            "not; --model MODEL compares their number with the model's query heads, and then takes them."
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, load
@@ -210,6 +211,17 @@ def test_published_thresholds_are_no_scores(tmp_path: Path) -> None:
     path = write(tmp_path, "fuse_4: list = [[0.96, 0.0], [4.0075e-04, 0.93]]\n", "table.py")
     config = convert_xattention(path)
     assert config.layers["1"] == XAttention(threshold=(4.0075e-04, 0.93), stride=4)
+
+
+def test_a_table_of_low_numbers_needs_a_model(tmp_path: Path) -> None:
+    """Head scores without a 1 among them: 8 key heads of a model with 32 query heads."""
+    scores = torch.rand(32, 8, generator=torch.Generator().manual_seed(0)).clamp(max=0.99)
+    path = write(tmp_path, str(scores.tolist()), "table")
+    with pytest.raises(SparsekitError, match=r"of 256 numbers are below 0\.5, as scores of heads are.*--model MODEL"):
+        convert_xattention(path)
+    with pytest.raises(SparsekitError, match="heads"):
+        convert_xattention(path, model=ModelFacts(num_layers=32, num_heads=32))
+    assert len(convert_xattention(path, model=ModelFacts(num_layers=32, num_heads=8)).layers) == 32
 
 
 def test_a_file_must_fit_the_model(tmp_path: Path) -> None:
