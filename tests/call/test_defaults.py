@@ -43,8 +43,7 @@ def defaults(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _pattern(name: str) -> sparsekit.Pattern:
-    fields = {"block_topk": {"top_k": 3}, "union": {"of": ["triangle", "a_shape"]}}.get(name, {})
-    return pattern_class(name).from_fields({"name": name, **fields})
+    return pattern_class(name).from_fields({"name": name, **pattern_class(name).test_points[0]})
 
 
 def _results(name: str) -> list[Tensor]:
@@ -61,14 +60,9 @@ def _results(name: str) -> list[Tensor]:
 
 INPUTS = [inputs_for(geometry) for geometry in GEOMETRIES]
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
-NAMES = ("dense", "a_shape", "triangle", "union", "block_topk", "xattention", "flexprefill", "vertical_slash", "s2o")
 
 
-def test_every_pattern_is_here() -> None:
-    assert set(NAMES) == set(pattern_names())
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", pattern_names())
 def test_results_do_not_depend_on_defaults(name: str, defaults: str) -> None:
     got = _results(name)
     clear_caches()
