@@ -68,7 +68,7 @@ def test_what_does_not_fit(kwargs: dict[str, object], message: str) -> None:
         ({"q_len": "10"}, "q_len='10': a whole number"),
         ({"q_len": float("nan")}, "q_len=nan: a whole number"),
         ({"q_len": 10**30}, f"q_len={10**30}: at most {MAX_TOKENS}"),
-        ({"q_len": 10, "kv_len": 10**5000}, f"kv_len=a int: at most {MAX_TOKENS}"),
+        ({"q_len": 10, "kv_len": 10**5000}, f"kv_len=.*: at most {MAX_TOKENS}"),
         ({"q_len": 10, "prompt_len": 10**30}, "prompt_len=1000.*: at most"),
         ({"q_len": 10, "prompt_len": 7.5}, r"prompt_len=7\.5: a whole number"),
         ({"q_len": 10, "prompt_len": []}, r"prompt_len=\[\]"),
