@@ -12,8 +12,9 @@ SOURCES := pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/sparsekit demo
 
+# A worker a core. A file's tests stay with one worker, so that what they share is made once.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
