@@ -135,6 +135,29 @@ def test_trainer_evaluates_in_bfloat16(model: PreTrainedModel, tmp_path: Path) -
     assert loss == pytest.approx(float(expected), rel=1e-3)
 
 
+@pytest.mark.gpu
+@every_pattern
+def test_trainer_evaluates_in_bfloat16_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the reference does, within the error that the untouched model has under autocast."""
+    model = tiny("llama", initializer_range=0.1, head_dim=64).cuda()
+    rows = [{"input_ids": _ids(tokens=LONG, seed=n)[0], "labels": _ids(tokens=LONG, seed=n)[0]} for n in range(2)]
+    ids = torch.stack([row["input_ids"] for row in rows]).cuda()
+    arguments = TrainingArguments(str(tmp_path), bf16=True, report_to=[], disable_tqdm=True)
+    exact = _logits(model, ids)
+    with torch.autocast("cuda", torch.bfloat16):
+        own_error = float((_logits(model, ids) - exact).abs().max())
+    with sparsekit.apply(model, _config(name)) as handle:
+        loss = Trainer(model=model, args=arguments).evaluate(rows)["eval_loss"]
+        assert _ran(handle) == ["sparse"] * 4
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+            ours = model(ids, labels=ids)
+            monkeypatch.setattr(sparsekit.patch.attention, "choose_call", lambda *_: Choice("reference", "a test"))
+            reference = model(ids, labels=ids)
+    assert loss == pytest.approx(float(ours.loss), rel=1e-3)
+    assert float((ours.logits - reference.logits).abs().max()) <= 2 * own_error
+    assert float(ours.loss) == pytest.approx(float(reference.loss), rel=5e-3)
+
+
 # ---- torch's defaults
 
 
