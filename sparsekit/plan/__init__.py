@@ -5,7 +5,8 @@ from __future__ import annotations
 from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds, span_numbers, upload
 from sparsekit.plan.build import dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.entries import CAUSAL, FLAG_BITS, FLAGS, RULE, pack, unpack
-from sparsekit.plan.plan import BlockPlan, Ranked, heaviest_first
+from sparsekit.plan.plan import BlockPlan, heaviest_first
+from sparsekit.plan.rows import Ranked
 from sparsekit.plan.rule import TokenRule
 from sparsekit.plan.stack import stack_heads
 from sparsekit.plan.totals import PlanTotals

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,16 +11,14 @@ from torch import Tensor
 from sparsekit.call.geometry import Span
 from sparsekit.plan.bounds import row_starts, segment_bounds
 from sparsekit.plan.entries import CAUSAL, RULE
-
-if TYPE_CHECKING:
-    from sparsekit.plan.plan import BlockPlan, Ranked
+from sparsekit.plan.rows import PlanRows, Ranked
 
 __all__ = ["multiplicity"]
 
 _Pairs = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-def multiplicity(plan: BlockPlan) -> Tensor:
+def multiplicity(plan: PlanRows) -> Tensor:
     """int32 (B, P, Q, K): how often each pair is computed. Anything above 1 is a broken plan."""
     g = plan.geometry
     out = torch.zeros(g.batch, plan.heads, g.q_len, g.kv_len, dtype=torch.int32, device="cpu")
@@ -40,7 +37,7 @@ def multiplicity(plan: BlockPlan) -> Tensor:
     return out
 
 
-def _pairs(plan: BlockPlan, sample: int) -> _Pairs:
+def _pairs(plan: PlanRows, sample: int) -> _Pairs:
     """Broadcastable (head, query position, key position, computed?) of one plan sample, some rows at a time."""
     visited, span = plan.visited, plan.spans()[sample]
     plan = plan.to("cpu")
@@ -68,7 +65,7 @@ def _pairs(plan: BlockPlan, sample: int) -> _Pairs:
             yield from _column_pairs(plan, sample, head_index, starts, lane, span)
 
 
-def _column_pairs(plan: BlockPlan, sample: int, head: int, starts: Tensor, lane: Tensor, span: Span) -> _Pairs:
+def _column_pairs(plan: PlanRows, sample: int, head: int, starts: Tensor, lane: Tensor, span: Span) -> _Pairs:
     assert plan.tokens is not None
     k_pos = plan.tokens[sample, head].long()[None]
     for r in range(plan.rows):
@@ -78,7 +75,7 @@ def _column_pairs(plan: BlockPlan, sample: int, head: int, starts: Tensor, lane:
         yield _head(head), q_pos, k_pos, needed & (k_pos <= q_pos)
 
 
-def _ranked_pairs(plan: BlockPlan, ranked: Ranked, visited: Tensor | None, sample: int) -> _Pairs:
+def _ranked_pairs(plan: PlanRows, ranked: Ranked, visited: Tensor | None, sample: int) -> _Pairs:
     firsts = segment_bounds(plan.geometry, plan.samples, ranked.segment_tokens, torch.device("cpu"))[0][sample]
     ptr = ranked.key_ptr[sample].tolist()
     tiles = ranked.q_index.shape[3] // plan.block_q

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds
 from sparsekit.plan.entries import CAUSAL, RULE, unpack
-
-if TYPE_CHECKING:
-    from sparsekit.plan.plan import BlockPlan, Ranked
+from sparsekit.plan.rows import PlanRows, Ranked
 
 __all__ = ["PlanTotals", "plan_sums", "totals_of"]
 
@@ -52,28 +49,28 @@ class PlanTotals:
         return self.visited_tiles() / self.causal_tiles if self.causal_tiles else 1.0
 
 
-def totals_of(plan: BlockPlan) -> PlanTotals:
+def totals_of(plan: PlanRows, sums: Tensor) -> PlanTotals:
     """A plan's totals without its tensors; the host does not wait."""
     repeats = plan.geometry.batch if plan.samples == 1 else 1
     pairs = plan.heads * sum(span.causal_pairs for span in plan.geometry.spans)
     tiles = plan.heads * repeats * int(causal_tiles(plan.geometry, plan.samples).sum())
-    return PlanTotals(plan.sums(), repeats, plan.block_kv, pairs, tiles, plan.nbytes)
+    return PlanTotals(sums, repeats, plan.block_kv, pairs, tiles, plan.nbytes)
 
 
-def plan_sums(plan: BlockPlan) -> Tensor:
+def plan_sums(plan: PlanRows) -> Tensor:
     """int64 (3,): pairs, tiles and single columns computed, over all plan samples and heads, on the plan's device."""
     if plan.ranked is not None:
         return _ranked_sums(plan, plan.ranked)
     return _dense_sums(plan) if plan.row_ptr is None else _listed_sums(plan, plan.row_ptr)
 
 
-def _dense_sums(plan: BlockPlan) -> Tensor:
+def _dense_sums(plan: PlanRows) -> Tensor:
     pairs = sum(span.causal_pairs for span in plan.spans())
     tiles = int(causal_tiles(plan.geometry, plan.samples).sum())
     return torch.tensor([plan.heads * pairs, plan.heads * tiles, 0], dtype=torch.int64, device="cpu")
 
 
-def _ranked_sums(plan: BlockPlan, ranked: Ranked) -> Tensor:
+def _ranked_sums(plan: PlanRows, ranked: Ranked) -> Tensor:
     bounds = segment_bounds(plan.geometry, plan.samples, ranked.segment_tokens, ranked.keys.device)
     first, low, high = (x[:, None, :, None] for x in bounds)  # (S, 1, n, 1), as below (S, P, n, T)
     lane = torch.arange(ranked.q_index.shape[-1] // plan.block_q, device=first.device) * plan.block_q
@@ -89,7 +86,7 @@ def _ranked_sums(plan: BlockPlan, ranked: Ranked) -> Tensor:
     return torch.stack([own + (queries * keys).sum(), visited, torch.zeros_like(visited)])
 
 
-def _listed_sums(plan: BlockPlan, row_ptr: Tensor) -> Tensor:
+def _listed_sums(plan: PlanRows, row_ptr: Tensor) -> Tensor:
     bounds = row_bounds(plan.geometry, plan.samples, row_ptr.device)
     first, last, tiles, keys = (x[:, None].expand(-1, plan.heads, -1).flatten() for x in bounds)
     pairs = columns = row_ptr.new_zeros((), dtype=torch.int64)
@@ -110,7 +107,7 @@ def _listed_sums(plan: BlockPlan, row_ptr: Tensor) -> Tensor:
     return torch.stack([pairs, visited, columns])
 
 
-def _kept_from(plan: BlockPlan, row_ptr: Tensor, at: int, first: Tensor, last: Tensor, keys: Tensor) -> Tensor:
+def _kept_from(plan: PlanRows, row_ptr: Tensor, at: int, first: Tensor, last: Tensor, keys: Tensor) -> Tensor:
     """int64 (n,): pairs kept by the next entries from `at` on; 0 for places that no row uses.
 
     A query q sees `clamp(q + 1 - key, 0, width)` of the `width` keys from `key` on, and the rule takes from it what

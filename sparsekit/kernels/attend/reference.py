@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekit.call.softmax import Softmax
 from sparsekit.plan import BlockPlan, Ranked, segment_bounds
 from sparsekit.plan.memo import VISITED
-from sparsekit.plan.plan import nothing_visited
+from sparsekit.plan.rows import nothing_visited
 
 __all__ = ["attend_reference"]
 

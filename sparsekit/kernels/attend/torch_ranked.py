@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from sparsekit.call.softmax import Softmax
 from sparsekit.plan import BlockPlan, Ranked, segment_bounds
 from sparsekit.plan.memo import VISITED
-from sparsekit.plan.plan import nothing_visited
+from sparsekit.plan.rows import nothing_visited
 
 __all__ = ["attend_ranked"]
 

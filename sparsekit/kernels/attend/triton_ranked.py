@@ -32,7 +32,7 @@ from sparsekit.kernels.primitives import (
 )
 from sparsekit.plan import BlockPlan, Ranked, span_numbers
 from sparsekit.plan.memo import VISITED
-from sparsekit.plan.plan import nothing_visited
+from sparsekit.plan.rows import nothing_visited
 
 __all__ = ["CHECK", "attend_ranked_triton"]
 
