@@ -19,23 +19,8 @@ from typer.core import TyperGroup
 from sparsekit.cli.about import describe_patterns, doctor, validate
 from sparsekit.cli.calibrate import calibrate_app, inspect
 from sparsekit.cli.evaluate import eval_, report, sweep
-from sparsekit.cli.options import (
-    Config,
-    Json,
-    Model,
-    Seed,
-    Tokens,
-    Yaml,
-    command_line,
-)
-from sparsekit.cli.printing import (
-    busy,
-    mark_first,
-    print_doctor,
-    print_explanation,
-    print_json,
-    print_table,
-)
+from sparsekit.cli.options import Config, Json, Model, Seed, Tokens, Yaml, command_line
+from sparsekit.cli.printing import busy, mark_first, print_doctor, print_explanation, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, device_of
 

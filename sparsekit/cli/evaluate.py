@@ -8,15 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsekit.cli.options import (
-    Dtype,
-    Json,
-    Samples,
-    Seed,
-    Tasks,
-    command_line,
-    load_weights,
-)
+from sparsekit.cli.options import Dtype, Json, Samples, Seed, Tasks, command_line, load_weights
 from sparsekit.cli.printing import busy, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, Lengths, device_of, numbers_of, words_of
@@ -125,12 +117,7 @@ def _eval_by_lm_eval(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from sparsekit.lab.lm_eval import (
-        LmEvalTasks,
-        ran_dense,
-        run_lm_eval,
-        table,
-    )
+    from sparsekit.lab.lm_eval import LmEvalTasks, ran_dense, run_lm_eval, table
 
     with busy("looking for tasks"):
         tasks = LmEvalTasks(names, include)

@@ -23,14 +23,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, total
 from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError
-from sparsekit.patterns import (
-    AShape,
-    Dense,
-    DynamicPattern,
-    Pattern,
-    StaticPattern,
-    static_plan,
-)
+from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
 from sparsekit.patterns.attention import static_plan_heads
 
 __all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]

@@ -22,24 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.config import (
-    LayerPatterns,
-    SparseConfig,
-    format_range,
-    load,
-)
+from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, Reading, answer, kl_divergence, read_on
 from sparsekit.lab.provenance import content_of_model, measured_on
 from sparsekit.lab.stats import mean_interval, mean_of_known, quantile, share_interval
-from sparsekit.lab.tasks import (
-    Sample,
-    Task,
-    check_positions,
-    prompt_ids,
-    read_corpus,
-    task,
-)
+from sparsekit.lab.tasks import Sample, Task, check_positions, prompt_ids, read_corpus, task
 from sparsekit.patch import Handle, LayerReport, apply
 
 if TYPE_CHECKING:

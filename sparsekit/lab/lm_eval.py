@@ -30,12 +30,7 @@ from torch import Tensor
 
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.lab.evaluate import (
-    Config,
-    PeakMemory,
-    layers_summary,
-    spelled_out,
-)
+from sparsekit.lab.evaluate import Config, PeakMemory, layers_summary, spelled_out
 from sparsekit.lab.lm_eval_scores import scores_of
 from sparsekit.lab.provenance import (
     content_key,

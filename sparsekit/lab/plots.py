@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import TILES, Geometry
-from sparsekit.config import (
-    LayerPatterns,
-    SparseConfig,
-    format_range,
-    load,
-)
+from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError, writing
 from sparsekit.patterns import Pattern, StaticPattern, static_plan
 from sparsekit.plan import BlockPlan, unpack

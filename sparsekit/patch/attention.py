@@ -20,15 +20,7 @@ from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.decide import decodes, of_layer, verdict
 from sparsekit.patch.mask import COPIED, call_of, descriptor_width
 from sparsekit.patch.model import own_attention
-from sparsekit.patch.state import (
-    DOORS,
-    LAYERS,
-    Attention,
-    Call,
-    Layer,
-    Verdict,
-    layer_of_copy,
-)
+from sparsekit.patch.state import DOORS, LAYERS, Attention, Call, Layer, Verdict, layer_of_copy
 from sparsekit.patterns.attention import plan_heads
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.

@@ -10,21 +10,8 @@ from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.call import in_common_dtype, unknown_argument
-from sparsekit.patch.mask import (
-    COMPILED_WIDTH,
-    Shape,
-    descriptor_of,
-    is_for_others,
-    is_own,
-    read_call,
-)
-from sparsekit.patch.state import (
-    DOORS,
-    LAYERS,
-    Call,
-    mask_functions,
-    masking,
-)
+from sparsekit.patch.mask import COMPILED_WIDTH, Shape, descriptor_of, is_for_others, is_own, read_call
+from sparsekit.patch.state import DOORS, LAYERS, Call, mask_functions, masking
 
 # They keep Python's state: not to be folded into a constant, nor captured in a CUDA graph.
 OP_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)

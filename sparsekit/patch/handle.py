@@ -15,22 +15,9 @@ from sparsekit.call.caches import clear_caches
 from sparsekit.config import ResolvedConfig, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
-from sparsekit.patch.model import (
-    attention_modules,
-    facts_of,
-    own_attention,
-)
+from sparsekit.patch.model import attention_modules, facts_of, own_attention
 from sparsekit.patch.report import Report, report_layer
-from sparsekit.patch.state import (
-    CHANGES,
-    DOORS,
-    LAYERS,
-    Applied,
-    Layer,
-    Prompt,
-    applied_to,
-    forgetter,
-)
+from sparsekit.patch.state import CHANGES, DOORS, LAYERS, Applied, Layer, Prompt, applied_to, forgetter
 from sparsekit.patch.switch import guard, unguard
 
 if TYPE_CHECKING:

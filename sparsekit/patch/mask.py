@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.decide import keeps_own, settle
 from sparsekit.patch.model import own_attention
-from sparsekit.patch.state import (
-    DOORS,
-    Applied,
-    Bounds,
-    Call,
-    Door,
-    mask_functions,
-    masking,
-)
+from sparsekit.patch.state import DOORS, Applied, Bounds, Call, Door, mask_functions, masking
 
 # Width of the descriptors of a compiled model's calls; one more for those of sliding layers.
 COMPILED_WIDTH = 7

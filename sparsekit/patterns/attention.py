@@ -12,19 +12,8 @@ from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
-from sparsekit.kernels import (
-    attend,
-    geometry_for,
-    narrow_tile,
-    preferred_tile,
-    softmax_of,
-)
-from sparsekit.patterns import (
-    Pattern,
-    StaticPattern,
-    parse_pattern,
-    static_plan,
-)
+from sparsekit.kernels import attend, geometry_for, narrow_tile, preferred_tile, softmax_of
+from sparsekit.patterns import Pattern, StaticPattern, parse_pattern, static_plan
 from sparsekit.plan import BlockPlan, stack_heads
 
 __all__ = ["attention", "plan_heads", "static_plan_heads", "tiled_for"]

@@ -23,13 +23,7 @@ from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
-from sparsekit.plan import (
-    BlockPlan,
-    TokenRule,
-    dense_plan,
-    plan_from_block_mask,
-    plan_from_rule,
-)
+from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
 __all__ = ["DynamicPattern", "Pattern", "StaticPattern", "bounded", "parse_pattern", "pattern_class", "pattern_names"]
 

@@ -14,13 +14,7 @@ from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.select.join import join_plans
-from sparsekit.patterns.base import (
-    DynamicPattern,
-    Pattern,
-    StaticPattern,
-    parse_pattern,
-    static_plan,
-)
+from sparsekit.patterns.base import DynamicPattern, Pattern, StaticPattern, parse_pattern, static_plan
 from sparsekit.plan import BlockPlan, TokenRule
 
 __all__ = ["DynamicUnion", "Union"]

@@ -14,12 +14,7 @@ from typer.testing import CliRunner
 
 import sparsekit
 from sparsekit import SparsekitError, models
-from sparsekit.cli import (
-    app,
-    describe_patterns,
-    doctor,
-    validate,
-)
+from sparsekit.cli import app, describe_patterns, doctor, validate
 from sparsekit.lab.bench import BENCHES
 from sparsekit.patterns import Triangle, pattern_names
 

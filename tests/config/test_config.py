@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.config import ModelFacts, format_range, parse_range
-from sparsekit.patterns import (
-    AShape,
-    Dense,
-    Pattern,
-    Triangle,
-    Union,
-)
+from sparsekit.patterns import AShape, Dense, Pattern, Triangle, Union
 
 TEXT = """
 version: 1

@@ -14,12 +14,7 @@ from sparsekit import SparsekitError, load
 from sparsekit.cli import app
 from sparsekit.config import ModelFacts
 from sparsekit.config.convert import convert_minference, convert_xattention
-from sparsekit.patterns import (
-    AShape,
-    BlockTopK,
-    VerticalSlash,
-    XAttention,
-)
+from sparsekit.patterns import AShape, BlockTopK, VerticalSlash, XAttention
 
 run = CliRunner()
 

@@ -14,13 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsekit import (
-    Geometry,
-    SparsekitError,
-    explain,
-    load,
-    models,
-)
+from sparsekit import Geometry, SparsekitError, explain, load, models
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import ArchFacts, ModelFacts
 from sparsekit.config.costs import Explanation, LayerExplanation

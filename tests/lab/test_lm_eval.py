@@ -19,13 +19,7 @@ from sparsekit import SparsekitError, models
 from sparsekit.cli import app
 from sparsekit.lab import lm_eval as harness
 from sparsekit.lab import lm_eval_scores
-from sparsekit.lab.lm_eval import (
-    LmEvalTasks,
-    ran_dense,
-    records_kept,
-    run_lm_eval,
-    table,
-)
+from sparsekit.lab.lm_eval import LmEvalTasks, ran_dense, records_kept, run_lm_eval, table
 from sparsekit.lab.report import report_data
 from sparsekit.lab.stats import Z95
 from sparsekit.lab.sweep import read_results

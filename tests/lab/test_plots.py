@@ -11,22 +11,8 @@ from torch import Tensor
 
 from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
-from sparsekit.lab.plots import (
-    COLOURS,
-    SECTIONS,
-    draw_masks,
-    mask_figure,
-    section_image,
-)
-from sparsekit.patterns import (
-    AShape,
-    Dense,
-    Pattern,
-    StaticPattern,
-    Triangle,
-    Union,
-    parse_pattern,
-)
+from sparsekit.lab.plots import COLOURS, SECTIONS, draw_masks, mask_figure, section_image
+from sparsekit.patterns import AShape, Dense, Pattern, StaticPattern, Triangle, Union, parse_pattern
 
 LLAMA = Path(__file__).parents[2] / "configs/llama-3.1-8b/trianglemix.yaml"
 PATTERNS = [

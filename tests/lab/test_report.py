@@ -23,12 +23,7 @@ from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, load
 from sparsekit.cli import app
-from sparsekit.lab.calibrate.probe import (
-    SECTIONS,
-    LayerProbe,
-    Probe,
-    Sections,
-)
+from sparsekit.lab.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections
 from sparsekit.lab.report import markdown_report, report_data, write_report
 from sparsekit.lab.sweep.runs import config_key
 

@@ -21,14 +21,7 @@ from sparsekit import SparsekitError, explain, load
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.models import tiny
-from sparsekit.patterns import (
-    BlockTopK,
-    DynamicPattern,
-    Triangle,
-    base,
-    pattern_class,
-    pattern_names,
-)
+from sparsekit.patterns import BlockTopK, DynamicPattern, Triangle, base, pattern_class, pattern_names
 from sparsekit.plan import BlockPlan, plan_from_block_mask
 
 # One of every dynamic pattern; those that need a layer of their own apart.

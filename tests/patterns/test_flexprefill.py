@@ -12,13 +12,7 @@ from sparsekit import SparsekitError, attention
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.select.bits import unpack_bits
-from sparsekit.kernels.select.flexprefill import (
-    fewest_tokens,
-    flex_bits,
-    js_distance,
-    mass_codes,
-    mass_threshold,
-)
+from sparsekit.kernels.select.flexprefill import fewest_tokens, flex_bits, js_distance, mass_codes, mass_threshold
 from sparsekit.kernels.select.grid import Budgets
 from sparsekit.kernels.select.last_queries import last_query_sums
 from sparsekit.patterns import FlexPrefill, parse_pattern

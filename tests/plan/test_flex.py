@@ -9,13 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import attend
-from sparsekit.patterns import (
-    AShape,
-    Dense,
-    StaticPattern,
-    Triangle,
-    static_plan,
-)
+from sparsekit.patterns import AShape, Dense, StaticPattern, Triangle, static_plan
 from sparsekit.plan import BlockPlan, TokenRule, stack_heads
 from sparsekit.plan.flex import from_flex, to_flex
 from sparsekit.testing import inputs_for

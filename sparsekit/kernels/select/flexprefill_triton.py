@@ -14,13 +14,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.launch import _padded, launch, load_step, on_device
 from sparsekit.kernels.primitives import LOG2E, _whole
-from sparsekit.kernels.select.grid import (
-    BLOCK,
-    CODES,
-    LOWEST,
-    BlockGrid,
-    Budgets,
-)
+from sparsekit.kernels.select.grid import BLOCK, CODES, LOWEST, BlockGrid, Budgets
 
 __all__ = ["choose_triton", "count_map_triton", "map_threshold_triton", "write_bits_triton"]
 

@@ -16,12 +16,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.kernels.launch import launch, on_device
 from sparsekit.kernels.select.bits import WORD
 from sparsekit.kernels.select.grid import Form
-from sparsekit.plan import (
-    CAUSAL,
-    FLAG_BITS,
-    RULE,
-    BlockPlan,
-)
+from sparsekit.plan import CAUSAL, FLAG_BITS, RULE, BlockPlan
 
 __all__ = ["drop_columns_triton", "merge_triton"]
 

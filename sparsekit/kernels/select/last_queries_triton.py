@@ -17,22 +17,8 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.device import capability_of, processors_of
-from sparsekit.kernels.launch import (
-    _check,
-    _padded,
-    _pointer_form,
-    _precision,
-    _start,
-    on_device,
-)
-from sparsekit.kernels.primitives import (
-    LOG2E,
-    MASKED,
-    UNSEEN,
-    _load_rows,
-    _logits,
-    _offset,
-)
+from sparsekit.kernels.launch import _check, _padded, _pointer_form, _precision, _start, on_device
+from sparsekit.kernels.primitives import LOG2E, MASKED, UNSEEN, _load_rows, _logits, _offset
 from sparsekit.plan import span_numbers
 
 __all__ = ["last_query_sums_triton"]

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from sparsekit.kernels.launch import launch, on_device
 from sparsekit.kernels.select.bits import WORD
-from sparsekit.plan import (
-    CAUSAL,
-    FLAG_BITS,
-    RULE,
-    BlockPlan,
-    row_bounds,
-)
+from sparsekit.plan import CAUSAL, FLAG_BITS, RULE, BlockPlan, row_bounds
 
 __all__ = ["sums_triton"]
 

@@ -28,15 +28,7 @@ from sparsekit.lab.bench.kernel_peers import LAST, SINK, WINDOW, Shape, peer_cal
 from sparsekit.lab.bench.timing import Record, rounds, spread
 from sparsekit.lab.options import Dtype, Lengths, Rows, numbers_of, words_of
 from sparsekit.lab.provenance import place
-from sparsekit.plan import (
-    CAUSAL,
-    BlockPlan,
-    TokenRule,
-    dense_plan,
-    pack,
-    plan_from_rule,
-    unpack,
-)
+from sparsekit.plan import CAUSAL, BlockPlan, TokenRule, dense_plan, pack, plan_from_rule, unpack
 
 __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
 

@@ -13,12 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.config import (
-    SparseConfig,
-    format_range,
-    load,
-    parse_range,
-)
+from sparsekit.config import SparseConfig, format_range, load, parse_range
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.probe import own_layers

@@ -34,13 +34,7 @@ from sparsekit.lab.tasks import Task, prompt_ids
 from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
 from sparsekit.patch.capture import wrap_attention
-from sparsekit.patterns import (
-    Dense,
-    DynamicPattern,
-    Pattern,
-    XAttention,
-    parse_pattern,
-)
+from sparsekit.patterns import Dense, DynamicPattern, Pattern, XAttention, parse_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -30,19 +30,8 @@ from torch import Tensor, nn
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError, read_text
-from sparsekit.lab.calibrate.blocks import (
-    grouped,
-    row_blocks,
-    scores,
-    times,
-    wide,
-)
-from sparsekit.lab.calibrate.prompts import (
-    TASKS,
-    Prompt,
-    ask,
-    make_prompts,
-)
+from sparsekit.lab.calibrate.blocks import grouped, row_blocks, scores, times, wide
+from sparsekit.lab.calibrate.prompts import TASKS, Prompt, ask, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import content_of_model, made_on

@@ -11,13 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sparsekit.config import (
-    ModelFacts,
-    SparseConfig,
-    format_range,
-    load,
-    parse_range,
-)
+from sparsekit.config import ModelFacts, SparseConfig, format_range, load, parse_range
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.calibrate.probe import Probe
 from sparsekit.patterns import Pattern, parse_pattern

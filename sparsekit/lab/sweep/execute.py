@@ -17,15 +17,7 @@ from sparsekit.lab.sweep.question import Question, load_question
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.sweep.runs import Run
 from sparsekit.lab.sweep.search import check_optuna, search
-from sparsekit.lab.sweep.workers import (
-    Crew,
-    Processes,
-    RayActors,
-    Runner,
-    RunnerMaker,
-    do,
-    said,
-)
+from sparsekit.lab.sweep.workers import Crew, Processes, RayActors, Runner, RunnerMaker, do, said
 from sparsekit.lab.tasks import task
 
 __all__ = ["EXECUTORS", "Runner", "Summary", "make_runner", "run_sweep"]

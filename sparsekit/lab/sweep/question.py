@@ -28,17 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparsekit.config import SparseConfig, load, parse_yaml
 from sparsekit.errors import SparsekitError, nearest, one_line, read_text, shown
 from sparsekit.lab.provenance import content_of_code, content_of_source, patterns_of
-from sparsekit.lab.sweep.axes import (
-    PLACES,
-    RANGES,
-    Axis,
-    Range,
-    label_of,
-    overlap,
-    read_axis,
-    said_of,
-    set_value,
-)
+from sparsekit.lab.sweep.axes import PLACES, RANGES, Axis, Range, label_of, overlap, read_axis, said_of, set_value
 from sparsekit.lab.sweep.best import parse_rule
 from sparsekit.lab.sweep.constraints import Constraint, fulfilled
 from sparsekit.lab.sweep.runs import Run

@@ -13,12 +13,7 @@ from typing import Any, Literal
 
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.sweep.axes import Axis, Range
-from sparsekit.lab.sweep.best import (
-    Rule,
-    Standing,
-    parse_rule,
-    standings,
-)
+from sparsekit.lab.sweep.best import Rule, Standing, parse_rule, standings
 from sparsekit.lab.sweep.question import Question, Search
 from sparsekit.lab.sweep.runs import Run, config_key, groups
 

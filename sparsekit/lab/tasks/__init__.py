@@ -14,10 +14,7 @@ from sparsekit.lab.tasks.base import (
 from sparsekit.lab.tasks.corpus import PYDOC, read_corpus
 from sparsekit.lab.tasks.counted_words import CommonWords, FrequentWords
 from sparsekit.lab.tasks.key_value import KeyValue
-from sparsekit.lab.tasks.needle import (
-    Needle,
-    Passkey,
-)
+from sparsekit.lab.tasks.needle import Needle, Passkey
 from sparsekit.lab.tasks.niah import Niah
 from sparsekit.lab.tasks.perplexity import Perplexity
 from sparsekit.lab.tasks.variables import VariableTracking

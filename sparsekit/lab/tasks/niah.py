@@ -33,12 +33,7 @@ from uuid import UUID
 
 from sparsekit.lab.tasks.base import Sample, Task, register
 from sparsekit.lab.tasks.corpus import need_corpus
-from sparsekit.lab.tasks.needle import (
-    ADJECTIVES,
-    DEPTHS,
-    NOISE,
-    NOUNS,
-)
+from sparsekit.lab.tasks.needle import ADJECTIVES, DEPTHS, NOISE, NOUNS
 
 __all__ = ["Niah"]
 

@@ -24,12 +24,7 @@ from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend, choose_call, choose_device
-from sparsekit.plan import (
-    BlockPlan,
-    TokenRule,
-    dense_plan,
-    plan_from_rule,
-)
+from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule
 from sparsekit.plan.memo import TRITON
 
 pytestmark = pytest.mark.gpu

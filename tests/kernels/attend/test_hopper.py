@@ -24,17 +24,7 @@ from sparsekit.kernels.attend.hopper import items as item
 from sparsekit.kernels.attend.reference import attend_reference
 from sparsekit.kernels.select.bits import pack_bits
 from sparsekit.kernels.select.slash import plan_from_vertical_slash
-from sparsekit.plan import (
-    CAUSAL,
-    RULE,
-    BlockPlan,
-    TokenRule,
-    dense_plan,
-    pack,
-    plan_from_rule,
-    stack_heads,
-    unpack,
-)
+from sparsekit.plan import CAUSAL, RULE, BlockPlan, TokenRule, dense_plan, pack, plan_from_rule, stack_heads, unpack
 from sparsekit.plan.bounds import row_starts
 from sparsekit.plan.memo import HOPPER_WORK
 

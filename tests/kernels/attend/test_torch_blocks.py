@@ -8,18 +8,8 @@ import torch
 from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import attend
-from sparsekit.patterns import (
-    AShape,
-    Dense,
-    Pattern,
-    Triangle,
-)
-from sparsekit.plan import (
-    CAUSAL,
-    BlockPlan,
-    plan_from_block_mask,
-    stack_heads,
-)
+from sparsekit.patterns import AShape, Dense, Pattern, Triangle
+from sparsekit.plan import CAUSAL, BlockPlan, plan_from_block_mask, stack_heads
 from sparsekit.testing import inputs_for
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])

@@ -11,14 +11,7 @@ from children import interpret
 from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
-from sparsekit.kernels import (
-    IMPLEMENTATIONS,
-    attend,
-    choose,
-    choose_call,
-    choose_device,
-    preferred_tile,
-)
+from sparsekit.kernels import IMPLEMENTATIONS, attend, choose, choose_call, choose_device, preferred_tile
 from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
 from sparsekit.testing import inputs_for
 

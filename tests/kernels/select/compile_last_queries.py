@@ -14,11 +14,7 @@ from triton.runtime import driver
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import launch
-from sparsekit.kernels.select import (
-    flexprefill_triton,
-    last_queries_triton,
-    slash_triton,
-)
+from sparsekit.kernels.select import flexprefill_triton, last_queries_triton, slash_triton
 from sparsekit.kernels.select.grid import Budgets, block_grid, slash_grid
 
 CPU = torch.device("cpu")

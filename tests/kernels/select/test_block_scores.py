@@ -10,12 +10,7 @@ import torch
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.select import block_scores
-from sparsekit.kernels.select.block_scores import (
-    antidiagonal_mass,
-    pooled_means,
-    pooled_scores,
-    row_groups,
-)
+from sparsekit.kernels.select.block_scores import antidiagonal_mass, pooled_means, pooled_scores, row_groups
 from sparsekit.kernels.select.grid import block_grid
 from sparsekit.testing import GEOMETRIES, inputs_for
 

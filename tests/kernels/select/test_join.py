@@ -19,12 +19,7 @@ from sparsekit.kernels import attend
 from sparsekit.kernels.select.join import join_plans
 from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.patterns import AShape, Dense, static_plan
-from sparsekit.plan import (
-    CAUSAL,
-    FLAG_BITS,
-    BlockPlan,
-    stack_heads,
-)
+from sparsekit.plan import CAUSAL, FLAG_BITS, BlockPlan, stack_heads
 
 CPU = torch.device("cpu")
 

@@ -18,15 +18,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.cli import app
 from sparsekit.kernels import attend, geometry_for
-from sparsekit.lab.bench import (
-    bench_dynamic,
-    captured,
-    dynamic,
-    dynamic_rows,
-    output_error,
-    quality,
-    structured,
-)
+from sparsekit.lab.bench import bench_dynamic, captured, dynamic, dynamic_rows, output_error, quality, structured
 from sparsekit.lab.bench.inputs import load_inputs, save_inputs
 from sparsekit.lab.bench.peers import load_peers
 from sparsekit.patch.capture import capture_attention

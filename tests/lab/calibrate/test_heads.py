@@ -7,12 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from sparsekit import (
-    SparsekitError,
-    apply,
-    load,
-    models,
-)
+from sparsekit import SparsekitError, apply, load, models
 from sparsekit.call.geometry import Geometry
 from sparsekit.lab.calibrate.heads import assign, search_heads, threshold_ladder
 from sparsekit.lab.calibrate.prompts import make_prompts

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError, models
-from sparsekit.lab.calibrate.probe import (
-    SECTIONS,
-    Sections,
-    probe,
-    probe_batch,
-    read_probe,
-)
+from sparsekit.lab.calibrate.probe import SECTIONS, Sections, probe, probe_batch, read_probe
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.tasks import prompt_ids

@@ -5,20 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sparsekit import SparsekitError, load, models
-from sparsekit.lab.calibrate.probe import (
-    SECTIONS,
-    LayerProbe,
-    Probe,
-    Sections,
-)
-from sparsekit.lab.calibrate.rules import (
-    apply_rule,
-    from_list,
-    lowest_k,
-    search,
-    suffix,
-    write_config,
-)
+from sparsekit.lab.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections
+from sparsekit.lab.calibrate.rules import apply_rule, from_list, lowest_k, search, suffix, write_config
 
 # TriangleMix's plot of Llama-3.1-8B, as far as its markers can be read.
 LLAMA = [0.33, 0.89, 0.74, 0.74, 1.20, 0.94, 0.50, 1.18, 0.41, 0.36, 0.19, 0.12, 0.09, 0.12, 0.09, 0.02, 0.05, 0.0]

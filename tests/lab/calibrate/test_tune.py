@@ -17,12 +17,7 @@ from sparsekit.lab.calibrate.probe import Sections, probe
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rules import apply_rule, suffix, write_config
-from sparsekit.lab.calibrate.tune import (
-    Choice,
-    choose,
-    summary,
-    tune,
-)
+from sparsekit.lab.calibrate.tune import Choice, choose, summary, tune
 from sparsekit.lab.tasks import Sample, Task
 from sparsekit.patterns import pattern_class, pattern_names
 

@@ -22,15 +22,7 @@ from typer.testing import CliRunner
 from sparsekit import SparsekitError, load, models
 from sparsekit.cli import app
 from sparsekit.lab.report import write_report
-from sparsekit.lab.sweep import (
-    Run,
-    best,
-    execute,
-    front,
-    load_question,
-    read_results,
-    run_sweep,
-)
+from sparsekit.lab.sweep import Run, best, execute, front, load_question, read_results, run_sweep
 from sparsekit.lab.sweep.axes import Range
 from sparsekit.lab.sweep.best import Standing, parse_rule, standings
 from sparsekit.lab.sweep.runs import config_key

@@ -24,16 +24,7 @@ from typer.testing import CliRunner
 from sparsekit import SparsekitError, load, models
 from sparsekit.cli import app
 from sparsekit.lab import journal
-from sparsekit.lab.sweep import (
-    Question,
-    Run,
-    best,
-    execute,
-    load_question,
-    read_results,
-    results,
-    run_sweep,
-)
+from sparsekit.lab.sweep import Question, Run, best, execute, load_question, read_results, results, run_sweep
 from sparsekit.lab.sweep import question as question_module
 from sparsekit.lab.sweep.best import standings
 from sparsekit.lab.sweep.runs import config_key

@@ -8,17 +8,7 @@ from random import Random
 import pytest
 
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.tasks import (
-    Needle,
-    Sample,
-    base,
-    needle,
-    prompt_ids,
-    prompt_text,
-    register,
-    task,
-    task_names,
-)
+from sparsekit.lab.tasks import Needle, Sample, base, needle, prompt_ids, prompt_text, register, task, task_names
 
 TASKS = ("passkey", "needle4")
 
