@@ -40,7 +40,7 @@ def test_rows_and_file(tmp_path: Path) -> None:
 
 
 def test_a_slower_door_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """5 ms more in each forward with sparsekit applied: the ratio is what that makes."""
+    """50 ms more in each forward with sparsekit applied, far above what a busy machine adds: the ratio shows them."""
     import time
 
     from sparsekit.patch import mask
@@ -48,12 +48,12 @@ def test_a_slower_door_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     real = mask.is_own
 
     def slow(*args: Any) -> bool:
-        time.sleep(0.005)
+        time.sleep(0.05)
         return real(*args)
 
     monkeypatch.setattr(mask, "is_own", slow)
     decode = bench_overhead(shape="tiny", **SMALL)[1]
-    assert decode["ms"] > decode["stock_ms"] + 4
+    assert decode["ms"] > decode["stock_ms"] + 40
     assert decode["ratio_low"] > 1.2
 
 
