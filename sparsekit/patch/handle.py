@@ -135,8 +135,12 @@ class Handle:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Within this block the model runs as if sparsekit were not there."""
-        applied = self._applied
+        """Within this block the model runs as if sparsekit were not there.
+
+        Raises:
+            SparsekitError: the handle was removed or replaced.
+        """
+        applied = self._active("pause()")
         applied.paused += 1
         applied.epoch = object()
         try:
@@ -154,9 +158,10 @@ class Handle:
         right and come in chunks need a number each.
 
         Raises:
-            SparsekitError: no positive whole numbers; in a forward, a call that cannot belong to such a prompt.
+            SparsekitError: the handle was removed or replaced; no positive whole numbers; in a forward, a call that
+            cannot belong to such a prompt.
         """
-        applied = self._applied
+        applied = self._active("prompt(tokens=)")
         before, applied.prompt = applied.prompt, Prompt(_columns(tokens))
         applied.epoch = object()
         try:
@@ -175,6 +180,14 @@ class Handle:
             warning = f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
         layers = [] if self._applied.ended else self._applied.layers
         return Report(tuple(map(report_layer, layers)), warning)
+
+    def _active(self, method: str) -> Applied:
+        if self._applied.ended:
+            raise SparsekitError(
+                f"handle.{method}: sparsekit was removed from this model: {self._applied.ended}; this handle has no "
+                "effect on it any more, that of a new sparsekit.apply has."
+            )
+        return self._applied
 
 
 def _columns(tokens: Any) -> int | tuple[int, ...]:

@@ -486,3 +486,16 @@ def test_what_is_no_model() -> None:
     ):
         with pytest.raises(SparsekitError, match=message):
             sparsekit.apply(what, SPARSE)
+
+
+@pytest.mark.parametrize("enter", [lambda handle: handle.pause(), lambda handle: handle.prompt(tokens=5)])
+def test_a_handle_that_has_ended_says_so(model: PreTrainedModel, enter: Callable[[Any], Any]) -> None:
+    """Its block would change nothing; that of the handle which took its place does."""
+    first = sparsekit.apply(model, SPARSE)
+    second = sparsekit.apply(model, OTHER)
+    with pytest.raises(SparsekitError, match="another config was applied to this model's layers"), enter(first):
+        pass
+    with enter(second):
+        second.remove()
+    with pytest.raises(SparsekitError, match=r"removed from this model: by remove\(\)"), enter(second):
+        pass
