@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
@@ -123,6 +123,18 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def __copy__(self) -> NoReturn:
+        raise SparsekitError(
+            "a handle cannot be copied or pickled: it stands for sparsekit on one model; sparsekit.apply(copy, "
+            "handle.config) makes that of a copy."
+        )
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__copy__()
 
     def remove(self) -> None:
         """Make the model exactly what it was. A second call does nothing.

@@ -499,3 +499,9 @@ def test_a_handle_that_has_ended_says_so(model: PreTrainedModel, enter: Callable
         second.remove()
     with pytest.raises(SparsekitError, match=r"removed from this model: by remove\(\)"), enter(second):
         pass
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(model: PreTrainedModel, make: Callable[[Any], Any]) -> None:
+    with sparsekit.apply(model, SPARSE) as handle, pytest.raises(SparsekitError, match="a handle cannot be copied"):
+        make(handle)
