@@ -205,14 +205,24 @@ class Handle:
 def _columns(tokens: Any) -> int | tuple[int, ...]:
     several = (isinstance(tokens, Sequence) and not isinstance(tokens, str)) or getattr(tokens, "ndim", 0) == 1
     listed = list(tokens) if several else [tokens]
-    whole = all(hasattr(number, "__index__") and not isinstance(number, bool) for number in listed)
-    numbers = [operator.index(number) for number in listed] if whole else []
+    try:
+        numbers = [_whole(number) for number in listed]
+    except (TypeError, RuntimeError):  # of tensors that are no whole number, or hold no data
+        numbers = []
     if not numbers or min(numbers) < 1:
-        shown = repr(tokens) if len(repr(tokens)) <= 60 else f"{repr(tokens)[:60]}..."
+        said = " ".join(repr(tokens).split())
+        shown = said if len(said) <= 60 else f"{said[:60]}..."
         raise SparsekitError(
             f"handle.prompt(tokens={shown}): a whole number of at least 1 is needed, or one for each sample."
         )
     return tuple(numbers) if several else numbers[0]
+
+
+def _whole(number: Any) -> int:
+    """As an int, where it is a whole number and no truth value; a tensor of one is whole too."""
+    if isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool"):
+        raise TypeError
+    return operator.index(number)
 
 
 def _text_config(model: Any) -> Any:
