@@ -18,7 +18,7 @@ from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door,
 from sparsekit.patch.model import attention_modules, facts_of, own_attention
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import CHANGES, DOORS, LAYERS, Applied, Layer, Prompt, applied_to, forgetter
-from sparsekit.patch.switch import guard, unguard
+from sparsekit.patch.switch import guard, guards_of, restore_guards, unguard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,15 +66,12 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
         for old in replaced:
             _check_replaced(old, modules, type(model).__name__)
         _check_idle(text_config, "apply")
-        try:
+        with _all_or_nothing(model, text_config, modules, replaced):
             open_door(model, text_config, name, applied)
-        except BaseException:
-            close_door(text_config, applied)
-            raise
-        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
-        for old in replaced:
-            _take_off(old, "another config was applied to this model's layers")
-        applied.guarded = guard(model, text_config)
+            LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
+            for old in replaced:
+                _take_off(old, "another config was applied to this model's layers")
+            applied.guarded = guard(model, text_config)
     return Handle(applied)
 
 
@@ -250,6 +247,34 @@ def _check_idle(text_config: Any, what: str) -> None:
         raise SparsekitError(
             f"{what}: a forward of this model is running, and its layers would run two configs; wait until it is done."
         )
+
+
+@contextmanager
+def _all_or_nothing(
+    model: nn.Module, text_config: Any, modules: list[nn.Module], replaced: list[Applied]
+) -> Iterator[None]:
+    """If this block raises, whatever it is, the model is as before, and what was applied to it still is."""
+    texts = {id(text): text for text in (text_config, *(old.text_config() for old in replaced)) if text is not None}
+    names = {key: text._attn_implementation_internal for key, text in texts.items()}
+    doors = {key: (door, list(door.applied), door.composed) for key in texts if (door := DOORS.get(key)) is not None}
+    layers = {id(module): LAYERS.get(id(module)) for module in modules}
+    guards = guards_of(model, replaced)
+    try:
+        yield
+    except BaseException:
+        for key, text in texts.items():
+            text._attn_implementation_internal = names[key]
+            DOORS.pop(key, None)
+        for key, (door, applied, composed) in doors.items():
+            door.applied, door.composed, DOORS[key] = applied, composed, door
+        for key, layer in layers.items():
+            LAYERS.pop(key, None)
+            if layer is not None:
+                LAYERS[key] = layer
+        for old in replaced:
+            old.ended = ""
+        restore_guards(guards)
+        raise
 
 
 def _remove(applied: Applied) -> None:
