@@ -223,8 +223,11 @@ def _whole(number: Any) -> int:
 
 
 def _text_config(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
     get = getattr(getattr(model, "config", None), "get_text_config", None)
-    if get is None or not isinstance(model, nn.Module):
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if get is None or not any(isinstance(part, PreTrainedModel) for part in parts):  # wrappers have its config too
         inside = getattr(model, "module", None)
         hint = f"; it holds one: give {type(model).__name__}.module" if hasattr(inside, "config") else ""
         raise SparsekitError(f"{type(model).__name__} is not a Hugging Face model{hint}.")

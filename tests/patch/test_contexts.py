@@ -513,6 +513,8 @@ def test_what_is_no_model() -> None:
         (nn.DataParallel(tiny("llama")), r"DataParallel is not a Hugging Face model; .* DataParallel\.module"),
         (nn.Linear(2, 2), "Linear is not a Hugging Face model"),
         ("llama", "str is not a Hugging Face model"),
+        (tiny("llama").model.layers[0], "LlamaDecoderLayer is not a Hugging Face model"),
+        (tiny("llama").model.layers[0].self_attn, "LlamaAttention is not a Hugging Face model"),
     ):
         with pytest.raises(SparsekitError, match=message):
             sparsekit.apply(what, SPARSE)
