@@ -24,6 +24,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
+from sparsekit.plan.mask import first_without_itself
 
 __all__ = ["DynamicPattern", "Pattern", "StaticPattern", "bounded", "parse_pattern", "pattern_class", "pattern_names"]
 
@@ -260,7 +261,16 @@ class DynamicPattern(Pattern):
         check_fits(q, k, geometry, "geometry")
         if max(max(span.keys, span.prompt_tokens) for span in geometry.spans) < self.dense_below(q.device):
             return dense_plan(geometry)
-        return checked_plan(self, self.select(q, k, geometry, softmax), geometry, "select")
+        plan = checked_plan(self, self.select(q, k, geometry, softmax), geometry, "select")
+        if type(plan.row_ptr) is Tensor and plan.row_ptr.device.type == "cpu":  # elsewhere the host would wait
+            lost = first_without_itself(plan)
+            if lost is not None:
+                sample, head, query = lost
+                raise SparsekitError(
+                    f"pattern {self.name!r}: query {query} of sample {sample}, head {head} does not keep itself, and "
+                    "every query must: `select` is to list the tiles of each row's own queries, or make the row dense."
+                )
+        return plan
 
     def dense_below(self, device: torch.device) -> int:
         """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""

@@ -160,6 +160,51 @@ def test_a_plan_of_another_call_is_refused(scratch_registry: None, field: str) -
             assert torch.equal(attention(*inputs, one), attention(*inputs, "dense"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("tiles", "dense", "columns", "query"),
+    [
+        ([[], []], [False, False], None, 0),
+        ([[0], [64, 96]], [False, False], None, 32),
+        ([[0, 32], []], [False, False], None, 64),
+        ([[0, 32], [0, 32]], [False, False], None, 64),
+        ([[0, 32], [0, 64]], [False, False], None, 96),
+        ([[0, 32], [0, 64]], [False, False], range(96, 99), 99),
+        ([[0, 32], [0, 64]], [False, False], range(96, 100), None),
+        ([[0, 32], []], [False, True], None, None),
+        ([[0, 32], [64, 96]], [False, False], None, None),
+    ],
+)
+def test_a_dynamic_plan_that_drops_a_query_is_refused(
+    scratch_registry: None, tiles: list[list[int]], dense: list[bool], columns: range | None, query: int | None
+) -> None:
+    """100 queries in two rows of 64; key tiles of 32, a column for some keys."""
+
+    class Loses(DynamicPattern):
+        """Its rows list what the test says."""
+
+        name: Literal["loses"] = "loses"
+
+        def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return BlockPlan(
+                geometry,
+                row_ptr=torch.tensor([0, len(tiles[0]), len(tiles[0]) + len(tiles[1])], dtype=torch.int32),
+                entries=torch.tensor([*tiles[0], *tiles[1]], dtype=torch.int32) << 2 | 1,
+                dense_rows=torch.tensor(dense),
+                tokens=None if columns is None else torch.tensor([[[*columns]]], dtype=torch.int32),
+                token_bits=None if columns is None else torch.tensor([[0], [2 ** len(columns) - 1]], dtype=torch.int32),
+                order=torch.arange(2, dtype=torch.int32),
+            )
+
+    q, k, _ = _inputs(100)
+    geometry = Geometry.of(100, block_q=64, block_kv=32)
+    if query is None:
+        plan = Loses().plan(q, k, geometry, Softmax(0.25))
+        assert bool((plan.multiplicity().diagonal(dim1=-2, dim2=-1) == 1).all())
+        return
+    with pytest.raises(SparsekitError, match=f"'loses': query {query} of sample 0, head 0 does not keep itself"):
+        Loses().plan(q, k, geometry, Softmax(0.25))
+
+
 def test_what_other_methods_return(scratch_registry: None) -> None:
     class NoPlan(Pattern):
         """Plans nothing."""
