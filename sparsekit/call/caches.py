@@ -13,6 +13,7 @@ from functools import partial, wraps
 from threading import RLock
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 __all__ = ["BUDGET", "Memo", "cached_bytes", "clear_caches", "per_geometry"]
@@ -124,7 +125,10 @@ _LEDGER = _Ledger()
 
 
 def per_geometry(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Keep a function's results by its (positional, hashable) arguments, within the budget of all caches together."""
+    """Keep a function's results by its (positional, hashable) arguments, within the budget of all caches together.
+
+    Results under FakeTensorMode or in a torch.func transform are not kept: they mean nothing outside.
+    """
     found: dict[Hashable, _Kept] = {}
 
     @wraps(function)
@@ -163,8 +167,13 @@ def _always(owner: _Kept) -> Callable[[], _Kept]:
 
 
 def _nbytes(value: Any, seen: set[int]) -> int:
-    """Bytes of the memory behind the tensors in a value, each counted once."""
+    """Bytes of the memory behind the tensors in a value, each counted once; more than fits if one is not to be kept.
+
+    A tensor of another class, or one that torch.func wraps, belongs to the mode or transform that made it.
+    """
     if isinstance(value, Tensor):
+        if type(value) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return BUDGET + 1
         storage = value.untyped_storage()
         if storage._cdata in seen:
             return 0
@@ -183,4 +192,5 @@ def _nbytes(value: Any, seen: set[int]) -> int:
     return sum([_nbytes(part, seen) for part in parts if not isinstance(part, _LIGHT)])
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIGHT = (int, float, str, type(None))

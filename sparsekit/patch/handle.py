@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door,
 from sparsekit.patch.model import attention_modules, facts_of, own_attention
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import CHANGES, DOORS, LAYERS, Applied, Layer, Prompt, applied_to, forgetter
-from sparsekit.patch.switch import guard, unguard
+from sparsekit.patch.switch import guard, guards_of, restore_guards, unguard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,15 +66,12 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
         for old in replaced:
             _check_replaced(old, modules, type(model).__name__)
         _check_idle(text_config, "apply")
-        try:
+        with _all_or_nothing(model, text_config, modules, replaced):
             open_door(model, text_config, name, applied)
-        except BaseException:
-            close_door(text_config, applied)
-            raise
-        LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
-        for old in replaced:
-            _take_off(old, "another config was applied to this model's layers")
-        applied.guarded = guard(model, text_config)
+            LAYERS.update((id(module), layer) for module, layer in zip(modules, applied.layers, strict=True))
+            for old in replaced:
+                _take_off(old, "another config was applied to this model's layers")
+            applied.guarded = guard(model, text_config)
     return Handle(applied)
 
 
@@ -124,6 +121,18 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __copy__(self) -> NoReturn:
+        raise SparsekitError(
+            "a handle cannot be copied or pickled: it stands for sparsekit on one model; sparsekit.apply(copy, "
+            "handle.config) makes that of a copy."
+        )
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__copy__()
+
     def remove(self) -> None:
         """Make the model exactly what it was. A second call does nothing.
 
@@ -135,8 +144,12 @@ class Handle:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Within this block the model runs as if sparsekit were not there."""
-        applied = self._applied
+        """Within this block the model runs as if sparsekit were not there.
+
+        Raises:
+            SparsekitError: the handle was removed or replaced.
+        """
+        applied = self._active("pause()")
         applied.paused += 1
         applied.epoch = object()
         try:
@@ -154,9 +167,10 @@ class Handle:
         right and come in chunks need a number each.
 
         Raises:
-            SparsekitError: no positive whole numbers; in a forward, a call that cannot belong to such a prompt.
+            SparsekitError: the handle was removed or replaced; no positive whole numbers; in a forward, a call that
+            cannot belong to such a prompt.
         """
-        applied = self._applied
+        applied = self._active("prompt(tokens=)")
         before, applied.prompt = applied.prompt, Prompt(_columns(tokens))
         applied.epoch = object()
         try:
@@ -176,23 +190,44 @@ class Handle:
         layers = [] if self._applied.ended else self._applied.layers
         return Report(tuple(map(report_layer, layers)), warning)
 
+    def _active(self, method: str) -> Applied:
+        if self._applied.ended:
+            raise SparsekitError(
+                f"handle.{method}: sparsekit was removed from this model: {self._applied.ended}; this handle has no "
+                "effect on it any more, that of a new sparsekit.apply has."
+            )
+        return self._applied
+
 
 def _columns(tokens: Any) -> int | tuple[int, ...]:
     several = (isinstance(tokens, Sequence) and not isinstance(tokens, str)) or getattr(tokens, "ndim", 0) == 1
     listed = list(tokens) if several else [tokens]
-    whole = all(hasattr(number, "__index__") and not isinstance(number, bool) for number in listed)
-    numbers = [operator.index(number) for number in listed] if whole else []
+    try:
+        numbers = [_whole(number) for number in listed]
+    except (TypeError, RuntimeError):  # of tensors that are no whole number, or hold no data
+        numbers = []
     if not numbers or min(numbers) < 1:
-        shown = repr(tokens) if len(repr(tokens)) <= 60 else f"{repr(tokens)[:60]}..."
+        said = " ".join(repr(tokens).split())
+        shown = said if len(said) <= 60 else f"{said[:60]}..."
         raise SparsekitError(
             f"handle.prompt(tokens={shown}): a whole number of at least 1 is needed, or one for each sample."
         )
     return tuple(numbers) if several else numbers[0]
 
 
+def _whole(number: Any) -> int:
+    """As an int, where it is a whole number and no truth value; a tensor of one is whole too."""
+    if isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool"):
+        raise TypeError
+    return operator.index(number)
+
+
 def _text_config(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
     get = getattr(getattr(model, "config", None), "get_text_config", None)
-    if get is None or not isinstance(model, nn.Module):
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if get is None or not any(isinstance(part, PreTrainedModel) for part in parts):  # wrappers have its config too
         inside = getattr(model, "module", None)
         hint = f"; it holds one: give {type(model).__name__}.module" if hasattr(inside, "config") else ""
         raise SparsekitError(f"{type(model).__name__} is not a Hugging Face model{hint}.")
@@ -215,6 +250,34 @@ def _check_idle(text_config: Any, what: str) -> None:
         raise SparsekitError(
             f"{what}: a forward of this model is running, and its layers would run two configs; wait until it is done."
         )
+
+
+@contextmanager
+def _all_or_nothing(
+    model: nn.Module, text_config: Any, modules: list[nn.Module], replaced: list[Applied]
+) -> Iterator[None]:
+    """If this block raises, whatever it is, the model is as before, and what was applied to it still is."""
+    texts = {id(text): text for text in (text_config, *(old.text_config() for old in replaced)) if text is not None}
+    names = {key: text._attn_implementation_internal for key, text in texts.items()}
+    doors = {key: (door, list(door.applied), door.composed) for key in texts if (door := DOORS.get(key)) is not None}
+    layers = {id(module): LAYERS.get(id(module)) for module in modules}
+    guards = guards_of(model, replaced)
+    try:
+        yield
+    except BaseException:
+        for key, text in texts.items():
+            text._attn_implementation_internal = names[key]
+            DOORS.pop(key, None)
+        for key, (door, applied, composed) in doors.items():
+            door.applied, door.composed, DOORS[key] = applied, composed, door
+        for key, layer in layers.items():
+            LAYERS.pop(key, None)
+            if layer is not None:
+                LAYERS[key] = layer
+        for old in replaced:
+            old.ended = ""
+        restore_guards(guards)
+        raise
 
 
 def _remove(applied: Applied) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sparsekit.errors import SparsekitError
+from sparsekit.patch.state import Applied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +60,19 @@ def unguard(parts: list[weakref.ref[nn.Module]]) -> None:
         part = ref()
         if part is not None:
             part.__dict__.pop(METHOD, None)
+
+
+def guards_of(model: nn.Module, applied: Iterable[Applied]) -> list[tuple[nn.Module, Any]]:
+    """The guard, or None, of each model inside `model` and of those that `applied` has guarded."""
+    guarded = (part for each in applied for ref in each.guarded if (part := ref()) is not None)
+    return [(part, part.__dict__.get(METHOD)) for part in (*_models(model), *guarded)]
+
+
+def restore_guards(guards: list[tuple[nn.Module, Any]]) -> None:
+    for part, before in guards:
+        part.__dict__.pop(METHOD, None)
+        if before is not None:
+            part.__dict__[METHOD] = before
 
 
 def _models(model: nn.Module) -> Iterator[PreTrainedModel]:

@@ -14,6 +14,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.kernels import attend, geometry_for, narrow_tile, preferred_tile, softmax_of
 from sparsekit.patterns import Pattern, StaticPattern, parse_pattern, static_plan
+from sparsekit.patterns.base import checked_plan
 from sparsekit.plan import BlockPlan, stack_heads
 
 __all__ = ["attention", "plan_heads", "static_plan_heads", "tiled_for"]
@@ -48,7 +49,7 @@ def attention(
     if geometry is None:
         geometry = tiled_for(pattern, geometry_for(q, k), q)
     check_fits(q, k, geometry, "geometry")
-    plan = pattern.plan(q, k, geometry, softmax)
+    plan = checked_plan(pattern, pattern.plan(q, k, geometry, softmax), geometry)
     return attend(
         q, k, v, plan,
         scale=softmax.scale, softcap=softcap, sink_logits=sink_logits, impl=impl, return_lse=return_lse,
@@ -72,11 +73,13 @@ def plan_heads(
 ) -> BlockPlan:
     """The plan of a layer in which query head h runs `patterns[pattern_of_head[h]]`; cached where all are static."""
     if len(patterns) == 1:
-        return patterns[0].plan(q, k, tiled_for(patterns[0], geometry, q), softmax)
+        own = tiled_for(patterns[0], geometry, q)
+        return checked_plan(patterns[0], patterns[0].plan(q, k, own, softmax), own)
     static = tuple(pattern for pattern in patterns if isinstance(pattern, StaticPattern))
     if len(static) == len(patterns):
         return static_plan_heads(static, tuple(pattern_of_head), geometry, q.device)
-    return stack_heads([pattern.plan(q, k, geometry, softmax) for pattern in patterns], pattern_of_head)
+    plans = [checked_plan(pattern, pattern.plan(q, k, geometry, softmax), geometry) for pattern in patterns]
+    return stack_heads(plans, pattern_of_head)
 
 
 @per_geometry

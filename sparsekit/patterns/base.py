@@ -24,6 +24,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
+from sparsekit.plan.mask import first_without_itself
 
 __all__ = ["DynamicPattern", "Pattern", "StaticPattern", "bounded", "parse_pattern", "pattern_class", "pattern_names"]
 
@@ -125,6 +126,39 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def checked_plan(pattern: Pattern, plan: Any, geometry: Geometry, method: str = "plan") -> BlockPlan:
+    """What a pattern's method returned, if it is a plan of this call, whatever its tile.
+
+    Raises:
+        SparsekitError: it is none, or one for other lengths, padding or another end of the prompt.
+    """
+    if not isinstance(plan, BlockPlan):
+        raise SparsekitError(f"pattern {pattern.name!r}: `{method}` returns a {type(plan).__name__}, not a BlockPlan.")
+    there = plan.geometry
+    if there is not geometry and there.with_tile(geometry.block_q, geometry.block_kv) != geometry:
+        names = ("batch", "q_len", "kv_len", "q_offset", "kv_start", "kv_end", "prompt_tokens")
+        name = next(name for name in names if getattr(there, name) != getattr(geometry, name))
+        raise SparsekitError(
+            f"pattern {pattern.name!r}: `{method}` returns a plan of another call, with "
+            f"{name}={shown(getattr(there, name))}, where this one has {shown(getattr(geometry, name))}."
+        )
+    return plan
+
+
+def rule_of(pattern: StaticPattern, span: Span) -> TokenRule | None:
+    """A static pattern's rule for one sample.
+
+    Raises:
+        SparsekitError: it is neither a TokenRule nor None.
+    """
+    rule: Any = pattern.rule(span)
+    if rule is not None and not isinstance(rule, TokenRule):
+        raise SparsekitError(
+            f"pattern {pattern.name!r}: `rule` returns {shown(rule)}, a {type(rule).__name__}, not a TokenRule or None."
+        )
+    return rule
+
+
 class StaticPattern(Pattern):
     """A pattern that knows its pairs from their positions alone: no look-ahead, one plan for all heads, cached."""
 
@@ -151,7 +185,7 @@ def static_plan(pattern: StaticPattern, geometry: Geometry, device: torch.device
     Raises:
         SparsekitError: a query that does not keep itself, the first of them; a tile that no flag expresses.
     """
-    rules = [pattern.rule(span) for span in geometry.spans]
+    rules = [rule_of(pattern, span) for span in geometry.spans]
     exact = [rule for rule in rules if rule is not None]
     if len(exact) < len(rules):
         return plan_from_block_mask(_tiles_of(pattern, geometry), geometry).to(device)
@@ -180,7 +214,13 @@ def _tiles_of(pattern: StaticPattern, geometry: Geometry) -> Tensor:
             if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
                 said = f"a tensor of {kept.dtype}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
                 raise SparsekitError(f"pattern {pattern.name!r}: `keep` returns {said}, not a boolean tensor.")
-            kept = kept.expand_as(causal) & causal
+            try:
+                kept = kept.expand_as(causal) & causal
+            except RuntimeError:
+                raise SparsekitError(
+                    f"pattern {pattern.name!r}: `keep` returns a tensor of shape {tuple(kept.shape)}, which does not "
+                    f"broadcast to the {causal.shape[0]} queries and {causal.shape[1]} keys that it was asked for."
+                ) from None
             alone = ~kept.gather(1, q_pos)[:, 0]
             if bool(alone.any()):
                 query = low + int(alone.nonzero()[0])
@@ -221,9 +261,15 @@ class DynamicPattern(Pattern):
         check_fits(q, k, geometry, "geometry")
         if max(max(span.keys, span.prompt_tokens) for span in geometry.spans) < self.dense_below(q.device):
             return dense_plan(geometry)
-        plan = self.select(q, k, geometry, softmax)
-        if not isinstance(plan, BlockPlan):
-            raise SparsekitError(f"pattern {self.name!r}: `select` returns a {type(plan).__name__}, not a BlockPlan.")
+        plan = checked_plan(self, self.select(q, k, geometry, softmax), geometry, "select")
+        if type(plan.row_ptr) is Tensor and plan.row_ptr.device.type == "cpu":  # elsewhere the host would wait
+            lost = first_without_itself(plan)
+            if lost is not None:
+                sample, head, query = lost
+                raise SparsekitError(
+                    f"pattern {self.name!r}: query {query} of sample {sample}, head {head} does not keep itself, and "
+                    "every query must: `select` is to list the tiles of each row's own queries, or make the row dense."
+                )
         return plan
 
     def dense_below(self, device: torch.device) -> int:

@@ -14,7 +14,15 @@ from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.select.join import join_plans
-from sparsekit.patterns.base import DynamicPattern, Pattern, StaticPattern, parse_pattern, static_plan
+from sparsekit.patterns.base import (
+    DynamicPattern,
+    Pattern,
+    StaticPattern,
+    checked_plan,
+    parse_pattern,
+    rule_of,
+    static_plan,
+)
 from sparsekit.plan import BlockPlan, TokenRule
 
 __all__ = ["DynamicUnion", "Union"]
@@ -68,7 +76,7 @@ class Union(StaticPattern):
         return reduce(lambda a, b: a | b, (member.keep(q_pos, k_pos, span) for member in self.of))
 
     def rule(self, span: Span) -> TokenRule | None:
-        rules = [member.rule(span) for member in self.of]
+        rules = [rule_of(member, span) for member in self.of]
         exact = [rule for rule in rules if rule is not None]
         return reduce(TokenRule.union, exact) if len(exact) == len(rules) else None
 
@@ -112,13 +120,13 @@ class DynamicUnion(DynamicPattern):
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         static = [leaf for leaf in self.leaves() if isinstance(leaf, StaticPattern)]
-        ruled = tuple(leaf for leaf in static if all(leaf.rule(span) is not None for span in geometry.spans))
+        ruled = tuple(leaf for leaf in static if all(rule_of(leaf, span) is not None for span in geometry.spans))
         exact = ruled if len(ruled) < 2 else (Union(of=ruled),)  # rules make one rule; whole tiles are joined as such
         plans = [static_plan(leaf, geometry, q.device) for leaf in (*exact, *(x for x in static if x not in ruled))]
         for leaf in self.leaves():
             if any(plan.all_dense for plan in plans):
                 break
             if not isinstance(leaf, StaticPattern):
-                own = leaf.select if isinstance(leaf, DynamicPattern) else leaf.plan
-                plans.append(own(q, k, geometry, softmax))
+                method = "select" if isinstance(leaf, DynamicPattern) else "plan"
+                plans.append(checked_plan(leaf, getattr(leaf, method)(q, k, geometry, softmax), geometry, method))
         return join_plans(plans)

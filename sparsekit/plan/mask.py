@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import Span
-from sparsekit.plan.bounds import row_starts, segment_bounds
-from sparsekit.plan.entries import CAUSAL, RULE
+from sparsekit.plan.bounds import row_bounds, row_starts, segment_bounds
+from sparsekit.plan.entries import CAUSAL, RULE, unpack
 from sparsekit.plan.rows import PlanRows, Ranked
 
-__all__ = ["multiplicity"]
+__all__ = ["first_without_itself", "multiplicity"]
 
 _Pairs = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -35,6 +35,34 @@ def multiplicity(plan: PlanRows) -> Tensor:
             head, q_row, key = (x.expand_as(kept)[kept] for x in (head, q_pos - span.q_first, k_pos))
             view.index_put_((head, q_row, key), one, accumulate=True)
     return out
+
+
+def first_without_itself(plan: PlanRows) -> tuple[int, int, int] | None:
+    """(plan sample, plan head, position) of the first query with no tile or column of its own key, or None.
+
+    Linear in the plan's entries; what a rule cuts from a tile is left aside. For plans on the CPU: it reads them.
+    """
+    if plan.row_ptr is None or plan.entries is None:
+        return None
+    bounds = row_bounds(plan.geometry, plan.samples, plan.row_ptr.device)[:2]
+    low, high = (bound[:, None].expand(-1, plan.heads, -1).flatten() for bound in bounds)
+    pointers = plan.row_ptr.long()
+    owner = torch.repeat_interleave(torch.arange(len(low), device=low.device), pointers.diff())
+    first, _ = unpack(plan.entries[: len(owner)].long())
+    own = (torch.minimum(high[owner], first + plan.block_kv) - torch.maximum(low[owner], first)).clamp(min=0)
+    lacking = torch.zeros_like(low).index_add_(0, owner, own) < high - low
+    if plan.dense_rows is not None:
+        lacking &= ~plan.dense_rows
+    for row in lacking.nonzero().flatten().tolist():
+        sample, head, tile = row // plan.rows // plan.heads, row // plan.rows % plan.heads, row % plan.rows
+        query = torch.arange(int(low[row]), int(high[row]), device=low.device)
+        tiles = first[int(pointers[row]) : int(pointers[row + 1])]
+        held = ((query[:, None] >= tiles) & (query[:, None] < tiles + plan.block_kv)).any(1)
+        if plan.tokens is not None:
+            held |= torch.isin(query, plan.tokens[sample, head][plan.columns_of(sample, head, tile)].long())
+        if not bool(held.all()):
+            return sample, head, int(query[~held][0])
+    return None
 
 
 def _pairs(plan: PlanRows, sample: int) -> _Pairs:

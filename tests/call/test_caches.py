@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import sparsekit
 from sparsekit import Geometry
@@ -21,6 +22,7 @@ from sparsekit.kernels import attend
 from sparsekit.patterns import Triangle, static_plan
 from sparsekit.patterns.attention import tiled_for
 from sparsekit.plan import BlockPlan, TokenRule, plan_from_rule
+from sparsekit.plan.bounds import row_bounds
 
 CPU = torch.device("cpu")
 
@@ -71,6 +73,30 @@ def test_the_longest_unused_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert huge(0) is not huge(0)  # more than all there is: never kept, and nothing else goes for it
     made(1)
     assert calls == [0, 1, 2, 1]
+
+
+def test_tensors_of_a_mode_are_not_kept() -> None:
+    """Fake ones and those that vmap wraps: the next call outside would get them."""
+
+    @per_geometry
+    def made(n: int) -> tuple[Tensor, int]:
+        return torch.arange(n) + offset, n
+
+    offset, memo = torch.zeros(()), Memo()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made(4), memo.keep("fake", made(5)[0])
+        assert type(row_bounds(Geometry.of(700), 1, CPU)[0]) is not Tensor
+
+    def mapped(x: Tensor) -> Tensor:
+        nonlocal offset
+        offset = x
+        return made(6)[0] + memo.keep("mapped", x)
+
+    torch.vmap(mapped)(torch.ones(3))
+    offset = torch.zeros(())
+    assert not memo
+    assert all(type(made(n)[0]) is Tensor and torch.equal(made(n)[0], torch.arange(float(n))) for n in (4, 5, 6))
+    assert all(type(bound) is Tensor for bound in row_bounds(Geometry.of(700), 1, CPU))
 
 
 def test_values_without_tensors_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:

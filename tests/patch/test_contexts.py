@@ -442,7 +442,7 @@ def _state(model: PreTrainedModel) -> Any:
     return modules, names, sorted(LAYERS), sorted(DOORS)
 
 
-@pytest.mark.parametrize("where", ["own_attention", "facts_of", "name_for", "open_door"])
+@pytest.mark.parametrize("where", ["own_attention", "facts_of", "name_for", "open_door", "guard", "guard: done"])
 @pytest.mark.parametrize("patched", [False, True])
 def test_any_exception_leaves_the_model_alone(
     model: PreTrainedModel, where: str, patched: bool, monkeypatch: pytest.MonkeyPatch
@@ -451,9 +451,12 @@ def test_any_exception_leaves_the_model_alone(
     handle = sparsekit.apply(model, SPARSE) if patched else None
     before, logits = _state(model), _logits(model, _ids())
     calls = iter([None, None])
+    where, _, done = where.partition(": ")
     stock = getattr(sparsekit.patch.handle, where)
 
     def breaks(*args: Any) -> Any:
+        if done:
+            stock(*args)
         if where == "own_attention" and next(calls, 1) is None:  # the third layer's
             return stock(*args)
         raise KeyboardInterrupt
@@ -465,6 +468,33 @@ def test_any_exception_leaves_the_model_alone(
     assert torch.equal(_logits(model, _ids()), logits)
     assert handle is None or handle.active
     sparsekit.remove(model)
+
+
+@pytest.mark.parametrize("where", ["unguard", "close_door"])
+@pytest.mark.parametrize("done", [False, True])
+def test_what_was_not_taken_off_whole_stays(
+    model: PreTrainedModel, where: str, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out while another config takes the place of the first, before a step and behind it."""
+    handle = sparsekit.apply(model, SPARSE)
+    before, logits = _state(model), _logits(model, _ids())
+    stock = getattr(sparsekit.patch.handle, where)
+
+    def breaks(*args: Any) -> None:
+        if done:
+            stock(*args)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sparsekit.patch.handle, where, breaks)
+        with pytest.raises(MemoryError):
+            sparsekit.apply(model, OTHER)
+    assert handle.active and _state(model) == before
+    assert torch.equal(_logits(model, _ids()), logits)
+    with pytest.raises(SparsekitError, match="would take sparsekit off"):
+        model.set_attn_implementation("eager")
+    handle.remove()
+    assert not LAYERS.keys() & {id(module) for module in model.modules()} and id(model.config) not in DOORS
 
 
 @pytest.mark.parametrize("index", [-1, 4])
@@ -483,6 +513,27 @@ def test_what_is_no_model() -> None:
         (nn.DataParallel(tiny("llama")), r"DataParallel is not a Hugging Face model; .* DataParallel\.module"),
         (nn.Linear(2, 2), "Linear is not a Hugging Face model"),
         ("llama", "str is not a Hugging Face model"),
+        (tiny("llama").model.layers[0], "LlamaDecoderLayer is not a Hugging Face model"),
+        (tiny("llama").model.layers[0].self_attn, "LlamaAttention is not a Hugging Face model"),
     ):
         with pytest.raises(SparsekitError, match=message):
             sparsekit.apply(what, SPARSE)
+
+
+@pytest.mark.parametrize("enter", [lambda handle: handle.pause(), lambda handle: handle.prompt(tokens=5)])
+def test_a_handle_that_has_ended_says_so(model: PreTrainedModel, enter: Callable[[Any], Any]) -> None:
+    """Its block would change nothing; that of the handle which took its place does."""
+    first = sparsekit.apply(model, SPARSE)
+    second = sparsekit.apply(model, OTHER)
+    with pytest.raises(SparsekitError, match="another config was applied to this model's layers"), enter(first):
+        pass
+    with enter(second):
+        second.remove()
+    with pytest.raises(SparsekitError, match=r"removed from this model: by remove\(\)"), enter(second):
+        pass
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(model: PreTrainedModel, make: Callable[[Any], Any]) -> None:
+    with sparsekit.apply(model, SPARSE) as handle, pytest.raises(SparsekitError, match="a handle cannot be copied"):
+        make(handle)

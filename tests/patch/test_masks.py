@@ -218,7 +218,13 @@ def test_geometry_with_prompt() -> None:
     assert g.with_prompt([100, 120, 50]).prompt_tokens == (100, 90, 50)
 
 
-@pytest.mark.parametrize("tokens", [0, -5, True, 3.0, "200", None, [], [200, 0], [200, True], [[200]]])
+NO_NUMBERS = [
+    torch.tensor(200.0), [torch.tensor(200.0)], torch.tensor(True), [200, torch.tensor(True)], torch.tensor([True]),
+    torch.tensor([[200], [300]]), [torch.tensor([1, 2])], np.True_, np.array([True]), torch.tensor(200, device="meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [0, -5, True, 3.0, "200", None, [], [200, 0], [200, True], [[200]], *NO_NUMBERS])
 def test_what_is_no_number_of_tokens(model: PreTrainedModel, tokens: Any) -> None:
     with (
         sparsekit.apply(model, {"default": TRIANGLE}) as handle,
@@ -228,7 +234,9 @@ def test_what_is_no_number_of_tokens(model: PreTrainedModel, tokens: Any) -> Non
         pass
 
 
-@pytest.mark.parametrize("tokens", [np.int64(TOKENS), torch.tensor(TOKENS), np.array([TOKENS]), [np.int32(TOKENS)]])
+@pytest.mark.parametrize(
+    "tokens", [np.int64(TOKENS), torch.tensor(TOKENS), [torch.tensor(TOKENS)], np.array([TOKENS]), [np.int32(TOKENS)]]
+)
 def test_numbers_of_other_libraries(model: PreTrainedModel, tokens: Any) -> None:
     with sparsekit.apply(model, {"default": TRIANGLE}) as handle:
         expected = _logits(model, _ids())

@@ -120,6 +120,130 @@ def test_a_dynamic_pattern_that_returns_no_plan_is_named(scratch_registry: None)
         attention(*_inputs(100), Nothing())
 
 
+OTHER_CALLS = {
+    "batch=2": Geometry.of(100, batch=2),
+    "q_len=99": Geometry.of(99, 100),
+    "kv_len=101": Geometry.of(100, 101, q_offset=0),
+    r"kv_start=\(3,\)": Geometry.of(100, kv_start=[3], prompt_len=100),
+    r"kv_end=\(90,\)": Geometry.of(100, kv_end=[90], prompt_len=100),
+    r"prompt_tokens=\(200,\)": Geometry.of(100, prompt_len=200),
+}
+
+
+@pytest.mark.parametrize("field", OTHER_CALLS)
+def test_a_plan_of_another_call_is_refused(scratch_registry: None, field: str) -> None:
+    """By itself, in a union and as a plain Pattern; another tile is fine."""
+
+    class Stale(DynamicPattern):
+        """Returns a plan that it was not asked for."""
+
+        name: Literal["stale"] = "stale"
+
+        def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return BlockPlan(made[0])
+
+    class Plain(Pattern):
+        """The same without `select`."""
+
+        name: Literal["plain"] = "plain"
+
+        def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return BlockPlan(made[0])
+
+    made, inputs = [OTHER_CALLS[field]], _inputs(100)
+    for pattern, said in ((Stale(), "'stale': `select`"), (Plain(), "'plain': `plan`")):
+        for one in (pattern, parse_pattern({"name": "union", "of": [pattern]})):
+            made[0] = OTHER_CALLS[field]
+            with pytest.raises(SparsekitError, match=f"pattern {said} returns a plan of another call, with {field}"):
+                attention(*inputs, one)
+            made[0] = Geometry.of(100, block_q=32, block_kv=16)
+            assert torch.equal(attention(*inputs, one), attention(*inputs, "dense"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "dense", "columns", "query"),
+    [
+        ([[], []], [False, False], None, 0),
+        ([[0], [64, 96]], [False, False], None, 32),
+        ([[0, 32], []], [False, False], None, 64),
+        ([[0, 32], [0, 32]], [False, False], None, 64),
+        ([[0, 32], [0, 64]], [False, False], None, 96),
+        ([[0, 32], [0, 64]], [False, False], range(96, 99), 99),
+        ([[0, 32], [0, 64]], [False, False], range(96, 100), None),
+        ([[0, 32], []], [False, True], None, None),
+        ([[0, 32], [64, 96]], [False, False], None, None),
+    ],
+)
+def test_a_dynamic_plan_that_drops_a_query_is_refused(
+    scratch_registry: None, tiles: list[list[int]], dense: list[bool], columns: range | None, query: int | None
+) -> None:
+    """100 queries in two rows of 64; key tiles of 32, a column for some keys."""
+
+    class Loses(DynamicPattern):
+        """Its rows list what the test says."""
+
+        name: Literal["loses"] = "loses"
+
+        def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return BlockPlan(
+                geometry,
+                row_ptr=torch.tensor([0, len(tiles[0]), len(tiles[0]) + len(tiles[1])], dtype=torch.int32),
+                entries=torch.tensor([*tiles[0], *tiles[1]], dtype=torch.int32) << 2 | 1,
+                dense_rows=torch.tensor(dense),
+                tokens=None if columns is None else torch.tensor([[[*columns]]], dtype=torch.int32),
+                token_bits=None if columns is None else torch.tensor([[0], [2 ** len(columns) - 1]], dtype=torch.int32),
+                order=torch.arange(2, dtype=torch.int32),
+            )
+
+    q, k, _ = _inputs(100)
+    geometry = Geometry.of(100, block_q=64, block_kv=32)
+    if query is None:
+        plan = Loses().plan(q, k, geometry, Softmax(0.25))
+        assert bool((plan.multiplicity().diagonal(dim1=-2, dim2=-1) == 1).all())
+        return
+    with pytest.raises(SparsekitError, match=f"'loses': query {query} of sample 0, head 0 does not keep itself"):
+        Loses().plan(q, k, geometry, Softmax(0.25))
+
+
+def test_what_other_methods_return(scratch_registry: None) -> None:
+    class NoPlan(Pattern):
+        """Plans nothing."""
+
+        name: Literal["no_plan"] = "no_plan"
+
+        def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return None  # type: ignore[return-value]
+
+    class PlainTuple(StaticPattern):
+        """Its rule is no TokenRule."""
+
+        name: Literal["plain_tuple"] = "plain_tuple"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            return k_pos <= q_pos
+
+        def rule(self, span: Span) -> TokenRule:
+            return 4, 9, 300  # type: ignore[return-value]
+
+    class Narrow(StaticPattern):
+        """Says it for three keys."""
+
+        name: Literal["three"] = "three"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            return (k_pos <= q_pos)[:, :3]
+
+    rule = r"pattern 'plain_tuple': `rule` returns \(4, 9, 300\), a tuple, not a TokenRule"
+    for pattern, message in (
+        (NoPlan(), "pattern 'no_plan': `plan` returns a NoneType, not a BlockPlan"),
+        (PlainTuple(), rule),
+        (Union(of=(PlainTuple(), PlainTuple())), rule),
+        (Narrow(), r"pattern 'three': `keep` returns a tensor of shape \(100, 3\), which does not broadcast to"),
+    ):
+        with pytest.raises(SparsekitError, match=message):
+            attention(*_inputs(100), pattern)
+
+
 def test_a_block_mask_keeps_every_query() -> None:
     geometry = Geometry.of(300, block_q=64, block_kv=64)
     mask = torch.ones(1, 2, 5, 5, dtype=torch.bool)
