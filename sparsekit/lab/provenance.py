@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
+from sparsekit.errors import named_path
 from sparsekit.models import EMBEDDED
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def content_of_source(model: str) -> str | None:
         spec = find_spec(EMBEDDED[model].package)
         folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
         return content_of_files(file for folder in folders for file in folder.glob("*.gguf"))
-    path = Path(model).expanduser()
+    path = named_path(model, "model")
     if path.exists():
         return content_of_files(_of_a_model(path) if path.is_dir() else [path])
     return _revision(model)
