@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["SparsekitError", "nearest", "one_line", "read_text", "shown", "writable", "writing"]
+__all__ = ["SparsekitError", "named_path", "nearest", "one_line", "read_text", "shown", "writable", "writing"]
 
 SHOWN = 100  # characters of a value that an error shows
 MOST_WORDS = 1200  # characters of an error
@@ -122,6 +122,22 @@ def _inner(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]
 
 
 # ---- files
+
+
+def named_path(text: str | Path, what: str) -> Path:
+    """The path that a text names, `~` spelled out; whether something is there can be asked of it.
+
+    Raises:
+        SparsekitError: `~` of a user that there is not, a name longer than any, or the system refuses to look.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError:
+        raise SparsekitError(f"{what} {shown(str(text))}: there is no such user, whose home folder `~` is.") from None
+    except OSError as error:
+        raise SparsekitError(f"{what} {shown(str(text))} cannot be looked for: {error.strerror or error}.") from None
+    return path
 
 
 def read_text(path: Path | str, what: str, most: int = MOST_BYTES) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from sparsekit import models
 from sparsekit.errors import SparsekitError
+from sparsekit.lab.provenance import content_of_source
 from sparsekit.models import gguf, loading
 
 
@@ -224,3 +226,47 @@ def test_tiny_refuses_what_the_config_does_not_have():
         models.tiny(num_layers=2)
     with pytest.raises(SparsekitError, match="'llama'"):
         models.tiny("lama")
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: it should be from 1 to 1,024"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1: it should be from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: it should be from 1"),
+        ({"num_key_value_heads": 5000}, "num_key_value_heads = 5000: it should be"),
+        ({"model_type": "gpt2", "n_layer": 10**9}, "n_layer = 1000000000: it should be"),
+        ({"model_type": "llava", "vision_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 10"),
+        ({"hidden_size": "large"}, "hidden_size"),
+        ({"hidden_size": 10**30}, "model"),
+        ({"rope_parameters": [1]}, "model"),
+        ({"rope_scaling": 3}, "model"),
+        ({"model_type": ["llama"]}, "model"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_one_line(fields, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | fields))
+    for read in (models.facts, models.load):
+        with pytest.raises(SparsekitError, match=message) as error:
+            read(str(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def test_a_config_nested_too_deeply_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(SparsekitError, match="cannot be loaded"):
+        models.facts(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["~nobody-here/x", "a" * 5000])
+def test_paths_that_cannot_be_looked_for_are_one_line(model, monkeypatch):
+    for read in (models.facts, models.load, content_of_source):
+        with pytest.raises(SparsekitError, match=r"no such user|too long") as error:
+            read(model)
+        assert len(str(error.value)) < 300
+    monkeypatch.setenv("SPARSEKIT_CACHE", model)
+    with pytest.raises(SparsekitError, match=r"^SPARSEKIT_CACHE '.*(no such user|too long)"):
+        models.cache_folder()

@@ -187,7 +187,7 @@ def _check_thresholds(rows: list[_Line], where: str, *, fits_a_model: bool) -> N
     Scores of key heads may look like thresholds: then their number tells, against a model's query heads.
     """
     every = {value for _, values in rows for value in values}
-    if every == {0.0, 1.0}:
+    if every <= {0.0, 1.0}:
         raise SparsekitError(
             f"{where}: all numbers are 0 or 1: a mask of heads, not a table of thresholds; a threshold is the share of "
             "attention that a head keeps."

@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
-from sparsekit.config.strict_yaml import dump_yaml, parse_yaml
+from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
 from sparsekit.patterns import AShape, Pattern, bounded, parse_pattern
 
 __all__ = ["ArchFacts", "LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
 
+MOST_IN_A_FIELD = 4096  # values of a list; a model has at most 1,024 layers, and heads of a layer
 Size = Annotated[int, Field(ge=1, strict=True)]
 _LIST = Field(strict=False)  # YAML has lists, and no tuples
 AnyPattern = Annotated[Pattern, BeforeValidator(lambda value: parse_pattern(value, where=""))]
@@ -246,6 +247,13 @@ class SparseConfig(BaseModel):
 
     _bounded = field_validator("dense_below_tokens", "min_queries", mode="before")(bounded)
 
+    @field_validator("version", mode="before")
+    @classmethod
+    def _whole_version(cls, value: Any) -> Any:
+        if isinstance(value, bool | float):  # which Python takes for equal to 1
+            raise ValueError("it should be the whole number 1")
+        return value
+
     @field_validator("layers", mode="before")
     @classmethod
     def _layer_ranges(cls, value: Any) -> Any:
@@ -399,10 +407,26 @@ def _validate(data: Any, where: str) -> SparseConfig:
     if not isinstance(data, Mapping):
         kind = "list" if isinstance(data, list) else type(data).__name__
         raise SparsekitError(f"{where}: a mapping is needed (version, model, default, layers, ...), this is a {kind}.")
+    _check_size(data, where)
     try:
         return SparseConfig.model_validate(dict(data))
     except ValidationError as error:
         raise SparsekitError(f"{where}: {one_line(error, SparseConfig)}") from None
+
+
+def _check_size(data: Mapping[str, Any], where: str) -> None:
+    """That a mapping is no larger than YAML may be, what it holds twice counted twice, before it is read."""
+    count, todo = 0, [(name != "provenance", 0, value) for name, value in data.items()]
+    while todo:
+        is_field, depth, value = todo.pop()
+        if not isinstance(value, Mapping | list | tuple) or depth > 3 * MOST_DEPTH:  # the fields say what is too deep
+            continue
+        if is_field and len(value) > MOST_IN_A_FIELD and not isinstance(value, Mapping):
+            raise SparsekitError(f"{where}: a list of {len(value):,} values; at most {MOST_IN_A_FIELD:,}.")
+        count += len(value)
+        if count > MOST_VALUES:
+            raise SparsekitError(f"{where}: more than {MOST_VALUES:,} values.")
+        todo += [(is_field, depth + 1, one) for one in (value.values() if isinstance(value, Mapping) else value)]
 
 
 def _numbers(field: str, key: str, count: int, what: str) -> list[int]:

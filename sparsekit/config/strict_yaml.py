@@ -16,7 +16,7 @@ import yaml
 
 from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["dump_yaml", "parse_yaml"]
+__all__ = ["MOST_DEPTH", "MOST_VALUES", "dump_yaml", "parse_yaml"]
 
 MOST_CHARACTERS = 1_000_000
 MOST_VALUES = 100_000  # MInference's heads of a model of 126 layers by 128 heads, one rule each, are 113,000 at worst

@@ -49,7 +49,10 @@ class Journal:
             SparsekitError: it cannot be read, or has a line that is no row.
         """
         try:
-            data = self.path.read_bytes() if self.path.exists() and not self.path.is_char_device() else b""
+            there = self.path.exists() and not self.path.is_char_device()
+            if there and not (self.path.is_file() or self.path.is_dir()):  # reading a pipe would wait for its writer
+                raise SparsekitError(f"{self} cannot be read: it is no regular file.")
+            data = self.path.read_bytes() if there else b""
         except OSError as error:
             raise SparsekitError(f"{self} cannot be read: {error.strerror or error}.") from None
         whole = data.rfind(b"\n") + 1

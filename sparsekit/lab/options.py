@@ -56,6 +56,8 @@ def patterns_of(text: str, option: str = "--patterns") -> list[Any]:
     from sparsekit.config import parse_yaml
 
     try:
+        if "#" in text:  # what follows would be a comment
+            raise SparsekitError(f"{option} {shown(text)}: '#' is not allowed")
         return list(parse_yaml(f"[{text}]", f"{option} {shown(text)}"))
     except SparsekitError as error:
         raise SparsekitError(

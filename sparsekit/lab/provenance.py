@@ -15,8 +15,10 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
+from sparsekit.errors import named_path
 from sparsekit.models import EMBEDDED
 
 if TYPE_CHECKING:
@@ -62,6 +65,9 @@ SHOWING = (
     *("lab/journal.py", "lab/progress.py", "lab/options.py"),
 )
 
+# What a release tells of, rather than its files.
+RELEASED = frozenset({"sparsekit", "transformers", "torch", "pydantic", *sys.stdlib_module_names})
+
 
 def content_key(content: Any) -> str:
     """A short text that is the same for equal contents, in any order of fields."""
@@ -82,10 +88,22 @@ def content_of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     ends = getattr(model.generation_config, "eos_token_id", None)
     code = content_of_code([model])
-    digest.update(content_key([config, model.config._attn_implementation, ends, code]).encode())
+    digest.update(content_key([config, model.config._attn_implementation, ends, code, _numbers(model)]).encode())
     if tokenizer is not None:
         digest.update(content_of_tokenizer(tokenizer).encode())
     return digest.hexdigest()
+
+
+def _numbers(model: PreTrainedModel) -> list[Any]:
+    """Plain attributes of modules, as the scale of an attention or the epsilon of a norm; not the model's path."""
+    return [
+        [name, attribute, value]
+        for name, module in model.named_modules()
+        for attribute, value in sorted(vars(module).items())
+        if type(value) in (int, float, bool, str)
+        and attribute[0] != "_"
+        and attribute not in ("name_or_path", "training")
+    ]
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -140,9 +158,18 @@ def _weights(device: torch.device) -> Tensor:
 def content_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of how it cuts text, and of its chat template."""
     backend, vocabulary = getattr(tokenizer, "backend_tokenizer", None), getattr(tokenizer, "get_vocab", dict)
-    cuts = vocabulary() if backend is None else backend.to_str()
+    cuts = [vocabulary(), _saved(tokenizer)] if backend is None else backend.to_str()
     special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
     return content_key([content_of_code([tokenizer]), cuts, special, tokenizer.chat_template])
+
+
+def _saved(tokenizer: Any) -> str | None:
+    """Of the files that a tokenizer without a backend is saved as: its merges or its model, beside the vocabulary."""
+    if not hasattr(tokenizer, "save_pretrained"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return content_of_files(file for file in Path(folder).rglob("*") if file.is_file())
 
 
 def content_of_source(model: str) -> str | None:
@@ -153,7 +180,7 @@ def content_of_source(model: str) -> str | None:
         spec = find_spec(EMBEDDED[model].package)
         folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
         return content_of_files(file for folder in folders for file in folder.glob("*.gguf"))
-    path = Path(model).expanduser()
+    path = named_path(model, "model")
     if path.exists():
         return content_of_files(_of_a_model(path) if path.is_dir() else [path])
     return _revision(model)
@@ -181,10 +208,15 @@ def content_of_files(files: Iterable[str | Path]) -> str | None:
 
 
 def _of_a_model(folder: Path) -> Iterator[Path]:
-    """The files that a model may be loaded from: not folders below, hidden files and pages."""
-    for file in folder.iterdir():
-        if file.is_file() and not file.name.startswith(".") and file.suffix != ".md":
-            yield file
+    """The files that a model may be loaded from: not hidden files and pages; below, what an index of weights names."""
+    found = {file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()}
+    for index in [file for file in found if file.name.endswith(".index.json")]:
+        with suppress(
+            OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError
+        ):  # who loads the model says why
+            shards = {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+            found |= {shard for shard in shards if shard.is_file()}
+    return (file for file in found if not file.name.startswith(".") and file.suffix != ".md")
 
 
 @lru_cache(maxsize=4096)
@@ -198,11 +230,23 @@ def _digest_of_file(path: str, size: int, written: int, changed: int) -> str:
 
 def content_of_code(used: Iterable[object] = ()) -> str:
     """Of the code that values depend on: this package's (not what shows or stores them), torch's and transformers'
-    releases, and the modules of what is `used` from outside both: patterns, tasks and models of one's own.
+    releases, and the loaded packages of what is `used` from outside, and of what that is derived from: patterns, tasks
+    and models of one's own.
     """
-    modules = {type(one).__module__ for one in used}
-    others = sorted(name for name in modules if name.partition(".")[0] not in ("sparsekit", "transformers"))
-    return content_key([_own_code(), *map(_code_of, others)])
+    packages = {_package(base.__module__) for one in used for base in type(one).__mro__}
+    theirs = sorted(package for package in packages if package.partition(".")[0] not in RELEASED)
+    modules = [name for package in theirs for name in sorted({package, *_loaded(package)})]
+    return content_key([_own_code(), *map(_code_of, modules)])
+
+
+def _package(module: str) -> str:
+    """The outermost package of a module; of code that came with a model, that model's own."""
+    top = module.partition(".")[0]
+    return module.rpartition(".")[0] if top == "transformers_modules" else top
+
+
+def _loaded(package: str) -> list[str]:
+    return [name for name in tuple(sys.modules) if name.startswith(f"{package}.")]
 
 
 @lru_cache(maxsize=1)

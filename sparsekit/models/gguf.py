@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, named_path
 from sparsekit.models.names import EMBEDDED, one_line_errors
 from sparsekit.patch.model import facts_of
 
@@ -34,8 +34,8 @@ def cache_folder() -> Path:
     """For de-quantised models: `$SPARSEKIT_CACHE`, else `$XDG_CACHE_HOME/sparsekit`, else `~/.cache/sparsekit`."""
     own = os.environ.get("SPARSEKIT_CACHE")
     if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "sparsekit"
+        return named_path(own, "SPARSEKIT_CACHE")
+    return named_path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "XDG_CACHE_HOME") / "sparsekit"
 
 
 def embedded_file(name: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.models.gguf import check_embedded, dequantised, embedded_file
-from sparsekit.models.names import EMBEDDED, local_path, one_line_errors
+from sparsekit.models.names import EMBEDDED, check_counts, local_path, one_line_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,13 +29,14 @@ def load(
     Raises:
         SparsekitError: a model, dtype or device that there is not, in one line.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
     wanted, name = _dtype(dtype), os.fspath(model)
     if device is not None:
         _check_device(device)
     source = _weights_source(name)
     with one_line_errors(name):
+        check_counts(PretrainedConfig.get_config_dict(source)[0], name)
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if wanted is None else wanted)
     return loaded.to(device).eval() if device is not None else loaded.eval(), tokenizer

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparsekit.config import ArchFacts
-from sparsekit.errors import SparsekitError, nearest
+from sparsekit.config.ranges import MOST
+from sparsekit.errors import SparsekitError, named_path, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def local_path(model: str) -> Path | None:
     """The path that `model` names, or None when it is a hub id; an error when it is neither."""
-    path = Path(model).expanduser()
+    path = named_path(model, "model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise SparsekitError(f"model {model!r} is a folder without config.json; give the one that holds it.")
     if path.exists():
@@ -65,7 +67,7 @@ def local_path(model: str) -> Path | None:
 
 def label(source: str) -> str:
     """A hub id as it is; of a path, the last name that says something."""
-    path = Path(source).expanduser()
+    path = named_path(source, "model")
     if not path.exists():
         return source
     return path.resolve().parent.name if path.name == "config.json" else path.resolve().name
@@ -73,13 +75,36 @@ def label(source: str) -> str:
 
 @contextmanager
 def one_line_errors(model: str) -> Iterator[None]:
-    """transformers' errors about a checkpoint run over many lines; the first says what is wrong."""
+    """transformers' errors about a checkpoint, of any kind, run over many lines; the first says what is wrong."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except SparsekitError:
+        raise
+    except Exception as error:  # whatever the code of 400 families raises at values that it does not expect
         raise SparsekitError(f"model {model!r} cannot be loaded: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Of an error's message that says something; with the next one where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+# How configs of transformers call the layers and heads that a model is built of, one module or more each.
+_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
+    *("num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads"),
+)
+
+
+def check_counts(config: Mapping[str, Any], model: str) -> None:
+    """That a config's layers and heads, also of its parts, are numbers that a model can have: before one is built.
+
+    Raises:
+        SparsekitError: fewer than 1, or more than `MOST`.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name.endswith("_config"):
+            check_counts(value, model)
+        elif name in _COUNTS and isinstance(value, int) and not 1 <= value <= MOST:
+            raise SparsekitError(f"model {shown(model)}: {name} = {shown(value)}: it should be from 1 to {MOST:,}.")

@@ -11,7 +11,7 @@ import torch
 from sparsekit.config import ArchFacts
 from sparsekit.errors import SparsekitError
 from sparsekit.models.gguf import need_gguf
-from sparsekit.models.names import EMBEDDED, first_line, label, local_path, one_line_errors
+from sparsekit.models.names import EMBEDDED, check_counts, first_line, label, local_path, one_line_errors
 from sparsekit.patch.model import facts_of
 
 if TYPE_CHECKING:
@@ -49,23 +49,28 @@ def _without_weights(config: PretrainedConfig, name: str) -> PreTrainedModel:
     """The model that `load` would give, or else that of the config's text part, on the meta device."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 
-    copy = deepcopy(config)  # a model sets its attention implementation in its config
-    of = copy if type(copy) in MODEL_FOR_CAUSAL_LM_MAPPING else copy.get_text_config(decoder=True)
-    auto: Any = AutoModelForCausalLM if type(of) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     try:
+        copy = deepcopy(config)  # a model sets its attention implementation in its config
+        check_counts(copy.to_dict(), name)
+        of = copy if type(copy) in MODEL_FOR_CAUSAL_LM_MAPPING else copy.get_text_config(decoder=True)
+        auto: Any = AutoModelForCausalLM if type(of) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(of)
+    except SparsekitError:
+        raise
     except Exception as error:  # whatever the code of 400 families raises at sizes that do not go together
         raise SparsekitError(f"facts of {name}: its config makes no model ({first_line(error)}).") from error
     return model
 
 
 def _config(source: str) -> PretrainedConfig:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     path = local_path(source)
     with one_line_errors(source):
         if path is not None and path.suffix == ".gguf":
             need_gguf(path)
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoConfig.from_pretrained(source if path is None else path)
+        given: Any = source if path is None else path
+        check_counts(PretrainedConfig.get_config_dict(given)[0], source)
+        return AutoConfig.from_pretrained(given)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.cli import app
-from sparsekit.lab.options import numbers_of
+from sparsekit.lab.options import numbers_of, patterns_of
 
 MODEL = "model: {num_layers: 30, num_heads: 9}\n"
 
@@ -58,6 +59,8 @@ CONFIGS = [
     Bad("unknown field", 'layerz: {"0": dense}\n', ("'layerz'", "Did you mean 'layers'?")),
     Bad("unknown model fact", "model: {num_layer: 30}\n", ("'num_layer' = 30", "Did you mean 'num_layers'?")),
     Bad("unknown version", "version: 2\n", ("version = 2", "should be 1")),
+    Bad("a version that is true", "version: true\n", ("version = True", "whole number 1")),
+    Bad("a version with a point", "version: 1.0\n", ("version = 1.0", "whole number 1")),
     Bad("misspelt choice", "dense_impl: kernal\n", ("dense_impl = 'kernal'", "'model' or 'kernel'")),
     Bad("min_queries too small", "min_queries: 1\n", ("min_queries = 1", "equal to 2")),
     Bad("empty union", "default: {name: union, of: []}\n", ("union: of", "at least 1 item")),
@@ -252,3 +255,23 @@ def test_numbers_in_options_are_bounded(numbers: str) -> None:
     with pytest.raises(SparsekitError, match="--seeds") as caught:
         numbers_of(numbers, "--seeds")
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["dense ]# , anything", "dense, #triangle", "dense]", "dense], [triangle"])
+def test_nothing_of_a_list_of_patterns_is_hidden(text: str) -> None:
+    with pytest.raises(SparsekitError, match=r"^--patterns .*want names, or mappings") as error:
+        patterns_of(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mapping_that_holds_too_much_is_refused_at_once() -> None:
+    bomb: Any = "a_shape"
+    for _ in range(18):
+        bomb = {"name": "union", "of": [bomb, bomb, "a_shape"]}
+    long = {"name": "xattention", "threshold": [0.9] * 4097}
+    for pattern, says in ((bomb, "more than 100,000 values"), (long, "a list of 4,097 values")):
+        start = time.perf_counter()
+        with pytest.raises(SparsekitError, match=says):
+            sparsekit.load({"default": pattern})
+        assert time.perf_counter() - start < 2
+    assert sparsekit.load({"provenance": {"curve": [0.5] * 5000}}).provenance["curve"][0] == 0.5

@@ -187,6 +187,8 @@ SCORES = "\n".join(
         ("[[0.5, 10]]", {}, "threshold 10.0 is not from 0 to 1"),
         ("0.5\n" * 1025, {}, "1,025 rows; at most 1,024"),
         ("[[0, 1],\n [1, 0]]", {}, "all numbers are 0 or 1: a mask of heads"),
+        ("[[0, 0],\n [0, 0]]", {}, "all numbers are 0 or 1: a mask of heads"),
+        ("[[1.0, 1],\n [1, 1]]", {}, "all numbers are 0 or 1: a mask of heads"),
         (SCORES, {}, "line 2: the numbers go from 0.0249023 to 1: scores of heads, as DuoAttention's"),
         ("scores = [[0.9, 0.04],\n[1.0, 0.5]]", {}, "line 1: the numbers go from 0.04 to 1"),
         ("[[0.5]]", {"stride": 7}, "line 1: layer 0: xattention: stride = 7"),

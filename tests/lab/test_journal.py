@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from sparsekit import SparsekitError
 from sparsekit.lab import demo
+from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.journal import Journal, replacing
 
 ROWS = [{"n": n, "text": "é\u2028" * n} for n in range(4)]
@@ -95,3 +97,17 @@ def test_the_demo_reads_what_a_kill_left(tmp_path: Path) -> None:
     with pytest.raises(SparsekitError, match=r"line 1: no record of `sparsekit demo` .*without config, task"):
         demo.read_outcomes(tmp_path / "r.jsonl")
     assert logging.getLogger("sparsekit.lab.journal").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    for read in (journal(tmp_path / "x").read, lambda: Records(tmp_path / "x")):
+        with pytest.raises(SparsekitError, match="x' cannot be read: it is no regular file"):
+            read()
+
+
+def test_an_id_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text('{"id": "a", "value": 1}\n{"id": ["a"], "value": 1}\n')
+    with pytest.raises(SparsekitError, match=r"line 2: no record of .* \(id = \['a'\]\)"):
+        Records(tmp_path / "x")

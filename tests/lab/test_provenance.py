@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import linecache
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,8 @@ EDITS: dict[str, Callable[[torch.Tensor, Any], Any]] = {
     "the same weights under other names": lambda flat, model: _rename(model),
     "a norm": lambda flat, model: model.model.norm.weight.data[3].mul_(2),
     "a buffer": lambda flat, model: model.model.rotary_emb.inv_freq[3].mul_(2),
+    "the scale of an attention": lambda flat, model: setattr(model.model.layers[1].self_attn, "scaling", 0.3),
+    "the epsilon of a norm": lambda flat, model: setattr(model.model.norm, "variance_epsilon", 0.1),
     "another dtype": lambda flat, model: model.half(),
     "another shape": lambda flat, model: setattr(
         model.model.layers[1].self_attn.o_proj, "weight", torch.nn.Parameter(flat.view(32, 128))
@@ -222,3 +228,50 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "c")
     seen.add(content_of_files([tmp_path / "c", tmp_path / "b"]))
     assert len(seen) == 3
+
+
+def test_weights_in_folders_below_that_the_index_names_are_digested(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a/1.safetensors"}}')
+    (tmp_path / "a" / "1.safetensors").write_bytes(b"one")
+    before = content_of_source(str(tmp_path))
+    (tmp_path / "a" / "1.safetensors").write_bytes(b"two")
+    assert content_of_source(str(tmp_path)) != before
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert content_of_source(str(tmp_path)) is not None
+
+
+def test_the_merges_of_a_slow_tokenizer_count(tmp_path: Path) -> None:
+    from transformers import CTRLTokenizer
+
+    (tmp_path / "v.json").write_text(json.dumps({"a@@": 0, "b": 1, "ab</w>": 2, "ab": 3, "<unk>": 4}))
+    keys = []
+    for merges in ("a b</w>", "b a</w>", "a b</w>"):
+        (tmp_path / "m.txt").write_text(f"#version: 0.2\n{merges}\n\n")
+        tokenizer = CTRLTokenizer(str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+        keys.append(provenance.content_of_tokenizer(tokenizer))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_all_loaded_modules_of_a_package_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "others_pack").mkdir()
+    (tmp_path / "others_base.py").write_text("class Base: pass\n")
+    for name, text in {
+        "__init__.py": "",
+        "a.py": "from others_base import Base\nfrom others_pack import b\n\nclass Own(Base): pass\n",
+        "b.py": "x = 1\n",
+    }.items():
+        (tmp_path / "others_pack" / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        own = importlib.import_module("others_pack.a").Own()
+        keys = [content_of_code([own])]
+        for file, text in (("others_pack/b.py", "x = 22\n"), ("others_base.py", "class Base: y = 1\n")):
+            (tmp_path / file).write_text(text)
+            linecache.checkcache()
+            keys.append(content_of_code([own]))
+    finally:
+        for name in ("others_pack", "others_pack.a", "others_pack.b", "others_base"):
+            sys.modules.pop(name, None)
+    assert len(set(keys)) == 3

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from sparsekit.errors import SparsekitError, nearest
+from sparsekit.config.ranges import MOST
+from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.kernels import choose_device
 from sparsekit.lab.bench.dynamic_rows import Setting, check_size, checked, given_of, rows_of
 from sparsekit.lab.bench.inputs import Inputs, captured, load_inputs, structured
@@ -81,6 +82,9 @@ def bench_dynamic(
     place_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place_on.type == "cuda" and not torch.cuda.is_available():
         raise SparsekitError(f"device={device!r}: there is no CUDA device; `sparsekit doctor` says what can run here.")
+    for name, value in (("heads", heads), ("key_heads", key_heads), ("dim", dim)):
+        if not 1 <= value <= MOST:
+            raise SparsekitError(f"{name}={shown(value)}: it should be from 1 to {MOST:,}.")
     choose_device(place_on, impl)
     dtype = dtype or ("bfloat16" if place_on.type == "cuda" else "float32")
     if dtype not in DTYPES:

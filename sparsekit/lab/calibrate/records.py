@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekit.errors import writable
+from sparsekit.errors import shown, writable
 from sparsekit.lab.journal import Journal
 from sparsekit.lab.provenance import content_key
 
@@ -19,7 +19,9 @@ __all__ = ["Records"]
 
 
 def _lacking(row: Any) -> str:
-    return "" if isinstance(row, dict) and {"id", "value"} <= row.keys() else "without id and value"
+    if not isinstance(row, dict) or not {"id", "value"} <= row.keys():
+        return "without id and value"
+    return "" if isinstance(row["id"], str) else f"id = {shown(row['id'])}"
 
 
 class Records:

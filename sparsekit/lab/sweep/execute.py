@@ -14,7 +14,7 @@ from sparsekit.lab.evaluate import Evaluator
 from sparsekit.lab.progress import Bar, progress
 from sparsekit.lab.provenance import content_of_source
 from sparsekit.lab.sweep.question import Question, load_question
-from sparsekit.lab.sweep.results import ResultFile
+from sparsekit.lab.sweep.results import ResultFile, lacking
 from sparsekit.lab.sweep.runs import Run
 from sparsekit.lab.sweep.search import check_optuna, search
 from sparsekit.lab.sweep.workers import Crew, Processes, RayActors, Runner, RunnerMaker, do, said
@@ -121,6 +121,9 @@ def run_sweep(
                 shown.starts(todo, sum(map(_weight, runs)) - sum(map(_weight, todo)), len(runs) - len(todo))
                 for run, result in finish(todo):
                     record = {**run.identity(), **result, "question": question.question}
+                    if why := lacking(record):  # a KL that is not finite
+                        failed = {"status": "failed", "error": f"no measurement: {why}"}
+                        record = {**run.identity(), **failed, "question": question.question}
                     file.append(record)
                     known[run.key] = record
                     summary.done += 1

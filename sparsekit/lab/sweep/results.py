@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.journal import Journal
 from sparsekit.lab.journal import replacing as replacing_rows
 
@@ -21,22 +21,37 @@ NEEDED = ("label", "model", "task", "tokens", "seed")
 MEASURED = ("score", "density", "config")
 START = b'{"key": "'
 START_OF_ANY = b'{"'
+# Fields that every record has right or not at all, and numbers of one that did not fail.
+RIGHT: dict[str, Callable[[Any], bool]] = {
+    "key": lambda value: isinstance(value, str),
+    "asked": lambda value: isinstance(value, str),
+    "versions": lambda value: isinstance(value, dict),
+    "tokens": lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+}
+NUMBERS = ("score", "density")
+LARGEST = 1e300  # no number of a record comes near it
 
 
-def _lacking(record: Any) -> str:
+def lacking(record: Any) -> str:
     """Why a line's JSON is no record, or nothing."""
     if not isinstance(record, dict):
         return "no JSON object"
     needed = NEEDED if record.get("status", "ok") != "ok" else NEEDED + MEASURED
     if lacking := [name for name in needed if name not in record]:
         return f"without {', '.join(lacking)}"
-    numbers = [name for name in needed if name in ("tokens", "score", "density")]
-    wrong = [name for name in numbers if isinstance(record[name], bool) or not isinstance(record[name], int | float)]
-    return ", ".join(f"{name} = {record[name]!r}" for name in wrong)
+    wrong = [name for name, right in RIGHT.items() if name in record and not right(record[name])]
+    wrong += [name for name in NUMBERS if name in needed and not _number(record[name])]
+    wrong += ["kl"] if record.get("kl") is not None and not _number(record["kl"]) else []
+    return ", ".join(f"{name} = {shown(record[name])}" for name in wrong)
+
+
+def _number(value: Any) -> bool:
+    """A finite one: JSON as Python reads it knows NaN and Infinity too."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < LARGEST
 
 
 def _results(path: str | Path, begins: bytes = START_OF_ANY) -> Journal:
-    return Journal(path, "results", "`sparsekit sweep` or `sparsekit eval`", _lacking, begins)
+    return Journal(path, "results", "`sparsekit sweep` or `sparsekit eval`", lacking, begins)
 
 
 class ResultFile:

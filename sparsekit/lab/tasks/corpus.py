@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, named_path
 
 __all__ = ["PYDOC", "Corpus", "need_corpus", "read_corpus"]
 
@@ -50,7 +50,7 @@ def read_corpus(name: str) -> Corpus:
     Raises:
         SparsekitError: no such folder, no text in it, or a file that is not UTF-8.
     """
-    files = () if name == PYDOC else _files(Path(name).expanduser())
+    files = () if name == PYDOC else _files(named_path(name, "corpus"))
     stats = [file.stat() for file in files]
     written = tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
     return _corpus(name, tuple(files), written)

@@ -422,3 +422,10 @@ def test_rows_of_a_card() -> None:
     assert [row["case"] for row in rows] == ["correctness", *["dense", "dense", "dynamic"] * 2]
     assert rows[1]["impl"] == "sdpa-cudnn" and rows[2]["error_l2"] < 1e-2
     assert rows[3]["device"] == torch.cuda.get_device_name() and rows[3]["ms"] > 0
+
+
+@pytest.mark.parametrize("size", ["heads", "key_heads", "dim"])
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(size: str) -> None:
+    for value in (0, 10**9):
+        with pytest.raises(SparsekitError, match=f"^{size}={value}: it should be from 1 to 1,024"):
+            bench_dynamic(methods=["xattention"], lengths=[256], device="cpu", repeat_ms=0, **{size: value})

@@ -275,6 +275,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_what_is_not_finite_fails_and_leaves_a_file_that_can_be_read(tmp_path: Path) -> None:
+    def broken(device: str) -> Callable[[Run], Mapping[str, Any]]:
+        return lambda run: {**fake(device)(run), "kl": float("nan")}
+
+    summary = run_sweep(QUESTION, tmp_path / "r.jsonl", maker=broken, quiet=True)
+    assert len(summary.failed) == 40 and summary.failed[0]["error"] == "no measurement: kl = nan"
+    assert len(read_results([tmp_path / "r.jsonl"])[0]) == 40
+
+
 def test_again_nothing_is_left_to_do(tmp_path: Path) -> None:
     out = tmp_path / "new" / "r.jsonl"
     first = run_sweep(QUESTION, out, maker=fake, quiet=True)
@@ -484,6 +493,16 @@ def test_result_files_that_are_broken(tmp_path: Path) -> None:
         (whole + b"[1]\n", r"line 41: no record .* \(no JSON object\)"),
         (whole + whole.replace(b'"density": 0.5', b'"density": null'), r"line 41: no record .* \(density = None\)"),
         (b"[" * 9999 + b"\n", r"line 1: no record .* \(no JSON\)"),
+        (whole.replace(b'"key": "', b'"key": ["x"], "was": "', 1), r"line 1: no record .* \(key = \['x'\]\)"),
+        (whole.replace(b'"asked": "', b'"asked": {}, "was": "', 1), r"line 1: no record .* \(asked = \{\}\)"),
+        (whole + whole.replace(b'"score"', b'"versions": [], "score"'), r"line 41: .*\(versions = \[\]\)"),
+        (whole + whole.replace(b'"score"', b'"kl": Infinity, "score"'), r"line 41: .*\(kl = inf\)"),
+        (whole + whole.replace(b'"density": 0.5', b'"density": NaN'), r"line 41: .*\(density = nan\)"),
+        (re.sub(rb'"score": [0-9.]+', b'"score": -Infinity', whole, count=1), r"line 1: .*\(score = -inf\)"),
+        *(
+            (re.sub(rb'"tokens": \d+', b'"tokens": ' + n, whole, count=1), rf"line 1: .*\(tokens = {n.decode()}\)")
+            for n in (b"0", b"-5", b"1.5")
+        ),
     ):
         out.write_bytes(text)
         with pytest.raises(SparsekitError, match=says) as error:
