@@ -451,7 +451,8 @@ def test_figures_that_are_no_numbers_fail_the_trial(tmp_path: Path) -> None:
         return run
 
     found = run_sweep(QUESTION, tmp_path / "r.jsonl", maker=maker, quiet=True)
-    assert found.tried == 20 and any(record["density"] != record["density"] for record in found.of_runs())
+    failed = [record for record in found.of_runs() if record["status"] == "failed"]
+    assert found.tried == 20 and failed and all("density = nan" in record["error"] for record in failed)
 
 
 @needs_optuna
