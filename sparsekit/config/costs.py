@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 
-from sparsekit.call.geometry import Geometry
+from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, total
 from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
 from sparsekit.patterns.attention import static_plan_heads
+from sparsekit.plan import TokenRule
 
 __all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]
 
-# A plan's entry is `position * 4 + flags` in 32 bits.
-MAX_TOKENS = 1 << 29
 
 _CPU = torch.device("cpu")
 _CUDA = torch.device("cuda")  # whose crossover lengths are shown; it need not be here
@@ -168,8 +167,7 @@ def _most_pairs(layer: LayerPatterns, geometry: Geometry) -> int | None:
         keys = pattern.keys_at_most(geometry) if isinstance(pattern, DynamicPattern) else None
         if keys is None:
             return None
-        full = min(tokens, keys)
-        total += len(heads) * (_triangle(full) + (tokens - full) * full)
+        total += len(heads) * TokenRule(0, keys, tokens).pairs(geometry.spans[0])
     return total
 
 
@@ -201,13 +199,7 @@ def _kept_pairs(pattern: StaticPattern, geometry: Geometry) -> int:
     rule = pattern.rule(span)
     if rule is None:
         return static_plan(pattern, geometry, _CPU).kept_pairs()
-    listed, width = min(max(rule.dense_from, 0), span.q_end), rule.sink + rule.window
-    full = min(listed, width)  # query i keeps min(i + 1, sink + window) keys, and i + 1 from dense_from on
-    return _triangle(full) + (listed - full) * width + _triangle(span.q_end) - _triangle(listed)
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
+    return rule.pairs(span)
 
 
 def _dense_tiles(geometry: Geometry) -> int:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.call.geometry import Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import load
 from sparsekit.errors import SparsekitError, read_text
@@ -39,6 +40,7 @@ from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch.call import softmax_of
 from sparsekit.patch.capture import wrap_attention
+from sparsekit.plan import TokenRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,23 +68,10 @@ class Sections:
 
     def pairs(self, tokens: int) -> tuple[int, int, int]:
         """How many pairs each of `SECTIONS` has."""
-        width, dense_from = self.sink_tokens + self.window_tokens, max(tokens - self.last_tokens, 0)
-        near = _kept(tokens, width)
-        last = near_last = 0
-        if tokens > dense_from:
-            near_last = near - _kept(dense_from, width)
-            last = _triangle(tokens) - _triangle(dense_from) - near_last
-        return near, last, _triangle(tokens) - near - last
-
-
-def _kept(rows: int, width: int) -> int:
-    """Pairs of the first `rows` queries that keep at most `width` keys each."""
-    full = min(rows, width)
-    return _triangle(full) + (rows - full) * width
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
+        span = Span(0, tokens, tokens, tokens)
+        near = TokenRule(self.sink_tokens, self.window_tokens, tokens).pairs(span)
+        kept = TokenRule(self.sink_tokens, self.window_tokens, max(tokens - self.last_tokens, 0)).pairs(span)
+        return near, kept - near, span.causal_pairs - kept
 
 
 class Sums:
