@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsekit.kernels.attend.door import attend, choose_call, softmax_of
+from sparsekit.kernels.attend.door import attend, choose_call, prepare, softmax_of
 from sparsekit.kernels.choose import (
     IMPLEMENTATIONS,
     Choice,
@@ -23,5 +23,6 @@ __all__ = [
     "geometry_for",
     "narrow_tile",
     "preferred_tile",
+    "prepare",
     "softmax_of",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekit.call.geometry import Geometry
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels import attend, choose_call, preferred_tile
+from sparsekit.kernels import preferred_tile, prepare
 from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.patch.call import check_arguments, in_common_dtype, outside_autocast, softmax_of
 from sparsekit.patch.compiled import attention_in_graph
@@ -99,18 +99,8 @@ def _run(
             softmax,
         )
         note_planned()
-        choice = choose_call(q, k, v, plan, softmax)
-        out = attend(
-            q,
-            k,
-            v,
-            plan,
-            scale=softmax.scale,
-            softcap=softmax.softcap,
-            sink_logits=softmax.sink_logits,
-            impl=choice.impl,
-        )
-    assert isinstance(out, Tensor)
+        run, choice = prepare(q, k, v, plan, softmax)
+        out, _ = run(q, k, v, plan, softmax, False)
     layer.ran, layer.why = "dense" if layer.patterns.dense else "sparse", ""
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice
     return out.transpose(1, 2).contiguous(), None

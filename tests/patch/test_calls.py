@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.call.softmax import Softmax
-from sparsekit.kernels import Choice
+from sparsekit.kernels import prepare
 from sparsekit.models import tiny
 from sparsekit.patch import Handle
 from sparsekit.patch.capture import wrap_attention
@@ -208,9 +209,7 @@ def test_soft_cap_and_learned_sinks(family: str, name: str, monkeypatch: pytest.
     with sparsekit.apply(model, config) as handle:
         got = _logits(model, ids)
         assert {row.impl for row in handle.report().layers} == {"torch"}
-        monkeypatch.setattr(
-            sparsekit.patch.attention, "choose_call", lambda *_: Choice("reference", "asked for by the test")
-        )
+        monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
         _close(_logits(model, ids), got)
         assert {row.impl for row in handle.report().layers} == {"reference"}
         plain = lambda scale, softcap, sinks: Softmax(scale)  # noqa: E731

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, Trainer, TrainingArgumen
 
 import sparsekit
 from sparsekit import SparsekitError
-from sparsekit.kernels import Choice
+from sparsekit.kernels import prepare
 from sparsekit.models import tiny
 from sparsekit.patch.state import DOORS, LAYERS
 from sparsekit.patterns import pattern_class, pattern_names
@@ -68,13 +69,12 @@ def test_autocast(model: PreTrainedModel, name: str, cached: bool, monkeypatch: 
     Plan and kernel get one dtype and no autocast, the reference agrees, and decoding is the model's own.
     """
     got: list[Any] = []
-    attend = sparsekit.patch.attention.attend
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
         got.append((q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu")))
-        return attend(q, k, v, *args, **kwargs)
+        return prepare(q, k, v, *args)
 
-    monkeypatch.setattr(sparsekit.patch.attention, "attend", spy)
+    monkeypatch.setattr(sparsekit.patch.attention, "prepare", spy)
     ids = _ids(tokens=LONG)
 
     def new() -> Any:
@@ -94,7 +94,7 @@ def test_autocast(model: PreTrainedModel, name: str, cached: bool, monkeypatch: 
                 step = _logits(model, ids[:, :1], past_key_values=cache)
                 with handle.pause():
                     assert torch.equal(_logits(model, ids[:, :1], past_key_values=other), step)
-            monkeypatch.setattr(sparsekit.patch.attention, "choose_call", lambda *_: Choice("reference", "a test"))
+            monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
             expected = _logits(model, ids, past_key_values=new(), use_cache=cached)
             scale = float(expected.abs().max())
             assert float((sparse - expected).abs().max()) < 0.05 * scale
@@ -151,7 +151,7 @@ def test_trainer_evaluates_in_bfloat16_on_a_gpu(name: str, tmp_path: Path, monke
         assert _ran(handle) == ["sparse"] * 4
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
             ours = model(ids, labels=ids)
-            monkeypatch.setattr(sparsekit.patch.attention, "choose_call", lambda *_: Choice("reference", "a test"))
+            monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
             reference = model(ids, labels=ids)
     assert loss == pytest.approx(float(ours.loss), rel=1e-3)
     assert float((ours.logits - reference.logits).abs().max()) <= 2 * own_error

@@ -14,7 +14,7 @@ from sparsekit.kernels.choose import Attend, Choice, choose_row
 from sparsekit.plan import BlockPlan
 from sparsekit.plan.memo import RUN
 
-__all__ = ["attend", "choose_call", "softmax_of"]
+__all__ = ["attend", "choose_call", "prepare", "softmax_of"]
 
 
 def attend(
@@ -50,8 +50,7 @@ def attend(
             that cannot run this call.
     """
     softmax = softmax_of(q, k, v, scale, softcap, sink_logits)
-    run, _ = _prepared(q, k, v, plan, softmax, impl, return_lse)
-    _check_gradients(q, k, v, sink_logits)
+    run, _ = prepare(q, k, v, plan, softmax, impl=impl, return_lse=return_lse)
     out, lse = run(q, k, v, plan, softmax, return_lse)
     if not return_lse:
         return out
@@ -85,16 +84,28 @@ def choose_call(
     Raises:
         SparsekitError: `impl` cannot run on this device, or does not cover this call; what does not fit together.
     """
-    return _prepared(q, k, v, plan, softmax, impl, return_lse)[1]
+    return prepare(q, k, v, plan, softmax, impl=impl, return_lse=return_lse)[1]
 
 
-def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, impl: str | None, return_lse: bool
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    softmax: Softmax,
+    *,
+    impl: str | None = None,
+    return_lse: bool = False,
 ) -> tuple[Attend, Choice]:
-    """The implementation that runs a call, once it was checked.
+    """What runs a checked call, and why: `run(q, k, v, plan, softmax, return_lse)` gives (out, lse or None).
 
-    A decoder's layers call alike, and each call counts in microseconds: the plan remembers what was decided.
+    `attend` in two steps, for who wants to know what ran. A decoder's layers call alike, and each call counts in
+    microseconds: the plan remembers what was decided.
+
+    Raises:
+        SparsekitError: as `attend`.
     """
+    _check_gradients(q, k, v, softmax.sink_logits)
     sinks = softmax.sink_logits
     call = (
         RUN, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
