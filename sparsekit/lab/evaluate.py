@@ -207,7 +207,7 @@ class Evaluator:
 
 
 def _kind_of_prefill(config: SparseConfig | None, device: torch.device) -> str:
-    """Prefills of one kind share what a first one pays for: on a card each config has kernels of its own."""
+    """Prefills of one kind share what a first one pays for: on a GPU each config has kernels of its own."""
     return json.dumps(config.to_dict()) if config is not None and device.type == "cuda" else ""
 
 

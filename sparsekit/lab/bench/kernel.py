@@ -1,4 +1,4 @@
-"""The kernel, timed: correctness first, then medians and spreads beside the best alternatives, in one run on one card.
+"""The kernel, timed: correctness first, then medians and spreads beside the best alternatives, in one run on one GPU.
 
     sparsekit bench kernel -o docs/results/kernel.jsonl
 

@@ -59,7 +59,7 @@ def bench_overhead(
         prompt_tokens: of the prompt, which is under `dense_below_tokens`; decoding starts at its end.
         decode_tokens: decoded one by one in each round.
         rounds: of each of the two copies with the config: both read the prompt once, and decode the tokens once.
-        dtype, device: default bfloat16 and the card, or float32 and the CPU.
+        dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
 
@@ -100,7 +100,7 @@ def bench_overhead(
             sides = [_Side(twin), _Side(found)]
             if (
                 case == "decode"
-            ):  # both behind the same keys and values: a card may read a prompt to other last bits again
+            ):  # both behind the same keys and values: a GPU may read a prompt to other last bits again
                 sides = [_Side(twin, copy.deepcopy(cache)), _Side(found, cache)]
                 facts |= {"decode_tokens": decode_tokens}
             times: list[tuple[float, float]] = []
@@ -160,7 +160,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
 def _same(ours: _Side, stock: _Side, steps: Sequence[Tensor]) -> tuple[float, float]:
     """Largest differences of logits from the untouched model's: with sparsekit, and of further runs without it.
 
-    A card may decode the same tokens to other last bits each time, the untouched model too; those are `stock_error`.
+    A GPU may decode the same tokens to other last bits each time, the untouched model too; those are `stock_error`.
 
     Raises:
         SparsekitError: the first is more than twice the second.

@@ -52,7 +52,7 @@ def bench_prefill(
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
         rounds: in each every config reads the prompt once, after one reading that is not timed.
-        dtype, device: default bfloat16 and the card, or float32 and the CPU.
+        dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
 

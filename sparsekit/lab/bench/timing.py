@@ -42,7 +42,7 @@ def _clocked(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def rounds(calls: Sequence[Callable[[], Any]], device: torch.device, repeat_ms: float) -> list[list[float]]:
-    """Milliseconds of each call. Calls take turns, so that a card that clocks down under load does so for all."""
+    """Milliseconds of each call. Calls take turns, so that a GPU that clocks down under load does so for all."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
         for call, all_ms in zip(calls, times, strict=True):

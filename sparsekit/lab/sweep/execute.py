@@ -79,7 +79,7 @@ def run_sweep(
         executor: "inline", in this process on one device; "processes", one for each device; or "ray", an actor of
             a cluster for each.
         devices: "cpu", "cuda:0", ...; of processes "cpu" may stand several times, of Ray's actors "cuda" too.
-        address, gpus: of a Ray cluster (None starts one here), and of each actor: 0.5 puts two on a card.
+        address, gpus: of a Ray cluster (None starts one here), and of each actor: 0.5 puts two on a GPU.
         samples: prompts for each run, instead of the file's.
         retry_failed: do runs again that are recorded as failed.
         maker: device -> what does a run; default loads the model and asks an `Evaluator`. With processes and
@@ -201,7 +201,7 @@ Finisher = Callable[[Sequence[Run]], Iterator[tuple[Run, dict[str, Any]]]]
 def _crew(
     executor: str, maker: RunnerMaker, devices: Sequence[str], address: str | None, gpus: float
 ) -> AbstractContextManager[Finisher]:
-    """What finishes runs, list after list, with the same workers. Ray says which card "cuda" is."""
+    """What finishes runs, list after list, with the same workers. Ray says which GPU "cuda" is."""
     if executor == "inline":
         return nullcontext(_Inline(maker, devices[0]))
     if executor == "processes":

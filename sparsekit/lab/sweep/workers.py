@@ -215,7 +215,7 @@ class RayActors(Workers):
     Args:
         maker: device -> runner, of a module.
         address: of the cluster, as `ray.init` takes it ("auto", "ray://host:10001"); None starts one on this machine.
-        gpus: of each actor; 0.5 puts two on a card.
+        gpus: of each actor; 0.5 puts two on a GPU.
         count: actors there will be; a cluster that is started here has a CPU for each.
 
     Raises:

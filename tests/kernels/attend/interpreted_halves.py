@@ -31,7 +31,7 @@ def test_both_paths_make_the_same_items(make: Callable[[Geometry], BlockPlan], g
         grid = worklist._grid(tiles, samples, shared, plan.heads, HEADS, HEADS // KEY_HEADS, step, here)
         rows = halves._rows(plan.geometry, samples, shared, plan.heads, HEADS, here)
         made = []
-        for pair in (halves._by_hand, halves._on_card):
+        for pair in (halves._by_hand, halves._on_gpu):
             count = len(grid.items) * (1 if plan.dense_rows is None else 2)
             items, work = grid.items.new_zeros(count, 8), grid.items.new_zeros(count)
             room = list_room(plan.entries.numel(), plan.samples * plan.heads, plan.rows)

@@ -36,7 +36,7 @@ def own_list(plan: BlockPlan, device: torch.device) -> Tensor:
 def pair_rows(
     plan: BlockPlan, items: Tensor, pairs: Tensor, entries: Tensor, samples: tuple[int, ...], heads: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Items and the steps of each; on a card one launch.
+    """Items and the steps of each; on a GPU one launch.
 
     Args:
         plan: rows of 64 queries, listed, with tiles of 64 keys and no token rule.
@@ -54,7 +54,7 @@ def pair_rows(
     count = len(items) * (1 if plan.dense_rows is None else 2)
     made, work = items.new_zeros(count, 8), items.new_zeros(count)
     if items.is_cuda:
-        _on_card(plan, items, pairs, rows, made, work, entries, step)
+        _on_gpu(plan, items, pairs, rows, made, work, entries, step)
     else:
         _by_hand(plan, items, pairs, rows, made, work, entries, step)
     return made, work
@@ -76,7 +76,7 @@ def _rows(
     return upload(row.flatten(1).to(torch.int32), device)
 
 
-def _on_card(
+def _on_gpu(
     plan: BlockPlan, items: Tensor, pairs: Tensor, rows: Tensor, made: Tensor, work: Tensor, entries: Tensor, step: int
 ) -> None:
     from sparsekit.kernels.attend.hopper.halves_device import pair_rows as kernel

@@ -190,11 +190,11 @@ def _make_work(
 
 
 def _listed(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
-    """(items, steps of each) of a plan with lists. On a card one launch: a dynamic plan is made anew in each layer."""
-    return _listed_on_card(plan, grid, step) if grid.items.is_cuda else _listed_by_torch(plan, grid, step)
+    """(items, steps of each) of a plan with lists. On a GPU one launch: a dynamic plan is made anew in each layer."""
+    return _listed_on_gpu(plan, grid, step) if grid.items.is_cuda else _listed_by_torch(plan, grid, step)
 
 
-def _listed_on_card(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
+def _listed_on_gpu(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Tensor]:
     from sparsekit.kernels.launch import launch
 
     assert plan.row_ptr is not None and plan.entries is not None
