@@ -130,5 +130,12 @@ def _is_chunk(prompt: Prompt, call: Call, min_queries: int) -> bool:
             f"{told}: {queries} queries at column {offset} neither end that prompt nor are a chunk as long as the one "
             f"before ({prompt.chunk}); they look like decoding, so the prompt was shorter."
         )
+    if prompt.chunk:  # in the first chunk a sample's padding tells its end; by now rows before it took the told one
+        for sample, (end, n) in enumerate(zip(ends, columns, strict=True)):
+            if offset <= end < offset + queries and n > end > starts[sample]:
+                raise SparsekitError(
+                    f"{told}: sample {sample} ends at column {end}, not {n}; chunks padded on the right need one "
+                    "number for each sample."
+                )
     prompt.chunk, prompt.over = queries, over
     return queries > 1

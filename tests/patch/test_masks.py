@@ -211,6 +211,18 @@ def test_padding_on_the_right(model: PreTrainedModel, size: int, told: Any) -> N
         _close(got[row, :n], alone[row])
 
 
+@pytest.mark.parametrize("length", [150, 100])
+@pytest.mark.parametrize("told", [TOKENS, [TOKENS, TOKENS]])
+def test_a_sample_that_ends_before_what_was_told_is_refused(model: PreTrainedModel, told: Any, length: int) -> None:
+    """Inside a later chunk, and where one ends: rows before it were not those of its own end."""
+    ids, mask = _batch([TOKENS, length])
+    cache = DynamicCache(config=model.config)
+    with sparsekit.apply(model, {"default": TRIANGLE}) as handle, handle.prompt(tokens=told):
+        _logits(model, ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache)
+        with pytest.raises(SparsekitError, match=f"sample 1 ends at column {length}, not {TOKENS}; .* one number for"):
+            _logits(model, ids[:, 100:], attention_mask=mask, past_key_values=cache)
+
+
 def test_geometry_with_prompt() -> None:
     g = Geometry.of(100, 100, batch=3, kv_start=[0, 30, 0], kv_end=[100, 100, 60])
     assert g.with_prompt(100).prompt_tokens == (100, 70, 60)
