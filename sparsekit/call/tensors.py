@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.errors import SparsekitError
 
-__all__ = ["DTYPES", "check_fits", "check_tensors"]
+__all__ = ["DTYPES", "check_fits", "check_tensors", "refuse_tracing"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -19,6 +19,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
     Raises:
         SparsekitError: what does not.
     """
+    refuse_tracing()
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -47,6 +48,12 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
         raise SparsekitError(f"sink_logits {tuple(sink_logits.shape)}: want one logit a query head, ({heads},).")
     if k.shape[2] > MAX_TOKENS:
         raise SparsekitError(f"{k.shape[2]} keys: a plan's entries hold positions below {MAX_TOKENS}.")
+
+
+def refuse_tracing() -> None:
+    """An error within torch.jit.trace, which would keep the plan of this one call for good."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise SparsekitError("torch.jit.trace would keep the plan of this one call for every other: use torch.compile.")
 
 
 def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str) -> None:

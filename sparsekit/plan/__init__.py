@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds, span_numbers, upload
 from sparsekit.plan.build import dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.entries import CAUSAL, FLAG_BITS, FLAGS, RULE, pack, unpack
+from sparsekit.plan.mask import out_of_range
 from sparsekit.plan.plan import BlockPlan, heaviest_first
 from sparsekit.plan.rows import Ranked
 from sparsekit.plan.rule import TokenRule
@@ -23,6 +24,7 @@ __all__ = [
     "causal_tiles",
     "dense_plan",
     "heaviest_first",
+    "out_of_range",
     "pack",
     "plan_from_block_mask",
     "plan_from_rule",

@@ -8,12 +8,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sparsekit.call.geometry import Span
+from sparsekit.call.geometry import TILES, Span
 from sparsekit.plan.bounds import row_bounds, row_starts, segment_bounds
 from sparsekit.plan.entries import CAUSAL, RULE, unpack
 from sparsekit.plan.rows import PlanRows, Ranked
 
-__all__ = ["first_without_itself", "multiplicity"]
+__all__ = ["first_without_itself", "multiplicity", "out_of_range"]
 
 _Pairs = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -63,6 +63,36 @@ def first_without_itself(plan: PlanRows) -> tuple[int, int, int] | None:
         if not bool(held.all()):
             return sample, head, int(query[~held][0])
     return None
+
+
+def out_of_range(plan: PlanRows) -> str:
+    """What of a plan's rows points past its entries, its keys or a row's own queries, in a clause; "" for none.
+
+    Linear in the entries. Of plans on the CPU alone: a GPU's would have to be waited for.
+    """
+    if plan.row_ptr is None or plan.entries is None or plan.row_ptr.device.type != "cpu":
+        return ""
+    pointers = plan.row_ptr.long()
+    if int(pointers[0]) < 0 or bool((pointers.diff() < 0).any()) or int(pointers[-1]) > len(plan.entries):
+        return f"row_ptr has to ascend within 0..{len(plan.entries)}, the number of entries"
+    low, _, _, keys = (
+        bound[:, None].expand(-1, plan.heads, -1).flatten()
+        for bound in row_bounds(plan.geometry, plan.samples, plan.row_ptr.device)
+    )
+    owner = torch.repeat_interleave(torch.arange(len(low), device="cpu"), pointers.diff())
+    first, flags = unpack(plan.entries[int(pointers[0]) : int(pointers[-1])].long())
+    last = first + plan.block_kv - 1
+    causal = flags & CAUSAL > 0
+    # A masked tile may begin behind the last key, as the parts of a coarser one do; another is kept whole.
+    wrong = (first < 0) | (first >= keys[owner] + TILES[-1]) | (~causal & (last > low[owner]))
+    if not bool(wrong.any()):
+        return ""
+    at = int(wrong.nonzero()[0])
+    tile, row = f"{int(first[at])} to {int(last[at])}", int(owner[at])
+    return (
+        f"the tile of keys {tile} lies outside the {int(keys[row])} keys, or ahead of query {int(low[row])} without a "
+        "causal mask"
+    )
 
 
 def _pairs(plan: PlanRows, sample: int) -> _Pairs:

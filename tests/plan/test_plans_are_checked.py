@@ -19,7 +19,7 @@ from sparsekit.kernels import attend
 from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern, Union, parse_pattern
 from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.flex import from_flex
-from sparsekit.testing import check_pattern
+from sparsekit.testing import check_pattern, inputs_for
 
 IMPLS = ("torch", "reference")
 
@@ -367,3 +367,29 @@ def test_rows_that_keep_nothing_give_zero(kind: str, extra: str) -> None:
             assert bool((result[~kept] == 0).all()), impl
         assert bool((got[~kept] == float("-inf")).all()), impl
         assert torch.allclose(got[kept].double(), lse[kept], rtol=0, atol=1e-5), impl
+
+
+@pytest.mark.parametrize(
+    ("row_ptr", "entries", "says"),
+    [
+        ([0, 1, 2], [10**9, 10**9], "lies outside the 200 keys"),
+        ([0, 1, 2], [-256, 1], "lies outside the 200 keys"),
+        ([2, 1, 0], [1, 1], "row_ptr has to ascend within 0..2"),
+        ([0, 5, 9], [1, 1], "row_ptr has to ascend within 0..2"),
+        ([0, 1, 2], [64 * 4, 1], "ahead of query 0 without a causal mask"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_what_points_outside_is_refused(row_ptr: list[int], entries: list[int], says: str, impl: str) -> None:
+    geometry = Geometry.of(200)
+    numbers = (torch.tensor(values, dtype=torch.int32) for values in (row_ptr, entries))
+    plan = BlockPlan(geometry, **dict(zip(("row_ptr", "entries"), numbers, strict=True)))
+    with pytest.raises(SparsekitError, match=says):
+        attend(*inputs_for(geometry), plan, impl=impl)
+
+
+def test_a_traced_call_is_refused() -> None:
+    q, _, _ = inputs_for(Geometry.of(200))
+    for pattern in ("triangle", {"name": "block_topk", "top_k": 1, "dense_below_tokens": 0}):
+        with pytest.raises(SparsekitError, match=r"torch\.jit\.trace would keep the plan"):
+            torch.jit.trace(lambda q, pattern=pattern: attention(q, q, q, pattern), q)

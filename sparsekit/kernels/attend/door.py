@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.call.tensors import check_fits, check_tensors
+from sparsekit.call.tensors import check_fits, check_tensors, refuse_tracing
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import Attend, Choice, choose_row
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import BlockPlan, out_of_range
 from sparsekit.plan.memo import RUN
 
 __all__ = ["attend", "choose_call", "prepare", "softmax_of"]
@@ -106,6 +106,7 @@ def prepare(
         SparsekitError: as `attend`.
     """
     _check_gradients(q, k, v, softmax.sink_logits)
+    refuse_tracing()
     sinks = softmax.sink_logits
     call = (
         RUN, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
@@ -124,6 +125,8 @@ def prepare(
         row, choice = choose_row(q.device, impl, (q, k, v, plan, softmax, return_lse))
         if row.name != "reference":
             _check_plan_device(q, plan)
+        if wrong := out_of_range(plan):
+            raise SparsekitError(f"plan: {wrong}.")
         found = plan.memo[call] = row.run, choice
     plan.memo.touch()
     return found
