@@ -185,7 +185,7 @@ def _prompt_call(
     call = Call(kwargs, door.config, door.original, window is not None, *read_call(kwargs, shape))
     descriptor = descriptor_of(call, COMPILED_WIDTH + call.window)
     door.calls[COMPILED_WIDTH + call.window] = call
-    door.begin(descriptor)
+    door.begin(descriptor, call)
     return descriptor
 
 

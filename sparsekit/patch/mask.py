@@ -47,7 +47,7 @@ def make_mask(original: str) -> Callable[..., Tensor | None]:
         call = Call(kwargs, door.config, original, shape.window is not None, *read_call(kwargs, shape))
         descriptor = descriptor_of(call)
         door.calls[descriptor.shape[-1]] = call
-        door.begin(descriptor)
+        door.begin(descriptor, call)
         descriptor.sparsekit_call = call  # type: ignore[attr-defined]
         if len(door.applied) == 1:
             descriptor.sparsekit_settled = settle(door.applied[0], call)  # type: ignore[attr-defined]

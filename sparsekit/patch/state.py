@@ -165,6 +165,10 @@ class Call:
             self.masks[asked] = mask[:, :, -rows:] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
         return self.masks[asked]
 
+    def forget_masks(self, _: object) -> None:
+        self.masks.clear()
+        self.whole_masks.clear()
+
     def _whole_mask(self, device: torch.device, may_skip: bool) -> Tensor | None:
         if (device, may_skip) not in self.whole_masks:
             kwargs = {**self.kwargs, "config": self.config(), "device": device}
@@ -215,8 +219,11 @@ class Door:
         """Of this thread's forward, by the width of their descriptors."""
         return self._of_thread.by_width
 
-    def begin(self, descriptor: Tensor) -> None:
-        """Remember the forward that this descriptor is made for: `apply` and `remove` must not come between layers."""
+    def begin(self, descriptor: Tensor, call: Call) -> None:
+        """Remember the forward that this descriptor is made for: `apply` and `remove` must not come between layers.
+
+        Its masks go with the descriptor: one takes a byte for each pair of tokens.
+        """
         frame: FrameType | None = sys._getframe(1)
         outermost = 0
         while frame is not None:
@@ -224,7 +231,7 @@ class Door:
                 outermost = id(frame)
             frame = frame.f_back
         alive = [forward for forward in self.forwards if forward.descriptor() is not None]
-        self.forwards = [*alive, Forward(weakref.ref(descriptor), threading.get_ident(), outermost)]
+        self.forwards = [*alive, Forward(weakref.ref(descriptor, call.forget_masks), threading.get_ident(), outermost)]
 
 
 # By id: configs cannot be hashed, and a graph that torch.compile keeps for one module is not run for another where it

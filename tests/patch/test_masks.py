@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -344,3 +345,21 @@ def test_padding_is_no_part_of_the_prompts_length(model: PreTrainedModel) -> Non
             else:
                 _logits(model, ids, attention_mask=mask)
             assert {row.why for row in handle.report().layers} == {"120 tokens, fewer than dense_below_tokens 150"}
+
+
+def test_a_mask_goes_with_its_forward(model: PreTrainedModel) -> None:
+    """Of a prompt with holes, and of a padded one that runs dense: the model's own masks, quadratic in its length."""
+    holes = torch.ones(1, TOKENS, dtype=torch.long)
+    holes[0, 70:75] = 0
+    ids, padded = _batch([TOKENS, 90])
+
+    def masks() -> int:
+        gc.collect()
+        found = (x for x in gc.get_objects() if isinstance(x, Tensor) and x.ndim == 4)
+        return sum(x.shape[-2:] == (TOKENS, TOKENS) for x in found)
+
+    before = masks()
+    for config, given, mask in ((TRIANGLE, _ids(), holes), ("dense", ids, padded)):
+        with sparsekit.apply(model, {"default": config}):
+            _logits(model, given, attention_mask=mask, use_cache=False)
+            assert masks() == before
