@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.errors import SparsekitError
 
-__all__ = ["DTYPES", "check_fits", "check_tensors", "refuse_tracing"]
+__all__ = ["DTYPES", "check_fits", "check_tensors", "refuse_transforms"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -19,7 +19,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
     Raises:
         SparsekitError: what does not.
     """
-    refuse_tracing()
+    refuse_transforms()
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -50,10 +50,12 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
         raise SparsekitError(f"{k.shape[2]} keys: a plan's entries hold positions below {MAX_TOKENS}.")
 
 
-def refuse_tracing() -> None:
-    """An error within torch.jit.trace, which would keep the plan of this one call for good."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+def refuse_transforms() -> None:
+    """An error within torch.jit.trace, which would keep the plan of this one call for good, and under torch.func."""
+    if torch._C._get_tracing_state() is not None:
         raise SparsekitError("torch.jit.trace would keep the plan of this one call for every other: use torch.compile.")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise SparsekitError("sparse attention is forward only: torch.func's vmap, grad and jvp do not go through it.")
 
 
 def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str) -> None:

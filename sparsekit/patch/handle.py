@@ -188,6 +188,12 @@ class Handle:
             now = getattr(text_config, "_attn_implementation", None)
             warning = f"the model's attention implementation was set to {now!r} after apply: sparsekit does not run"
         layers = [] if self._applied.ended else self._applied.layers
+        gone = [str(layer.patterns.layer) for layer in layers if layer.module() is None]
+        if gone and not warning:
+            warning = (
+                f"the attention of layers {', '.join(gone)} was replaced or deleted after apply: what stands there "
+                "runs its own attention; sparsekit.apply the config again"
+            )
         return Report(tuple(map(report_layer, layers)), warning)
 
     def _active(self, method: str) -> Applied:

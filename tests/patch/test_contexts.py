@@ -6,6 +6,7 @@ In each a layer runs what its config says, or the call is refused in one line; n
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
@@ -537,3 +538,11 @@ def test_a_handle_that_has_ended_says_so(model: PreTrainedModel, enter: Callable
 def test_a_handle_is_not_copied(model: PreTrainedModel, make: Callable[[Any], Any]) -> None:
     with sparsekit.apply(model, SPARSE) as handle, pytest.raises(SparsekitError, match="a handle cannot be copied"):
         make(handle)
+
+
+def test_a_layer_that_was_replaced_is_told(model: PreTrainedModel) -> None:
+    with sparsekit.apply(model, SPARSE) as handle:
+        assert not handle.report().warning
+        model.model.layers[2].self_attn = type(model.model.layers[2].self_attn)(model.config, 2)
+        gc.collect()
+        assert "the attention of layers 2 was replaced or deleted after apply" in handle.report().warning

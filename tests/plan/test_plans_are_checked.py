@@ -393,3 +393,11 @@ def test_a_traced_call_is_refused() -> None:
     for pattern in ("triangle", {"name": "block_topk", "top_k": 1, "dense_below_tokens": 0}):
         with pytest.raises(SparsekitError, match=r"torch\.jit\.trace would keep the plan"):
             torch.jit.trace(lambda q, pattern=pattern: attention(q, q, q, pattern), q)
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    q = inputs_for(Geometry.of(200))[0][None]
+    plan = plan_from_rule(TokenRule(4, 40, 180), Geometry.of(200))
+    for run in (lambda q: attention(q, q, q, "triangle"), lambda q: attend(q, q, q, plan)):
+        with pytest.raises(SparsekitError, match=r"forward only: torch\.func's vmap"):
+            torch.func.vmap(run)(q)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
-from sparsekit.call.tensors import check_fits, check_tensors, refuse_tracing
+from sparsekit.call.tensors import check_fits, check_tensors, refuse_transforms
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import Attend, Choice, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
@@ -106,7 +106,7 @@ def prepare(
         SparsekitError: as `attend`.
     """
     _check_gradients(q, k, v, softmax.sink_logits)
-    refuse_tracing()
+    refuse_transforms()
     sinks = softmax.sink_logits
     call = (
         RUN, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
