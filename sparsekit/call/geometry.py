@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["MAX_TOKENS", "TILES", "Geometry", "Span"]
+__all__ = ["MAX_TOKENS", "TILES", "Geometry", "Span", "whole"]
 
 TILES = (16, 32, 64, 128, 256)
 MAX_TOKENS = 1 << 29  # a plan's int32 entries hold a position and two flags
@@ -176,14 +176,25 @@ class Geometry:
         return replace(self, prompt_tokens=prompts)
 
 
-def _whole(name: str, value: Any) -> int:
-    """A whole number, numpy's too; True is none."""
+def whole(value: Any) -> int:
+    """A whole number of any library as an int; a tensor of one is whole too, and a truth value is none.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise TypeError(f"{value!r} is no number")
     try:
-        number = None if isinstance(value, bool) else index(value)
+        return index(value)
+    except RuntimeError as error:  # of tensors that hold no data
+        raise TypeError(str(error)) from None
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = whole(value)
     except TypeError:
-        number = None
-    if number is None:
-        raise SparsekitError(f"{name}={shown(value)}: a whole number of tokens or samples.")
+        raise SparsekitError(f"{name}={shown(value)}: a whole number of tokens or samples.") from None
     if abs(number) > MAX_TOKENS:
         raise SparsekitError(f"{name}={shown(value)}: at most {MAX_TOKENS}.")
     return number

@@ -25,6 +25,7 @@ from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, loa
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
 from sparsekit.patterns.attention import static_plan_heads
+from sparsekit.patterns.base import rule_of
 from sparsekit.plan import TokenRule
 
 __all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]
@@ -196,7 +197,7 @@ def _static_counts(layer: LayerPatterns, geometry: Geometry) -> tuple[int, int, 
 def _kept_pairs(pattern: StaticPattern, geometry: Geometry) -> int:
     """Pairs that one head keeps. A token rule is summed in closed form: counting a plan at 1M tokens takes seconds."""
     span = geometry.spans[0]
-    rule = pattern.rule(span)
+    rule = rule_of(pattern, span)
     if rule is None:
         return static_plan(pattern, geometry, _CPU).kept_pairs()
     return rule.pairs(span)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from sparsekit.call.caches import clear_caches
+from sparsekit.call.geometry import whole
 from sparsekit.config import ResolvedConfig, SparseConfig, load
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, shown
 from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
 from sparsekit.patch.model import attention_modules, facts_of, own_attention
 from sparsekit.patch.report import Report, report_layer
@@ -209,23 +209,14 @@ def _columns(tokens: Any) -> int | tuple[int, ...]:
     several = (isinstance(tokens, Sequence) and not isinstance(tokens, str)) or getattr(tokens, "ndim", 0) == 1
     listed = list(tokens) if several else [tokens]
     try:
-        numbers = [_whole(number) for number in listed]
-    except (TypeError, RuntimeError):  # of tensors that are no whole number, or hold no data
+        numbers = [whole(number) for number in listed]
+    except TypeError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        said = " ".join(repr(tokens).split())
-        shown = said if len(said) <= 60 else f"{said[:60]}..."
         raise SparsekitError(
-            f"handle.prompt(tokens={shown}): a whole number of at least 1 is needed, or one for each sample."
+            f"handle.prompt(tokens={shown(tokens)}): a whole number of at least 1 is needed, or one for each sample."
         )
     return tuple(numbers) if several else numbers[0]
-
-
-def _whole(number: Any) -> int:
-    """As an int, where it is a whole number and no truth value; a tensor of one is whole too."""
-    if isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool"):
-        raise TypeError
-    return operator.index(number)
 
 
 def _text_config(model: Any) -> Any:

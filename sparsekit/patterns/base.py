@@ -7,7 +7,7 @@ registers it. A static pattern says which pairs it keeps; a dynamic one looks at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from inspect import ismodule
 from threading import RLock
@@ -32,6 +32,7 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
 LARGEST = 2**31 - 1  # plans hold positions and counts in 32 bits
+UNHASHABLE = (list, dict, set, Mapping, MutableMapping, MutableSequence, MutableSet)
 MOST_DEPTH = 40  # mappings and lists in one another, as a union of unions has them
 
 
@@ -68,10 +69,10 @@ class Pattern(BaseModel, ABC):
         if not isinstance(name, str):
             return  # a base class
         for field, info in cls.model_fields.items():
-            if _holds(info.annotation, (list, dict, set)):
+            if _holds(info.annotation, UNHASHABLE):
                 raise SparsekitError(
-                    f"pattern {name!r} of {cls.__module__}: the field {field!r} may be a list, a dict or a set, which "
-                    "cannot be hashed, as plans are cached by pattern: make it a tuple, such as tuple[int, ...]."
+                    f"pattern {name!r} of {cls.__module__}: the field {field!r} may be a list, a mapping or a set, "
+                    "which cannot be hashed, as plans are cached by pattern: make it a tuple, such as tuple[int, ...]."
                 )
         known = _REGISTRY.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -112,7 +113,7 @@ def bounded(value: Any) -> Any:
     return value
 
 
-def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
+def _holds(annotation: Any, kinds: tuple[Any, ...]) -> bool:
     return (get_origin(annotation) or annotation) in kinds or any(_holds(one, kinds) for one in get_args(annotation))
 
 

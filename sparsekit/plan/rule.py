@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sparsekit.call.geometry import Span
+from sparsekit.call.geometry import Span, whole
 from sparsekit.errors import SparsekitError, shown
 
 __all__ = ["TokenRule"]
@@ -46,9 +45,7 @@ class TokenRule(NamedTuple):
             SparsekitError: a field that is no whole number; a query that does not keep itself, the first of them.
         """
         try:
-            if any(isinstance(field, bool) for field in self):
-                raise TypeError
-            sink, window, dense_from = map(index, self)
+            sink, window, dense_from = map(whole, self)
             rule = TokenRule(min(max(sink, 0), INT32), max(min(window, INT32), 0), max(min(dense_from, INT32), -INT32))
         except TypeError:
             raise SparsekitError(f"{shown(self)}: three whole numbers, in tokens.") from None
