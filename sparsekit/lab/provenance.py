@@ -88,7 +88,8 @@ def content_of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     ends = getattr(model.generation_config, "eos_token_id", None)
     code = content_of_code([model])
-    digest.update(content_key([config, model.config._attn_implementation, ends, code, _numbers(model)]).encode())
+    said = [config, model.config._attn_implementation, ends, code, _numbers(model), _hooks(model)]
+    digest.update(content_key(said).encode())
     if tokenizer is not None:
         digest.update(content_of_tokenizer(tokenizer).encode())
     return digest.hexdigest()
@@ -104,6 +105,17 @@ def _numbers(model: PreTrainedModel) -> list[Any]:
         and attribute[0] != "_"
         and attribute not in ("name_or_path", "training")
     ]
+
+
+def _hooks(model: PreTrainedModel) -> list[Any]:
+    """What runs around modules' forwards. Hooks from outside torch and transformers hold anything: they equal none."""
+    found = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            code = hook if hasattr(hook, "__qualname__") else type(hook)
+            known = _package(code.__module__) in RELEASED
+            found.append([name, code.__module__, code.__qualname__, "" if known else os.urandom(8).hex()])
+    return found
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
