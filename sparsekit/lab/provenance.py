@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import sparsekit
 from sparsekit.errors import named_path
-from sparsekit.models import EMBEDDED
+from sparsekit.models import EMBEDDED, parts_found
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,9 +188,9 @@ def content_of_source(model: str) -> str | None:
     model.
     """
     if model in EMBEDDED:
-        spec = find_spec(EMBEDDED[model].package)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
-        return content_of_files(file for folder in folders for file in folder.glob("*.gguf"))
+        if EMBEDDED[model].sha256:  # what is loaded was checked against it
+            return content_key(EMBEDDED[model].sha256)
+        return content_of_files(file for file in parts_found(model).values() if file is not None)
     path = named_path(model, "model")
     if path.exists():
         return content_of_files(_of_a_model(path) if path.is_dir() else [path])
