@@ -57,6 +57,9 @@ class Reference:
         for index, layer in enumerate(self.model.model.layers):
             layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
 
+    def to(self, device: str) -> None:
+        self.model.to(device)
+
     def _hook(self, index: int) -> Any:
         def put(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "attention_mask": self.masks[index]}
@@ -79,10 +82,13 @@ class Reference:
                 each = [x.keep(i, j, span) | ((i >= prompt_tokens) & (j <= i)) for x in layer.patterns]  # type: ignore[attr-defined]
                 keeps[layer.layer] = torch.stack([each[p] for p in layer.pattern_of_head])
         low = torch.finfo(torch.float32).min
-        self.masks = {at: torch.zeros(keep.shape).masked_fill(~keep, low)[None] for at, keep in enumerate(keeps)}
+        device = self.model.device
+        self.masks = {
+            at: torch.zeros(keep.shape).masked_fill(~keep, low)[None].to(device) for at, keep in enumerate(keeps)
+        }
         with torch.inference_mode():
-            logits = self.model(torch.tensor([list(ids)])).logits[0, prompt_tokens - 1 :]
-        return logits.log_softmax(-1)
+            logits = self.model(torch.tensor([list(ids)], device=device)).logits[0, prompt_tokens - 1 :]
+        return logits.log_softmax(-1).cpu()
 
 
 def largest_difference(reference: Reference, config: Any, given: Sequence[int], output: Any) -> float:
