@@ -26,8 +26,8 @@ __all__ = ["near_top_bits_triton", "query_block_lse_triton"]
 @no_type_check
 def _query_lse(
     p_q, p_k, p_span, p_out, q_batch, q_head, q_token, q_offset, scale, cap, samples, heads, group, first_row, n_rows,
-    columns, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    columns, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head against the mean keys up to its own. The longest rows start first.
 
@@ -42,20 +42,24 @@ def _query_lse(
     start = tl.load(p_span + i_sample * 4 + 3)
     own = q_first // BLOCK + first_row + i_row
     if (own * BLOCK < q_end) & (q_end > q_first):
-        dim = tl.arange(0, DP)
+        dim = tl.arange(0, BK)
         pos = own * BLOCK + tl.arange(0, BLOCK)
         there = (pos >= q_first) & (pos < q_end)
         p_row = p_q + _offset(i_sample, i_head % heads, start - q_offset, q_batch, q_head, q_token)
         p_tile = p_row + pos.to(tl.int64)[:, None] * q_token + dim[None, :]
-        b_q = tl.load(p_tile, mask=there[:, None] & (dim < D)[None, :], other=0.0)  # (BLOCK, DP)
+        b_q = tl.load(p_tile, mask=there[:, None] & (dim < D)[None, :], other=0.0)  # (BLOCK, BK)
         b_bias = tl.where(there, 0.0, MASKED)
         p_k += i_key_head.to(tl.int64) * columns * D
         p_out += (i_head.to(tl.int64) * n_rows + i_row) * columns
         for at in tl.range(0, own + 1, BN, num_stages=STAGES):
             column = at + tl.arange(0, BN)
-            inside = (column < columns)[:, None] & (dim < D)[None, :]
-            b_k = tl.load(p_k + column[:, None] * D + dim[None, :], mask=inside, other=0.0)  # (BN, DP)
-            b_z = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # (BN, BLOCK)
+            b_z = tl.zeros([BN, BLOCK], tl.float32)
+            for d in tl.static_range(0, DP, BK):
+                inside = (column < columns)[:, None] & (d + dim < D)[None, :]
+                b_k = tl.load(p_k + column[:, None] * D + (d + dim)[None, :], mask=inside, other=0.0)  # (BN, BK)
+                if BK < DP:
+                    b_q = tl.load(p_tile + d, mask=there[:, None] & (d + dim < D)[None, :], other=0.0)
+                b_z = tl.dot(b_k, b_q.T, b_z, input_precision=PRECISION)
             if SOFTCAP:
                 b_z = cap - 2.0 * cap / (1.0 + tl.math.exp2(b_z * (scale * 2.0 / cap * LOG2E)))
                 b_z = b_z * LOG2E + b_bias[None, :]
@@ -100,18 +104,20 @@ def _near_top(p_score, p_bits, p_length, margin, first, last, columns, words, BL
 
 
 class Tile(NamedTuple):
-    """`n` mean keys a step, against a whole block of queries."""
+    """`n` mean keys a step, against a whole block of queries, `k` dimensions at once; fewer than all: queries are read
+    again at each step."""
 
     n: int
+    k: int
     warps: int
     stages: int
 
 
 def tile_for(dtype: torch.dtype, dim: int) -> Tile:
     """What has room in 227 KB beside a block of 128 queries."""
-    if dtype.itemsize == 4:
-        return Tile(64, 4, 1) if dim <= 128 else Tile(16, 4, 1)
-    return Tile(128, 8, 2) if dim <= 128 else Tile(64, 4, 2)
+    if dtype.itemsize == 4:  # three tf32 products hold each factor twice
+        return Tile(64, _padded(dim), 4, 1) if dim <= 128 else Tile(64, 64, 8, 1)
+    return Tile(128, _padded(dim), 8, 2) if dim <= 128 else Tile(64, _padded(dim), 4, 2)
 
 
 def query_block_lse_triton(
@@ -137,8 +143,8 @@ def query_block_lse_triton(
         heads // means.shape[1], first_row, n_rows, grid.columns,
     )  # fmt: skip
     options: dict[str, Any] = {
-        "BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "BN": tile.n, "SOFTCAP": softmax.softcap is not None,
-        "PRECISION": _precision(capability_of(q.device), q.dtype), "STAGES": tile.stages,
+        "BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "BN": tile.n, "BK": tile.k,
+        "SOFTCAP": softmax.softcap is not None, "PRECISION": _precision(capability_of(q.device), q.dtype), "STAGES": tile.stages,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     with on_device(q.device):
