@@ -53,13 +53,16 @@ def _query_lse(
         p_out += (i_head.to(tl.int64) * n_rows + i_row) * columns
         for at in tl.range(0, own + 1, BN, num_stages=STAGES):
             column = at + tl.arange(0, BN)
-            b_z = tl.zeros([BN, BLOCK], tl.float32)
-            for d in tl.static_range(0, DP, BK):
-                inside = (column < columns)[:, None] & (d + dim < D)[None, :]
-                b_k = tl.load(p_k + column[:, None] * D + (d + dim)[None, :], mask=inside, other=0.0)  # (BN, BK)
-                if BK < DP:
-                    b_q = tl.load(p_tile + d, mask=there[:, None] & (d + dim < D)[None, :], other=0.0)
-                b_z = tl.dot(b_k, b_q.T, b_z, input_precision=PRECISION)
+            p_b = p_k + column[:, None] * D + dim[None, :]
+            if BK == DP:
+                b_k = tl.load(p_b, mask=(column < columns)[:, None] & (dim < D)[None, :], other=0.0)  # (BN, BK)
+                b_z = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # (BN, BLOCK)
+            else:
+                b_z = tl.zeros([BN, BLOCK], tl.float32)
+                for d in tl.range(0, DP, BK, num_stages=1):
+                    b_k = tl.load(p_b + d, mask=(column < columns)[:, None] & (d + dim < D)[None, :], other=0.0)
+                    b_a = tl.load(p_tile + d, mask=there[:, None] & (d + dim < D)[None, :], other=0.0)
+                    b_z = tl.dot(b_k, b_a.T, b_z, input_precision=PRECISION)
             if SOFTCAP:
                 b_z = cap - 2.0 * cap / (1.0 + tl.math.exp2(b_z * (scale * 2.0 / cap * LOG2E)))
                 b_z = b_z * LOG2E + b_bias[None, :]
@@ -144,7 +147,8 @@ def query_block_lse_triton(
     )  # fmt: skip
     options: dict[str, Any] = {
         "BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "BN": tile.n, "BK": tile.k,
-        "SOFTCAP": softmax.softcap is not None, "PRECISION": _precision(capability_of(q.device), q.dtype), "STAGES": tile.stages,
+        "SOFTCAP": softmax.softcap is not None, "PRECISION": _precision(capability_of(q.device), q.dtype),
+        "STAGES": tile.stages,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     with on_device(q.device):
