@@ -62,6 +62,11 @@ class Blocks:
         half = self.q.dtype != torch.float32
         return pooled_means(self.q, self.k, self.geometry, self.grid, self.block_tokens, half=half)
 
+    @cached_property
+    def key_means(self) -> Tensor:
+        """float32 (B, G, columns, D): the mean key of every block alone; q is not read."""
+        return pooled_means(self.q[:, :0], self.k, self.geometry, self.grid, self.block_tokens)[1]
+
 
 class BlockPattern(DynamicPattern):
     """Give `score`, and `choose` among its scores; the base lays the grid and makes the plan.
@@ -74,7 +79,8 @@ class BlockPattern(DynamicPattern):
     def score(self, blocks: Blocks, first: int, rows: int) -> Tensor:
         """float32 (B, H, rows, columns), contiguous: what each key block is worth to block rows first, first + 1, ...
 
-        Query head h reads key head `h // (H // G)`. Columns beyond a row's `blocks.lengths` may hold anything.
+        Query head h reads key head `h // (H // G)`. Columns beyond a row's `blocks.lengths` may hold anything. Several
+        scores of a head may stand as several heads, if `choose` makes one choice of them.
         """
 
     @abstractmethod
