@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from sparsekit.cli.options import (
     GATE,
     Below,
     Config,
+    Corpus,
     Dtype,
     ExactDtype,
     Gate,
@@ -35,7 +35,7 @@ from sparsekit.cli.options import (
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError, shown
-from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, words_of
+from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, tasks_of, words_of
 
 
 class _Calibrate(TyperGroup):
@@ -69,6 +69,7 @@ def _calibrate_probe(
     tokens: Length = 1024,
     seeds: Seeds = "0,1,2,3",
     tasks: Tasks = "needle4,passkey",
+    corpus: Corpus = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts per forward pass.")] = 1,
     sink: Annotated[int, typer.Option("--sink-tokens", help="Sink tokens of the probe's sections.")] = 64,
     window: Annotated[int, typer.Option("--window-tokens", help="Window tokens of the probe's sections.")] = 128,
@@ -88,7 +89,7 @@ def _calibrate_probe(
         samples=samples,
         tokens=tokens,
         seeds=numbers_of(seeds, "--seeds"),
-        tasks=words_of(tasks),
+        tasks=tasks_of(tasks, corpus),
         sections=Sections(sink, window, last),
         batch=batch,
         records=records,
@@ -104,45 +105,55 @@ def _calibrate_probe(
 @gated
 def _calibrate_rule(
     model: Weights,
-    rule: Annotated[str, typer.Option("--rule", help="How layers are chosen; rules are listed below.")],
+    rule: Annotated[str, typer.Option("--rule", help="How layers or heads are chosen; rules are listed below.")],
     output: Yaml,
     probe_file: Annotated[Path | None, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen layers, as in YAML.")] = "triangle",
+    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
+    rest: Annotated[str, typer.Option("--rest", help="Pattern of all other heads, as in YAML.")] = "dense",
     dense_below: Below = 1024,
     gate: Gate = GATE,
     device: Device = "auto",
     dtype: ExactDtype = None,
     **constants: Any,
 ) -> None:
-    """Choose layers by a rule, and write the config if it passes the gate."""
-    from sparsekit.lab.calibrate.effects import Effect, Judge
+    """Choose layers or heads by a rule, and write the config if it passes the gate."""
+    from sparsekit.lab.calibrate.effects import judges
+    from sparsekit.lab.calibrate.mixture import Chosen, write_heads
     from sparsekit.lab.calibrate.probe import read_probe
-    from sparsekit.lab.calibrate.prompts import make_prompts
-    from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule, write_config
+    from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule
     from sparsekit.models import facts
-    from sparsekit.patterns import parse_pattern
 
-    asked = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
+    asked: Any = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
     found = None if probe_file is None else read_probe(probe_file)
-    given = patterns_of(pattern, "--pattern")
-    if len(given) != 1:
-        raise SparsekitError(f"--pattern {shown(pattern)}: want one pattern for all chosen layers; got {len(given)}.")
-    runs = parse_pattern(given[0])
+    runs, others = _pattern_of(pattern, "--pattern"), _pattern_of(rest, "--rest")
+    judged = {}
+    if asked.measured:
+        kinds, lengths = tasks_of(asked.tasks, asked.corpus), numbers_of(asked.tokens, "--tokens")
     loaded = load_weights(model, device, dtype, exact=True)
     arch = facts(loaded[0])
+    if asked.measured:
+        judged = judges(*loaded, kinds, tokens=lengths, samples=asked.samples, records=gate.records)
 
-    def measure(some: Sequence[int], rule: Any) -> Effect:
-        lengths = numbers_of(rule.tokens, "--tokens")
-        prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=rule.samples, seeds=[0])
-        return Judge(*loaded, prompts, gate.records).effect(dict.fromkeys(some, runs))
+    def write(chosen: Chosen, said: dict[str, Any]) -> Any:
+        return write_heads(arch, chosen, runs, said, rest=others, dense_below_tokens=dense_below)
 
-    numbers, said = apply_rule(asked, Given(arch.num_layers, found, measure))
-    if not numbers:
+    def measure(chosen: Chosen, rule: Any) -> dict[str, Any]:
+        return {task: judge.effect(write(chosen, {})) for task, judge in judged.items()}
+
+    chosen, said = apply_rule(asked, Given(arch, found, measure))
+    if not chosen:
         raise SparsekitError(f"rule {rule!r} chose no layer: there is nothing to write.")
-    said = {"by": "sparsekit calibrate rule", **said}
-    found_config = write_config(arch, dict.fromkeys(numbers, runs), said, dense_below_tokens=dense_below)
-    config = _signed(found_config, model)
+    config = _signed(write(chosen, {"by": "sparsekit calibrate rule", **said}), model)
     _gate_and_write(loaded, config, output, gate)
+
+
+def _pattern_of(text: str, option: str) -> Any:
+    from sparsekit.patterns import parse_pattern
+
+    given = patterns_of(text, option)
+    if len(given) != 1:
+        raise SparsekitError(f"{option} {shown(text)}: want one pattern for all chosen layers; got {len(given)}.")
+    return parse_pattern(given[0])
 
 
 @calibrate_app.command("tune")

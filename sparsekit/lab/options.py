@@ -9,7 +9,7 @@ import typer
 
 from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["device_of", "numbers_of", "patterns_of", "words_of"]
+__all__ = ["device_of", "numbers_of", "patterns_of", "tasks_of", "words_of"]
 
 LARGEST = 2**31 - 1
 MOST_NUMBERS = 1000  # of a list that is typed
@@ -36,6 +36,13 @@ def device_of(text: str) -> str:
 def words_of(text: str) -> list[str]:
     """Words separated by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def tasks_of(text: str, corpus: str | None = None) -> list[Any]:
+    """Tasks by their names, separated by commas, over a corpus where they read one."""
+    from sparsekit.lab.tasks import task
+
+    return [task(word, corpus) for word in words_of(text)]
 
 
 def numbers_of(text: str, option: str) -> list[int]:
