@@ -35,7 +35,7 @@ from sparsekit.cli.options import (
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError, shown
-from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, tasks_of, words_of
+from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, shares_of, tasks_of, words_of
 
 
 class _Calibrate(TyperGroup):
@@ -295,6 +295,83 @@ def _calibrate_curve(
         tokens=tokens,
         seed=seed,
         tasks=words_of(tasks),
+        records=records,
+    )
+    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+
+
+@calibrate_app.command("head-curve")
+def _calibrate_head_curve(
+    model: Weights,
+    probe_file: Annotated[Path, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")],
+    shares: Annotated[str, typer.Option("--shares", help="Shares of the heads, comma-separated.")] = "0.5,0.65,0.75",
+    ranks: Annotated[str, typer.Option("--ranks", help="Orders of the heads, comma-separated.")] = "gradient",
+    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
+    whole_groups: Annotated[bool, typer.Option("--whole-groups", help="All heads of a key head, or none.")] = False,
+    rank_tasks: Annotated[str, typer.Option("--rank-tasks", help="Tasks of orders that are measured.")] = "needle4",
+    rank_samples: Annotated[
+        int, typer.Option("--rank-samples", min=2, help="Prompts of orders that are measured.")
+    ] = 4,
+    samples: Samples = 96,
+    tokens: Lengths = "2200",
+    seed: Seed = 0,
+    tasks: Tasks = "needle4",
+    corpus: Corpus = None,
+    records: RecordFile = None,
+    output: JsonFile = None,
+    device: Device = "auto",
+    dtype: ExactDtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure divergence from dense and scores by share of sparse heads, chosen by head and by layer."""
+    from sparsekit.lab.calibrate.head_curve import head_curve
+    from sparsekit.lab.calibrate.probe import read_probe
+
+    lengths = numbers_of(tokens, "--tokens")
+    found = head_curve(
+        *load_weights(model, device, dtype, exact=True),
+        read_probe(probe_file),
+        shares_of(shares, "--shares"),
+        ranks=words_of(ranks),
+        pattern=_pattern_of(pattern, "--pattern"),
+        whole_groups=whole_groups,
+        rank_prompts={"tasks": rank_tasks, "samples": rank_samples, "tokens": str(min(lengths))},
+        samples=samples,
+        tokens=lengths,
+        seed=seed,
+        tasks=tasks_of(tasks, corpus),
+        records=records,
+    )
+    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+
+
+@calibrate_app.command("agreement")
+def _calibrate_agreement(
+    model: Weights,
+    samples: Samples = 4,
+    tokens: Lengths = "1024,2048",
+    seeds: Seeds = "0,1",
+    tasks: Tasks = "needle4,vt",
+    corpus: Corpus = None,
+    share: Annotated[float, typer.Option("--share", help="Share of the heads that would run sparse.")] = 0.75,
+    rank: Annotated[str, typer.Option("--rank", help="gradient, signed or gradient_mass.")] = "gradient",
+    records: RecordFile = None,
+    output: JsonFile = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure whether probes of other tasks, lengths and seeds rank the heads alike."""
+    from sparsekit.lab.calibrate.agreement import agreement
+
+    found = agreement(
+        *load_weights(model, device, dtype),
+        tasks=tasks_of(tasks, corpus),
+        tokens=numbers_of(tokens, "--tokens"),
+        seeds=numbers_of(seeds, "--seeds"),
+        samples=samples,
+        share=share,
+        rank=rank,
         records=records,
     )
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
