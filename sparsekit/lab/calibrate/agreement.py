@@ -10,7 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.calibrate.probe import Probe, Sections, probe
+from sparsekit.lab.calibrate.probe import Sections, probe
 from sparsekit.lab.calibrate.ranking import Head, head_scores, rank_correlation
 from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task, task
@@ -83,10 +83,9 @@ def agreement(
         raise SparsekitError(f"{len(places)} probes at share = {share}: want two or more, and a share between 0 and 1.")
     found: dict[Place, dict[Head, float]] = {}
     for kind, length, seed in places:
-        made: Probe = probe(
-            model, tokenizer, samples=samples, tokens=length, seeds=[seed], tasks=[kind], sections=sections or Sections(),
-            records=records, quiet=quiet,
-        )  # fmt: skip
+        where: Any = {"samples": samples, "tokens": length, "seeds": [seed], "tasks": [kind]}
+        cut: Any = {"sections": sections or Sections(), "records": records, "quiet": quiet}
+        made = probe(model, tokenizer, **where, **cut)
         found[kind.name, length, seed] = head_scores(made, rank)
     return Agreement(facts(model).name, rank, share, samples, made_on(model), tuple(compare(found, share)))
 
@@ -98,11 +97,11 @@ def compare(found: Mapping[Place, Mapping[Head, float]], share: float) -> list[d
         apart = [axis for axis in range(3) if one[axis] != other[axis]]
         if len(apart) == 1:
             scores = found[one], found[other]
-            values = rank_correlation(*scores), dense_overlap(*scores, share)
-            pairs.setdefault((AXES[apart[0]], one[apart[0]], other[apart[0]]), []).append(values)
+            agree = rank_correlation(*scores), dense_overlap(*scores, share)
+            pairs.setdefault((AXES[apart[0]], one[apart[0]], other[apart[0]]), []).append(agree)
     rows = []
     for (axis, one, other), values in pairs.items():
-        correlations, overlaps = zip(*values, strict=True)
+        correlations, overlaps = [both[0] for both in values], [both[1] for both in values]
         means = {"correlation": mean(correlations), "lowest": min(correlations), "overlap": mean(overlaps)}
         rows.append({"axis": axis, "one": one, "other": other, "pairs": len(values), **means})
     return rows
