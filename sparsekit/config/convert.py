@@ -127,9 +127,9 @@ def convert_duo_attention(
 ) -> SparseConfig:
     """The config of DuoAttention's scores of heads (`full_attention_heads.tsv`), also written to `output`.
 
-    The file has a row for each layer and a score from 0 to 1 for each key head. As with DuoAttention's `sparsity`, that
-    share of the key heads, those of the lowest scores, stream; the others stay dense. Scores beyond 0 and 1 are cut off,
-    and of equal ones the deeper layer's head streams first, where DuoAttention draws.
+    The file has a row for each layer and a score from 0 to 1 for each key head. As with `sparsity` there, that share of
+    the key heads, those of the lowest scores, stream; the others stay dense. Scores beyond 0 and 1 are cut off, and of
+    equal ones the deeper layer's head streams first, where DuoAttention draws.
 
     Args:
         output: also write the config there.
