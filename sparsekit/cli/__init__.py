@@ -17,8 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 from sparsekit.cli.about import describe_patterns, doctor, named_models, validate
-from sparsekit.cli.calibrate import calibrate_app, inspect
+from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.evaluate import eval_, report, sweep
+from sparsekit.cli.inspect import inspect
 from sparsekit.cli.options import Config, Json, Model, Seed, Tokens, Yaml, command_line
 from sparsekit.cli.printing import busy, mark_first, print_doctor, print_explanation, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
@@ -296,6 +297,30 @@ def _convert_xattention(
         from sparsekit.config.convert import convert_xattention
 
         config = convert_xattention(file, output, table=table, stride=stride, model=_facts(model))
+    _say_shape(config, model)
+    typer.echo(str(output))
+
+
+@convert_app.command("duo-attention")
+def _convert_duo_attention(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tsv", help="Scores, a row per layer, a column per key head.")],
+    output: Yaml,
+    share: Annotated[float, typer.Option("--share", help="Share of the key heads that stream, the lowest scores.")],
+    pattern: Annotated[
+        str, typer.Option("--pattern", help="What these heads run, as in YAML; DuoAttention's config.json has its own.")
+    ] = "{name: a_shape, sink_tokens: 128, window_tokens: 256}",
+    group: Annotated[
+        int | None, typer.Option("--group", min=1, help="Query heads of a key head, without --model.")
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Convert DuoAttention's scores of key heads."""
+    with busy("converting"):
+        from sparsekit.config import parse_yaml
+        from sparsekit.config.convert import convert_duo_attention
+
+        runs = parse_yaml(pattern, "--pattern")
+        config = convert_duo_attention(file, output, share=share, pattern=runs, group=group, model=_facts(model))
     _say_shape(config, model)
     typer.echo(str(output))
 

@@ -1,8 +1,7 @@
-"""`sparsekit calibrate ...` and `sparsekit inspect`."""
+"""`sparsekit calibrate ...`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from sparsekit.cli.options import (
     GATE,
     Below,
     Config,
+    Corpus,
     Dtype,
     ExactDtype,
     Gate,
@@ -35,7 +35,7 @@ from sparsekit.cli.options import (
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError, shown
-from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, words_of
+from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, shares_of, tasks_of, words_of
 
 
 class _Calibrate(TyperGroup):
@@ -69,6 +69,7 @@ def _calibrate_probe(
     tokens: Length = 1024,
     seeds: Seeds = "0,1,2,3",
     tasks: Tasks = "needle4,passkey",
+    corpus: Corpus = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts per forward pass.")] = 1,
     sink: Annotated[int, typer.Option("--sink-tokens", help="Sink tokens of the probe's sections.")] = 64,
     window: Annotated[int, typer.Option("--window-tokens", help="Window tokens of the probe's sections.")] = 128,
@@ -88,7 +89,7 @@ def _calibrate_probe(
         samples=samples,
         tokens=tokens,
         seeds=numbers_of(seeds, "--seeds"),
-        tasks=words_of(tasks),
+        tasks=tasks_of(tasks, corpus),
         sections=Sections(sink, window, last),
         batch=batch,
         records=records,
@@ -104,45 +105,55 @@ def _calibrate_probe(
 @gated
 def _calibrate_rule(
     model: Weights,
-    rule: Annotated[str, typer.Option("--rule", help="How layers are chosen; rules are listed below.")],
+    rule: Annotated[str, typer.Option("--rule", help="How layers or heads are chosen; rules are listed below.")],
     output: Yaml,
     probe_file: Annotated[Path | None, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen layers, as in YAML.")] = "triangle",
+    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
+    rest: Annotated[str, typer.Option("--rest", help="Pattern of all other heads, as in YAML.")] = "dense",
     dense_below: Below = 1024,
     gate: Gate = GATE,
     device: Device = "auto",
     dtype: ExactDtype = None,
     **constants: Any,
 ) -> None:
-    """Choose layers by a rule, and write the config if it passes the gate."""
-    from sparsekit.lab.calibrate.effects import Effect, Judge
+    """Choose layers or heads by a rule, and write the config if it passes the gate."""
+    from sparsekit.lab.calibrate.effects import judges
+    from sparsekit.lab.calibrate.mixture import Chosen, write_heads
     from sparsekit.lab.calibrate.probe import read_probe
-    from sparsekit.lab.calibrate.prompts import make_prompts
-    from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule, write_config
+    from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule
     from sparsekit.models import facts
-    from sparsekit.patterns import parse_pattern
 
-    asked = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
+    asked: Any = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
     found = None if probe_file is None else read_probe(probe_file)
-    given = patterns_of(pattern, "--pattern")
-    if len(given) != 1:
-        raise SparsekitError(f"--pattern {shown(pattern)}: want one pattern for all chosen layers; got {len(given)}.")
-    runs = parse_pattern(given[0])
+    runs, others = _pattern_of(pattern, "--pattern"), _pattern_of(rest, "--rest")
+    judged = {}
+    if asked.measured:
+        kinds, lengths = tasks_of(asked.tasks, asked.corpus), numbers_of(asked.tokens, "--tokens")
     loaded = load_weights(model, device, dtype, exact=True)
     arch = facts(loaded[0])
+    if asked.measured:
+        judged = judges(*loaded, kinds, tokens=lengths, samples=asked.samples, records=gate.records)
 
-    def measure(some: Sequence[int], rule: Any) -> Effect:
-        lengths = numbers_of(rule.tokens, "--tokens")
-        prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=rule.samples, seeds=[0])
-        return Judge(*loaded, prompts, gate.records).effect(dict.fromkeys(some, runs))
+    def write(chosen: Chosen, said: dict[str, Any]) -> Any:
+        return write_heads(arch, chosen, runs, said, rest=others, dense_below_tokens=dense_below)
 
-    numbers, said = apply_rule(asked, Given(arch.num_layers, found, measure))
-    if not numbers:
+    def measure(chosen: Chosen, rule: Any) -> dict[str, Any]:
+        return {task: judge.effect(write(chosen, {})) for task, judge in judged.items()}
+
+    chosen, said = apply_rule(asked, Given(arch, found, measure))
+    if not chosen:
         raise SparsekitError(f"rule {rule!r} chose no layer: there is nothing to write.")
-    said = {"by": "sparsekit calibrate rule", **said}
-    found_config = write_config(arch, dict.fromkeys(numbers, runs), said, dense_below_tokens=dense_below)
-    config = _signed(found_config, model)
+    config = _signed(write(chosen, {"by": "sparsekit calibrate rule", **said}), model)
     _gate_and_write(loaded, config, output, gate)
+
+
+def _pattern_of(text: str, option: str) -> Any:
+    from sparsekit.patterns import parse_pattern
+
+    given = patterns_of(text, option)
+    if len(given) != 1:
+        raise SparsekitError(f"{option} {shown(text)}: want one pattern for all chosen layers; got {len(given)}.")
+    return parse_pattern(given[0])
 
 
 @calibrate_app.command("tune")
@@ -289,42 +300,81 @@ def _calibrate_curve(
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
 
 
-def inspect(
+@calibrate_app.command("head-curve")
+def _calibrate_head_curve(
     model: Weights,
-    config: Annotated[str | None, typer.Option("--config", help="Also measure what this config drops.")] = None,
-    gradient: Annotated[bool, typer.Option("--gradient", help="Also the gradient that the config drops.")] = False,
-    samples: Samples = 4,
-    tokens: Length = 1024,
-    seeds: Seeds = "0,1",
-    tasks: Tasks = "needle4,passkey",
-    epsilon: Annotated[float, typer.Option("--epsilon", help="Sink score above which a token is a sink.")] = 0.3,
+    probe_file: Annotated[Path, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")],
+    shares: Annotated[str, typer.Option("--shares", help="Shares of the heads, comma-separated.")] = "0.5,0.65,0.75",
+    ranks: Annotated[str, typer.Option("--ranks", help="Orders of the heads, comma-separated.")] = "gradient",
+    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
+    whole_groups: Annotated[bool, typer.Option("--whole-groups", help="All heads of a key head, or none.")] = False,
+    rank_tasks: Annotated[str, typer.Option("--rank-tasks", help="Tasks of orders that are measured.")] = "needle4",
+    rank_samples: Annotated[
+        int, typer.Option("--rank-samples", min=2, help="Prompts of orders that are measured.")
+    ] = 4,
+    samples: Samples = 96,
+    tokens: Lengths = "2200",
+    seed: Seed = 0,
+    tasks: Tasks = "needle4",
+    corpus: Corpus = None,
+    records: RecordFile = None,
     output: JsonFile = None,
-    picture: Picture = None,
+    device: Device = "auto",
+    dtype: ExactDtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure divergence from dense and scores by share of sparse heads, chosen by head and by layer."""
+    from sparsekit.lab.calibrate.head_curve import head_curve
+    from sparsekit.lab.calibrate.probe import read_probe
+
+    lengths = numbers_of(tokens, "--tokens")
+    found = head_curve(
+        *load_weights(model, device, dtype, exact=True),
+        read_probe(probe_file),
+        shares_of(shares, "--shares"),
+        ranks=words_of(ranks),
+        pattern=_pattern_of(pattern, "--pattern"),
+        whole_groups=whole_groups,
+        rank_prompts={"tasks": rank_tasks, "samples": rank_samples, "tokens": str(min(lengths))},
+        samples=samples,
+        tokens=lengths,
+        seed=seed,
+        tasks=tasks_of(tasks, corpus),
+        records=records,
+    )
+    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+
+
+@calibrate_app.command("agreement")
+def _calibrate_agreement(
+    model: Weights,
+    samples: Samples = 4,
+    tokens: Lengths = "1024,2048",
+    seeds: Seeds = "0,1",
+    tasks: Tasks = "needle4,vt",
+    corpus: Corpus = None,
+    share: Annotated[float, typer.Option("--share", help="Share of the heads that would run sparse.")] = 0.75,
+    rank: Annotated[str, typer.Option("--rank", help="gradient, signed or gradient_mass.")] = "gradient",
+    records: RecordFile = None,
+    output: JsonFile = None,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Measure attention sinks: where they are, how strong, and how many sink tokens the model needs."""
-    from sparsekit.lab.calibrate.sinks import inspect_model
+    """Measure whether probes of other tasks, lengths and seeds rank the heads alike."""
+    from sparsekit.lab.calibrate.agreement import agreement
 
-    found = inspect_model(
+    found = agreement(
         *load_weights(model, device, dtype),
-        config,
-        samples=samples,
-        tokens=tokens,
+        tasks=tasks_of(tasks, corpus),
+        tokens=numbers_of(tokens, "--tokens"),
         seeds=numbers_of(seeds, "--seeds"),
-        tasks=words_of(tasks),
-        epsilon=epsilon,
-        gradient=gradient,
+        samples=samples,
+        share=share,
+        rank=rank,
+        records=records,
     )
-    said = {**found.to_dict(), "model": model}
-    if picture is not None:
-        from sparsekit.lab.plots import draw_sinks
-
-        draw_sinks(said, picture)
-    show(said, found.table(), as_json, output)
-    if not as_json:
-        typer.echo("\n".join(found.answer()))
+    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
 
 
 def _gate_and_write(
@@ -349,7 +399,7 @@ def _gate_and_write(
         if not (again and report.give_back and report.regained):
             break
         typer.echo(report.why())
-        config = give_back(config, report.give_back)
+        config = give_back(config, report.give_back, report.give_back_heads)
     if output is not None:
         write_gated(report, output)
         typer.echo(f"passed; written to {output}")

@@ -45,6 +45,9 @@ ExactDtype = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST, help="Seed of the prompts.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of the prompts, comma-separated.")]
 Tasks = Annotated[str, typer.Option("--tasks", help="Tasks, comma-separated.")]
+Corpus = Annotated[
+    str | None, typer.Option("--corpus", help="Text of tasks that read one: a folder, or `pydoc` for Python's manual.")
+]
 Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Number of prompts.")]
 Length = Annotated[int, typer.Option("--tokens", "-n", min=1, max=LARGEST, help="Prompt length in tokens.")]
 RecordFile = Annotated[

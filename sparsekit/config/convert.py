@@ -15,7 +15,7 @@ from sparsekit.config.schema import ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest, read_text, shown
 from sparsekit.patterns import Pattern, parse_pattern
 
-__all__ = ["convert_minference", "convert_xattention"]
+__all__ = ["convert_duo_attention", "convert_minference", "convert_xattention"]
 
 MINFERENCE_PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")
 BLOCK_SPARSE_TOP_K = 100  # fixed in MInference's code, which ignores the numbers of the file
@@ -113,6 +113,70 @@ def convert_xattention(
     source: dict[str, Any] = {"converted_from": Path(path).name, "format": "xattention"}
     source |= {"table": name} if name else {}
     source |= {"zeros_raised_to": SMALLEST_THRESHOLD, "zeros": zeros} if zeros else {}
+    return _finish(_config(layers, source), where, model, output)
+
+
+def convert_duo_attention(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    share: float,
+    pattern: Pattern | str | Mapping[str, Any] = "a_shape",
+    group: int | None = None,
+    model: ModelFacts | None = None,
+) -> SparseConfig:
+    """The config of DuoAttention's scores of heads (`full_attention_heads.tsv`), also written to `output`.
+
+    The file has a row for each layer and a score from 0 to 1 for each key head. As with `sparsity` there, that share of
+    the key heads, those of the lowest scores, stream; the others stay dense. Scores beyond 0 and 1 are cut off, and of
+    equal ones the deeper layer's head streams first, where DuoAttention draws.
+
+    Args:
+        output: also write the config there.
+        share: of the key heads that stream, 0 to 1.
+        pattern: what these heads run. DuoAttention's `config.json` beside the file says its sinks and window.
+        group: query heads of a key head; default by `model`, without which it is needed.
+        model: what the file must fit: so many layers and key heads.
+
+    Raises:
+        SparsekitError: the file, the line, and what does not fit there.
+    """
+    where, runs = str(path), parse_pattern(pattern)
+    if not 0 < share <= 1:
+        raise SparsekitError(f"share = {shown(share)}: the share of the key heads that stream, above 0 and up to 1.")
+    rows = _plain_rows(read_text(path, "file"), where, "key head")
+    if not rows:
+        raise SparsekitError(f"{where}: empty; want a row of scores for each layer.")
+    for number, (line, values) in enumerate(rows):
+        if len(values) != len(rows[0].values):
+            raise SparsekitError(
+                f"{where} line {line}: layer {number} has {len(values)} scores, layer 0 has {len(rows[0].values)}."
+            )
+    key_heads = len(rows[0].values)
+    if model is not None and model.num_key_heads not in (None, key_heads):
+        raise SparsekitError(f"{where}: {key_heads} key heads a layer, but the model has {model.num_key_heads}.")
+    if group is None:
+        if model is None or model.num_heads is None:
+            raise SparsekitError(f"{where}: it counts key heads alone; say `group`, query heads of each, or the model.")
+        group = model.num_heads // key_heads
+    _check_count(where, "layers", len(rows))
+    _check_count(where, "query heads", group * key_heads)
+    scores = {
+        (n, head): min(max(value, 0.0), 1.0) for n, row in enumerate(rows) for head, value in enumerate(row.values)
+    }
+    order = sorted(scores, key=lambda head: (scores[head], -head[0], head[1]))
+    streaming = set(order[: round(share * len(order))])
+    dense = parse_pattern("dense")
+    layers: list[dict[int, Pattern]] = [
+        {head: runs if (n, head // group) in streaming else dense for head in range(group * key_heads)}
+        for n in range(len(rows))
+    ]
+    source = {
+        "converted_from": Path(path).name,
+        "format": "duo-attention",
+        "share": share,
+        "query_heads_of_each": group,
+    }
     return _finish(_config(layers, source), where, model, output)
 
 
@@ -285,7 +349,7 @@ def _number(node: ast.expr) -> float | None:
     return sign * float(value)
 
 
-def _plain_rows(text: str, where: str) -> list[_Line]:
+def _plain_rows(text: str, where: str, each: str = "query head") -> list[_Line]:
     rows = []
     for line, content in enumerate(text.splitlines(), 1):
         words = content.partition("#")[0].replace(",", " ").split()
@@ -294,7 +358,7 @@ def _plain_rows(text: str, where: str) -> list[_Line]:
         except ValueError:
             values = [math.nan]
         if not all(map(math.isfinite, values)):
-            raise SparsekitError(f"{where} line {line}: {_quoted(content)}: want numbers, one for each query head.")
+            raise SparsekitError(f"{where} line {line}: {_quoted(content)}: want numbers, one for each {each}.")
         if values:
             rows.append(_Line(line, values))
     return rows

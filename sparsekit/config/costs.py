@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
+from sparsekit.config.drawing import draw_heads
 from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, total
-from sparsekit.config.schema import LayerPatterns, ModelFacts, SparseConfig, load
+from sparsekit.config.schema import LayerPatterns, ModelFacts, ResolvedConfig, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
 from sparsekit.patterns.attention import static_plan_heads
@@ -77,9 +78,15 @@ def explain(
             linear_flops=None if missing else _linear_flops(facts, tokens),
             plan_bytes=total(row.plan_bytes for row in counted.values()),
             missing=(*missing, *dict.fromkeys(unknown)),
+            drawing=tuple(_drawn(resolved, facts)),
         ),
         facts,
     )
+
+
+def _drawn(resolved: ResolvedConfig, facts: ModelFacts) -> list[str]:
+    layers = [(str(at.layer), [(str(pattern), heads) for pattern, heads in at.groups()]) for at in resolved.layers]
+    return draw_heads(layers, (facts.num_heads or 0) // (facts.num_key_heads or facts.num_heads or 1))
 
 
 # ---- facts

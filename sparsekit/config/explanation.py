@@ -68,6 +68,7 @@ class Explanation:
         linear_flops: of all projections and MLPs, and the language head for one token.
         plan_bytes: of all different plans together, as they are kept.
         missing: facts without which some numbers are None.
+        drawing: layers x heads, lines of text; empty where no layer mixes patterns.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Explanation:
     linear_flops: int | None
     plan_bytes: int | None
     missing: tuple[str, ...]
+    drawing: tuple[str, ...] = ()
 
     @property
     def density(self) -> float | None:
@@ -130,7 +132,7 @@ class Explanation:
         )
         found = asdict(self)
         layers = found.pop("layers")
-        found["missing"] = list(self.missing)
+        found["missing"], found["drawing"] = list(self.missing), list(self.drawing)
         return {**found, **{name: getattr(self, name) for name in totals}, "layers": list(layers)}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -162,8 +164,9 @@ class Explanation:
     def summary(self) -> list[str]:
         """What the table adds up to, and what was counted, in sentences."""
         lines = [
+            *self.drawing,
             f"FLOPs: attention of one layer, 4 x head_dim for each pair of a visited {self.block_q} x {self.block_kv} "
-            "tile and query head; share: its part of the whole prefill, linear layers included, all at one rate."
+            "tile and query head; share: its part of the whole prefill, linear layers included, all at one rate.",
         ]
         if self.prefill_ratio is not None and self.dense_attention_share is not None:
             lines.append(

@@ -6,6 +6,7 @@ left.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ class Answer:
 
     Attributes:
         text: what greedy decoding gives.
-        score: the task's, of `text`, from 0 to 1.
+        score: the task's, of `text`, from 0 to 1; not a number of a task that scores no text.
         ttft_s: seconds from the prompt's ids to the first token's logits, planning included.
         tokens: length of the prompt.
         logprobs: float64 (A, vocabulary), log-probabilities at the A tokens of the true answer, teacher-forced.
@@ -122,7 +123,8 @@ def answer(
             logits = _read_truth(model, first, cache if spare is None else spare, truth)
     # In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding.
     logprobs = logits[0].double().log_softmax(-1)
-    return Answer(text, task.score(text, sample), seconds, ids.shape[1], logprobs, layers)
+    score = math.nan if task.metric == "nll" else task.score(text, sample)
+    return Answer(text, score, seconds, ids.shape[1], logprobs, layers)
 
 
 @torch.inference_mode()

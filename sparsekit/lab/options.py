@@ -9,7 +9,7 @@ import typer
 
 from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["device_of", "numbers_of", "patterns_of", "words_of"]
+__all__ = ["device_of", "numbers_of", "patterns_of", "shares_of", "tasks_of", "words_of"]
 
 LARGEST = 2**31 - 1
 MOST_NUMBERS = 1000  # of a list that is typed
@@ -38,6 +38,13 @@ def words_of(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def tasks_of(text: str, corpus: str | None = None) -> list[Any]:
+    """Tasks by their names, separated by commas, over a corpus where they read one."""
+    from sparsekit.lab.tasks import task
+
+    return [task(word, corpus) for word in words_of(text)]
+
+
 def numbers_of(text: str, option: str) -> list[int]:
     """Whole numbers separated by commas."""
     words = words_of(text)
@@ -49,6 +56,17 @@ def numbers_of(text: str, option: str) -> list[int]:
     if large is not None:
         raise SparsekitError(f"{option}: {shown(large)[1:-1]} is too large; numbers go up to {LARGEST:,}.")
     return [int(word) for word in words]
+
+
+def shares_of(text: str, option: str) -> list[float]:
+    """Numbers from 0 to 1, separated by commas."""
+    try:
+        found = [float(word) for word in words_of(text)]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= share <= 1 for share in found):
+        raise SparsekitError(f"{option} {shown(text)}: want shares from 0 to 1, comma-separated, such as 0.5,0.75.")
+    return found
 
 
 def patterns_of(text: str, option: str = "--patterns") -> list[Any]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sparsekit import SparsekitError, load
 from sparsekit.cli import app
 from sparsekit.config import ModelFacts
-from sparsekit.config.convert import convert_minference, convert_xattention
+from sparsekit.config.convert import convert_duo_attention, convert_minference, convert_xattention
 from sparsekit.patterns import AShape, BlockTopK, VerticalSlash, XAttention
 
 run = CliRunner()
@@ -266,3 +266,44 @@ def test_commands(tmp_path: Path) -> None:
     broken = run.invoke(app, ["convert", "minference", str(table), "-o", str(out)])
     assert broken.exit_code == 1 and broken.stderr == f"error: {table} line 1 column 1: not JSON: Expecting value.\n"
     assert run.invoke(app, ["convert", "minference", str(patterns)]).exit_code == 2
+
+
+# ---- DuoAttention
+
+SCORES = "0.9\t0.1\n1.2\t0.0\n0.5\t0.5\n"  # three layers, two key heads
+
+
+def test_duo_attention_streams_the_lowest_key_heads(tmp_path: Path) -> None:
+    file, out = write(tmp_path, SCORES, "heads.tsv"), tmp_path / "out.yaml"
+    config = convert_duo_attention(file, out, share=0.5, group=2)
+    assert load(out) == config
+    sparse = [
+        [h for p, heads in layer.groups() if p.name != "dense" for h in heads] for layer in config.resolve().layers
+    ]
+    assert sparse == [[2, 3], [2, 3], [0, 1]]  # 0.0, 0.1, then of 0.5 twice the lower head
+    assert (config.model.num_layers, config.model.num_heads) == (3, 4)
+    assert config.provenance["format"] == "duo-attention" and config.provenance["share"] == 0.5
+    all_of_it = convert_duo_attention(file, share=1, pattern={"name": "triangle"}, group=2)
+    assert {str(layer) for layer in all_of_it.resolve().layers} == {str(all_of_it.resolve().layers[0])}
+    facts = ModelFacts(num_layers=3, num_heads=8, num_key_heads=2)
+    assert convert_duo_attention(file, share=0.5, model=facts).model.num_heads == 8
+    command = ["convert", "duo-attention", str(file), "--share", "0.5", "--group", "2", "-o", str(out)]
+    assert run.invoke(app, command).exit_code == 0
+    assert load(out).heads["0-1"]["2-3"].window_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (SCORES, {"share": 0.5}, "counts key heads alone; say `group`"),
+        (SCORES, {"share": 1.5, "group": 2}, "share = 1.5"),
+        ("0.1\tx\n", {"share": 0.5, "group": 2}, "line 1: 0.1 x: want numbers, one for each key head"),
+        ("0.1\t0.2\n0.1\n", {"share": 0.5, "group": 2}, "line 2: layer 1 has 1 scores, layer 0 has 2"),
+        ("", {"share": 0.5, "group": 2}, "empty; want a row of scores"),
+        (SCORES, {"share": 0.5, "model": ModelFacts(num_layers=3, num_heads=8, num_key_heads=4)}, "the model has 4"),
+        (SCORES, {"share": 0.5, "model": ModelFacts(num_layers=4, num_heads=4, num_key_heads=2)}, "num_layers = 3"),
+    ],
+)
+def test_duo_attention_refuses(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SparsekitError, match=message):
+        convert_duo_attention(write(tmp_path, text, "heads.tsv"), **options)

@@ -414,3 +414,16 @@ def test_a_result_is_frozen() -> None:
     assert isinstance(found, Explanation)
     with pytest.raises(AttributeError):
         found.tokens = 3  # type: ignore[misc]
+
+
+def test_layers_of_several_patterns_are_drawn() -> None:
+    facts = {"num_layers": 3, "num_heads": 4, "num_key_heads": 2}
+    config = {"model": facts, "heads": {"0": {"1-2": "triangle"}, "2": {"3": "a_shape"}}, "layers": {"1": "triangle"}}
+    found = explain(config, 4096)
+    assert [line.split("  ")[-1] for line in found.drawing[1:]] == [".a a.", "aa aa", ".. .b"]
+    assert found.drawing[0].startswith("heads: . dense, a triangle(") and ", b a_shape(" in found.drawing[0]
+    assert list(found.drawing) == found.summary()[:4] == found.to_dict()["drawing"]
+    assert explain({"model": facts, "layers": {"1": "triangle"}}, 4096).drawing == ()
+    half = explain({"model": facts, "heads": {"0-2": {"0,3": "triangle"}}}, 4096)
+    whole = explain({"model": facts, "default": "triangle"}, 4096)
+    assert half.layers[0].tiles == (whole.layers[0].tiles + whole.layers[0].dense_tiles) / 2  # type: ignore[operator]

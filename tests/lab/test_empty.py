@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
 from sparsekit import SparsekitError, models
+from sparsekit.config import ModelFacts
 from sparsekit.lab import demo
 from sparsekit.lab.bench import bench_dynamic, bench_overhead, bench_prefill
 from sparsekit.lab.bench.timing import Record
@@ -22,8 +23,8 @@ from sparsekit.lab.calibrate.curve import start_layer_curve
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.gate import GateReport, gate
 from sparsekit.lab.calibrate.heads import search_heads
-from sparsekit.lab.calibrate.probe import LayerProbe, Probe, Sections, probe
-from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule
+from sparsekit.lab.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections, probe
+from sparsekit.lab.calibrate.rules import Given, parse_rule
 from sparsekit.lab.calibrate.sinks import Inspection, LayerSinks, inspect_model
 from sparsekit.lab.calibrate.tune import summary, tune
 from sparsekit.lab.evaluate import evaluate, read_on
@@ -80,13 +81,15 @@ def test_what_an_inspection_says_of_layers_that_were_not_measured() -> None:
 @pytest.mark.parametrize("gradients", [(), (0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (None, None)])
 def test_no_rule_on_gradients_that_say_nothing(gradients: tuple[float | None, ...]) -> None:
     layers = [
-        LayerProbe(i, "own") if g is None else LayerProbe(i, gradient=dict.fromkeys(("streaming", "last", "middle"), g))
+        LayerProbe(i, "own")
+        if g is None
+        else LayerProbe(i, gradient=(of := dict.fromkeys(SECTIONS, g)), heads=(of,), head_signed=(of,), head_mass=(of,))
         for i, g in enumerate(gradients)
     ]
     found = Probe("m", CUT, 1, {}, {}, tuple(layers))
-    for rule in (parse_rule("suffix"), parse_rule("lowest_k", {"k": 0})):
-        with pytest.raises(SparsekitError, match=r"no layer (can be told from another|was probed)"):
-            apply_rule(rule, Given(len(layers), found))
+    for rule in (parse_rule("suffix"), parse_rule("lowest_k", {"k": 0}), parse_rule("head_share", {"share": 0.5})):
+        with pytest.raises(SparsekitError, match=r"no (layer|head) can be told from another|no layer was probed"):
+            rule.heads(Given(ModelFacts(num_heads=1), found))
 
 
 def test_a_probe_without_a_middle(small: Smol) -> None:

@@ -692,3 +692,15 @@ def test_the_command(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["report", str(tmp_path / "r.jsonl"), "-o", str(page), "--title", "Windows"])
     assert ran.exit_code == 0, ran.stderr
     assert ran.stdout.strip() == str(page) and "<h1>Windows</h1>" in page.read_text()
+
+
+def test_mixed_heads_are_drawn_below_the_lines_of_a_config() -> None:
+    triangle = {"name": "triangle", "window_tokens": 512}
+    one = {**sweep(1)[0]}
+    one["resolved"] = [
+        {"layers": "0-20", "patterns": [{"name": "dense", "heads": "0,3"}, {**triangle, "heads": "1-2"}]},
+        {"layers": "21-29", "patterns": [{**triangle, "heads": "0-3"}]},
+    ]
+    [config] = report_data([one])["configs"].values()
+    lines = config["text"].splitlines()
+    assert lines[3:6] == ["heads: . dense, a triangle(window_tokens=512)", "layer  0-20  .aa.", "layer 21-29  aaaa"]

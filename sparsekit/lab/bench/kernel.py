@@ -28,15 +28,16 @@ from sparsekit.lab.bench.kernel_peers import LAST, SINK, WINDOW, Shape, peer_cal
 from sparsekit.lab.bench.timing import Record, rounds, spread
 from sparsekit.lab.options import Dtype, Lengths, Rows, numbers_of, words_of
 from sparsekit.lab.provenance import place
-from sparsekit.plan import CAUSAL, BlockPlan, TokenRule, dense_plan, pack, plan_from_rule, unpack
+from sparsekit.plan import CAUSAL, BlockPlan, TokenRule, dense_plan, pack, plan_from_rule, stack_heads, unpack
 
 __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
 
-CASES = ("dense", "triangle", "random", "columns", "launch")
+CASES = ("dense", "triangle", "mixed", "mixed-groups", "random", "columns", "launch")
 PEERS = ("cudnn", "flash", "flex")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 RANDOM_DENSITY = 0.1
 COLUMNS = 1024
+DENSE_EVERY = 4  # of the mixed cases: one head, or all heads of one key head, of so many is dense, the others Triangle
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def bench_kernel(
     """Time the kernels and their peers on this CUDA device.
 
     Args:
-        lengths: prompt lengths, tokens. `random` and `columns` run on the longest two.
+        lengths: prompt lengths, tokens. `random`, `columns` and the mixed cases run on the longest two.
         impls: kernels; default all that run here, out of "triton" and "hopper".
         cases: out of `CASES`. peers: out of `PEERS`.
         million: Triangle at 2^20 tokens too.
@@ -167,7 +168,15 @@ def _plan(case: str, shape: Shape, tile: tuple[int, int]) -> BlockPlan:
     if case == "random":
         return _random_plan(geometry, shape.heads)
     triangle = plan_from_rule(TokenRule(SINK, WINDOW, shape.tokens - LAST), geometry, "cuda")
+    if case in ("mixed", "mixed-groups"):
+        return stack_heads([triangle, dense_plan(geometry).to("cuda")], _dense_heads(case, shape))
     return triangle if case == "triangle" else _with_columns(triangle, shape.heads)
+
+
+def _dense_heads(case: str, shape: Shape) -> tuple[int, ...]:
+    """1 of each dense head, 0 of the others: a quarter of the heads, scattered over key heads or in whole groups."""
+    group = 1 if case == "mixed" else shape.heads // shape.key_heads
+    return tuple(int(head // group % DENSE_EVERY == 0) for head in range(shape.heads))
 
 
 def _random_plan(geometry: Geometry, heads: int) -> BlockPlan:
@@ -236,7 +245,7 @@ def _correctness(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.d
     for tokens in (1000, 4096):
         shape = Shape(tokens, heads, key_heads, dim, dtype)
         q, k, v = _inputs(shape)
-        for case in ("dense", "triangle", "random", "columns"):
+        for case in CASES[:-1]:
             if case == "columns" and tokens < COLUMNS:
                 continue
             plan = _plan(case, shape, preferred_tile("cuda", impl))
@@ -365,7 +374,7 @@ def command(
     dim: Annotated[int, typer.Option(min=1, help="Head size.")] = 128,
     dtype: Dtype = "bfloat16",
     impls: Annotated[str | None, typer.Option(help="triton,hopper; default all that run here.")] = None,
-    cases: Annotated[str, typer.Option(help="Comma-separated.")] = "dense,triangle,random,columns,launch",
+    cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(CASES),
     peers: Annotated[str, typer.Option(help="Comma-separated; may be empty.")] = "cudnn,flash,flex",
     million: Annotated[bool, typer.Option(help="Triangle at 2^20 tokens too.")] = True,
     repeat_ms: Annotated[int, typer.Option(min=1, help="Of each row.")] = 200,

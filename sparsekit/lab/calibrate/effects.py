@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.config import load
+from sparsekit.config import LayerPatterns, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
-from sparsekit.lab.calibrate.prompts import Prompt
+from sparsekit.lab.calibrate.prompts import Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.shared import SharedLayers
-from sparsekit.lab.provenance import content_key, content_of_code, content_of_model
+from sparsekit.lab.provenance import content_key, content_of_code, content_of_model, patterns_of
 from sparsekit.lab.stats import standard_error
+from sparsekit.lab.tasks import Task
+from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
 from sparsekit.patterns import DynamicPattern, Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Effect", "Judge"]
+__all__ = ["Effect", "Judge", "judges"]
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,26 @@ class Judge:
             raise SparsekitError("there are no prompts to measure on.")
         self.records = records if isinstance(records, Records) else Records(records)
         self.measured = 0  # forwards that were really run, dense ones not counted
+        self.facts = facts(model)
         self._content = content_of_model(model, tokenizer)
         self._dense: dict[str, Answer] = {}
         self._shared = SharedLayers(model)
 
-    def effect(self, patterns: Mapping[int, Pattern]) -> Effect:
-        """Of these layers with these patterns, all others dense.
+    def effect(self, mixture: Mapping[int, Pattern] | SparseConfig) -> Effect:
+        """Of a config, whose `dense_below_tokens` is not looked at, or of these layers with these patterns.
 
         Raises:
             SparsekitError: a layer that keeps its own attention, or a pattern that prompts of such a length run dense.
         """
-        for pattern in dict.fromkeys(patterns.values()):
+        config = mixture if isinstance(mixture, SparseConfig) else _of_layers(mixture)
+        resolved = config.resolve(self.facts)
+        sparse = {p.layer: p for p in resolved.layers if not p.dense and p.layer not in resolved.own_layers(self.facts)}
+        for pattern in dict.fromkeys(pattern for layer in sparse.values() for pattern in layer.patterns):
             self._check_length(pattern)
-        rows = [self._row(patterns, prompt) for prompt in self.prompts]
+        rows = [self._row(config, sparse, prompt) for prompt in self.prompts]
         longest = max(prompt.tokens for prompt in self.prompts)
         at_longest = [row for row, prompt in zip(rows, self.prompts, strict=True) if prompt.tokens == longest]
-        tiles = {layer: mean(row["tile_density"][str(layer)] for row in at_longest) for layer in patterns}
+        tiles = {layer: mean(row["tile_density"][str(layer)] for row in at_longest) for layer in sparse}
         return Effect(
             tuple(row["kl"] for row in rows),
             tuple(row["score"] for row in rows),
@@ -120,24 +126,24 @@ class Judge:
                 "nothing of it: take longer ones, or write `dense_below_tokens: 0` into the pattern."
             )
 
-    def _row(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
-        mixture = {str(layer): patterns[layer].model_dump(mode="json") for layer in sorted(patterns)}
+    def _row(self, config: SparseConfig, sparse: Mapping[int, LayerPatterns], prompt: Prompt) -> dict[str, Any]:
         place = {"kind": "effect", "model": self._content, "device": self.model.device.type}
-        code = content_of_code([prompt.task, *patterns.values()])
-        key = {**place, "code": code, "prompt": prompt.key, "layers": mixture}
+        code = content_of_code([prompt.task, *patterns_of(config)])
+        layers = {str(number): str(layer) for number, layer in sparse.items()}
+        key = {**place, "code": code, "prompt": prompt.key, "layers": layers}
         row: dict[str, Any] | None = self.records.get(key)
-        return row if row is not None else self.records.add(key, self._measure(patterns, prompt))
+        return row if row is not None else self.records.add(key, self._measure(config, sparse, prompt))
 
-    def _measure(self, patterns: Mapping[int, Pattern], prompt: Prompt) -> dict[str, Any]:
+    def _measure(self, config: SparseConfig, sparse: Mapping[int, LayerPatterns], prompt: Prompt) -> dict[str, Any]:
         dense = self._dense_answer(prompt)
-        if not patterns:
+        if not sparse:
             score = self._exact(dense, prompt)
             return {"kl": 0.0, "score": score, "dense_score": score, "same": 1.0, "tile_density": {}}
-        config = load({"layers": {str(layer): pattern.to_yaml() for layer, pattern in patterns.items()}})
-        with apply(self.model, config) as handle, self._shared.from_layer(min(patterns), content_key(prompt.key)):
+        given = config.model_copy(update={"dense_below_tokens": 0})
+        with apply(self.model, given) as handle, self._shared.from_layer(min(sparse), content_key(prompt.key)):
             got = self._read(prompt, handle)
             rows = {row.layer: row for row in got.layers}
-        idle = [layer for layer in patterns if rows[layer].ran == "own"]
+        idle = [layer for layer in sparse if rows[layer].ran == "own"]
         if idle:
             raise SparsekitError(f"layer {idle[0]} keeps its own attention ({rows[idle[0]].why}): it cannot be sparse.")
         self.measured += 1
@@ -146,8 +152,8 @@ class Judge:
             "score": self._exact(got, prompt),
             "dense_score": self._exact(dense, prompt),
             "same": float(torch.equal(got.logprobs.argmax(-1), dense.logprobs.argmax(-1))),
-            "tile_density": {str(layer): rows[layer].tile_density for layer in patterns},
-            "ms": {str(layer): rows[layer].ms for layer in patterns},
+            "tile_density": {str(layer): rows[layer].tile_density for layer in sparse},
+            "ms": {str(layer): rows[layer].ms for layer in sparse},
         }
 
     def _dense_answer(self, prompt: Prompt) -> Answer:
@@ -165,3 +171,26 @@ class Judge:
     def _exact(self, got: Answer, prompt: Prompt) -> float:
         truth = self.tokenizer(f" {prompt.sample.answers[0]}", add_special_tokens=False)["input_ids"]
         return float(torch.equal(got.logprobs.argmax(-1).cpu(), torch.tensor(truth)))
+
+
+def _of_layers(patterns: Mapping[int, Pattern]) -> SparseConfig:
+    return load({"layers": {str(layer): patterns[layer].to_yaml() for layer in sorted(patterns)}})
+
+
+def judges(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | Task],
+    *,
+    tokens: Sequence[int],
+    samples: int,
+    seed: int = 0,
+    records: Records | str | Path | None = None,
+) -> dict[str, Judge]:
+    """A judge for each task, by its name, over `samples` prompts of it dealt to the lengths."""
+    kept = records if isinstance(records, Records) else Records(records)
+    made = {}
+    for kind in tasks:
+        prompts = make_prompts(model, tokenizer, tasks=[kind], tokens=tokens, count=samples, seeds=[seed])
+        made[prompts[0].task.name] = Judge(model, tokenizer, prompts, kept)
+    return made

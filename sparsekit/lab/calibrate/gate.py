@@ -8,9 +8,10 @@ each time the one that brings back most, until the lost answers are found again:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.config import SparseConfig, format_range, load, parse_range
@@ -49,7 +50,11 @@ class Check:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate found. `give_back` names the layers that lose the answers, where they are lost."""
+    """What the gate found. `give_back` names the layers that lose the answers, where they are lost.
+
+    Of a config with `heads`, `give_back_heads` names for such a layer the heads that lose them; a layer that is not in
+    it is to be given back whole.
+    """
 
     config: SparseConfig
     bound: float
@@ -57,6 +62,7 @@ class GateReport:
     give_back: tuple[int, ...]
     regained: bool  # whether giving these layers back brought every looked-at answer back
     made: dict[str, Any]
+    give_back_heads: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -72,8 +78,8 @@ class GateReport:
             at = f"{worst.task} at {worst.tokens} tokens: {worst.sparse:.2f}, dense {worst.dense:.2f}"
             fix = "no single set of layers was found to blame"
             if self.give_back:
-                layers = format_range(list(self.give_back))
-                fix = f"give layers {layers} back to dense attention" if self.regained else f"layers {layers} lose most"
+                layers = self._blamed()
+                fix = f"give {layers} back to dense attention" if self.regained else f"{layers} lose most"
             return f"answers are lost beyond the bound of {self.bound}: {at}; {fix}."
         blind = [n for n in {c.tokens: 0 for c in self.checks} if not self._tells(n)]
         if blind:
@@ -83,6 +89,14 @@ class GateReport:
                 f"{worst.dense:.2f}), so nothing can be told there; use shorter prompts or an easier task."
             )
         return ""
+
+    def _blamed(self) -> str:
+        """`layers 3,5` or, of heads, `layer 3 head 2, layer 5 heads 0,4`."""
+        whole = [layer for layer in self.give_back if layer not in self.give_back_heads]
+        parts = [f"layers {format_range(whole)}"] if whole else []
+        for layer, heads in sorted(self.give_back_heads.items()):
+            parts.append(f"layer {layer} head{'s' if len(heads) > 1 else ''} {format_range(list(heads))}")
+        return ", ".join(parts)
 
     def _tells(self, tokens: int) -> bool:
         return any(c.verdict != "dense wrong" for c in self.checks if c.tokens == tokens)
@@ -95,6 +109,7 @@ class GateReport:
             "bound": self.bound,
             "checks": [asdict(check) for check in self.checks],
             "give_back": list(self.give_back),
+            "give_back_heads": {str(layer): list(heads) for layer, heads in self.give_back_heads.items()},
             "regained": self.regained,
             "config": self.config.to_dict(),
             **self.made,
@@ -169,8 +184,10 @@ def gate(
         for row, prompt in zip(rows, prompts, strict=True)
         if (prompt.task.name, prompt.tokens) in lost and row["sparse"] < row["dense"]
     ]
-    blamed, regained = run.blame(loaded, worst[:BLAMED_PROMPTS], quiet) if worst else ([], False)
-    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, made_on(model))
+    lost_prompts = worst[:BLAMED_PROMPTS]
+    blamed, regained = run.blame(loaded, lost_prompts, quiet) if worst else ([], False)
+    heads = run.blame_heads(loaded, lost_prompts, blamed, quiet) if regained and loaded.heads else {}
+    return GateReport(loaded, bound, tuple(checks), tuple(blamed), regained, made_on(model), heads)
 
 
 def _check(name: str, tokens: int, rows: Sequence[Mapping[str, Any]], bound: float, dense_at_least: float) -> Check:
@@ -235,9 +252,65 @@ class _Gate:
                     return sorted(back), True
         return sorted(back), False
 
+    def blame_heads(
+        self, config: SparseConfig, lost: Sequence[Prompt], layers: Sequence[int], quiet: bool
+    ) -> dict[int, tuple[int, ...]]:
+        """Of blamed layers, the fewest heads by the same search whose return brings the lost answers back too."""
+        resolved = config.resolve(facts(self.model))
+        heads: dict[int, tuple[int, ...]] = {}
+        for layer in layers:
+            groups = resolved.layers[layer].groups()
+            sparse = [head for pattern, some in groups if pattern.name != "dense" for head in some]
+            others = [other for other in layers if other != layer and other not in heads]
+            back: list[int] = []
+            with progress(f"heads of layer {layer} to blame", len(sparse), quiet=quiet) as step:
+                while len(back) < len(sparse) - 1:
+                    step(1)
+                    tried = []
+                    for head in sparse:
+                        if head not in back:
+                            given = give_back(config, others, {**heads, layer: (*back, head)})
+                            rows = [self.row(given, prompt) for prompt in lost]
+                            gained = mean(row["sparse"] - row["dense"] for row in rows)
+                            tried.append((gained, -mean(row["kl"] for row in rows), head))
+                    gained, _, head = max(tried)
+                    back.append(head)
+                    if gained >= 0:
+                        heads[layer] = tuple(sorted(back))
+                        break
+        return heads
 
-def give_back(config: SparseConfig, layers: Sequence[int]) -> SparseConfig:
-    """The config with these layers dense, heads included; its provenance says so."""
+
+def give_back(
+    config: SparseConfig, layers: Sequence[int], heads: Mapping[int, Sequence[int]] = MappingProxyType({})
+) -> SparseConfig:
+    """The config with these layers dense, and these heads of other layers; its provenance says so."""
+    whole = _give_back_layers(config, [layer for layer in layers if layer not in heads]) if layers else config
+    data = whole.to_dict()
+    for layer, some in heads.items():
+        mine = {}
+        for key, rule in data.pop("heads", {}).items():
+            numbers = parse_range(key)
+            rest = [n for n in numbers if n != layer]
+            mine.update({format_range(rest): rule} if rest else {})
+            if layer in numbers:
+                kept = {format_range(left): p for k, p in rule.items() if (left := _without(parse_range(k), some))}
+                mine[str(layer)] = kept
+        mine[str(layer)] = {**mine.get(str(layer), {}), format_range(sorted(some)): "dense"}
+        data["heads"] = mine
+    if heads:
+        said = {str(layer): format_range(sorted(some)) for layer, some in heads.items()}
+        data["provenance"] = {**data.get("provenance", {}), "heads_given_back_to_dense": said}
+    return load(data)
+
+
+def _without(numbers: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [n for n in numbers if n not in others]
+
+
+def _give_back_layers(config: SparseConfig, layers: Sequence[int]) -> SparseConfig:
+    if not layers:
+        return config
     given, data = set(layers), config.to_dict()
     for name in ("layers", "heads"):
         kept = {}

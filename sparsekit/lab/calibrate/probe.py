@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["SECTIONS", "LayerProbe", "Probe", "Sections", "Sums", "probe", "probe_batch", "read_probe"]
 
 SECTIONS = ("streaming", "last", "middle")
+OF_HEADS = ("heads", "head_signed", "head_mass")
+FIGURES = ("gradient", "signed", "mass", *OF_HEADS)
 
 
 @dataclass(frozen=True)
@@ -80,25 +82,32 @@ class Sums:
     Attributes:
         gradient: of |dy/dtheta|, theta shared by the heads. signed: of dy/dtheta. mass: of the attention weights, heads
             added. Each (L, B, 3).
-        heads: of |dy/dtheta| of each head's own theta, (L, B, H, 3).
+        heads: of |dy/dtheta| of each head's own theta; head_signed, head_mass: as above. Each (L, B, H, 3).
         seen: layers that were probed.
     """
 
     def __init__(self, layers: int, batch: int, heads: int, device: torch.device) -> None:
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
-        self.gradient, self.signed, self.mass = (zeros(layers, batch, 3) for _ in range(3))
-        self.heads = zeros(layers, batch, heads, 3)
+        self.gradient = zeros(layers, batch, 3)
+        self.heads, self.head_signed, self.head_mass = (zeros(layers, batch, heads, 3) for _ in range(3))
         self.seen: set[int] = set()
+
+    @property
+    def signed(self) -> Tensor:
+        return self.head_signed.sum(2)
+
+    @property
+    def mass(self) -> Tensor:
+        return self.head_mass.sum(2)
 
     def add(self, layer: int, weights: Tensor, gradient: Tensor, near: Tensor, rows: Tensor) -> None:
         """Take a block of rows in: weights and gradient (B, H, r, k), near (r, k) bool, rows (3, B, r)."""
         self.seen.add(layer)
-        shared = gradient.sum(1)
         for into, values in (
-            (self.gradient, shared.abs()),
-            (self.signed, shared),
-            (self.mass, weights.sum(1)),
+            (self.gradient, gradient.sum(1).abs()),
             (self.heads, gradient.abs()),
+            (self.head_signed, gradient),
+            (self.head_mass, weights),
         ):
             whole = values.ndim == 4
             streaming, others = (values.masked_fill(out, 0).sum(-1).double() for out in (~near, near))
@@ -260,7 +269,7 @@ class LayerProbe:
         own: why it keeps its own attention, or nothing.
         gradient: of |dy/dtheta|; signed: of dy/dtheta; mass: of the attention weights, heads added.
         gradient_error: standard error of `gradient` over the samples.
-        heads: for each head, of |dy/dtheta| of its own theta.
+        heads: for each head, of |dy/dtheta| of its own theta; head_signed, head_mass: of each head as of the layer.
     """
 
     layer: int
@@ -270,6 +279,8 @@ class LayerProbe:
     signed: dict[str, float] | None = None
     mass: dict[str, float] | None = None
     heads: tuple[dict[str, float], ...] = ()
+    head_signed: tuple[dict[str, float], ...] = ()
+    head_mass: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -353,7 +364,7 @@ def probe(
         raise SparsekitError(f"tokens = {tokens}: sinks, window and last rows of {sections} leave no Middle section.")
     kept = Records(records)
     place = {"model": content_of_model(model, tokenizer), "device": model.device.type}
-    keys = [{"kind": "probe", **place, "sections": asdict(sections), **prompt.key} for prompt in prompts]
+    keys = [{"kind": "probe by head", **place, "sections": asdict(sections), **prompt.key} for prompt in prompts]
     with progress("probe", len(prompts), quiet=quiet) as step:
         waiting = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if kept.get(key) is None]
         step(len(prompts) - len(waiting))
@@ -370,23 +381,24 @@ def probe(
 def _measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sections: Sections
 ) -> list[dict[str, Any]]:
-    """Of each prompt, the means over the pairs of each section: lists (L, 3), and (L, H, 3) for heads."""
+    """Of each prompt, the means over the pairs of each section: lists (L, 3), and (L, H, 3) of heads."""
     ids, targets = zip(*(ask(tokenizer, prompt.sample) for prompt in prompts), strict=True)
     logits, sums = probe_batch(model, ids, targets, sections)
     out = []
     for b, row in enumerate(ids):
         pairs = torch.tensor(sections.pairs(len(row)), dtype=torch.float64).clamp(min=1)
         mean = lambda values, at=b, over=pairs: (values[:, at].cpu() / over).tolist()  # noqa: E731
-        values = {name: mean(getattr(sums, name)) for name in ("gradient", "signed", "mass", "heads")}
+        values = {name: mean(getattr(sums, name)) for name in FIGURES}
         out.append({"logit": float(logits[b]), "tokens": len(row), **values})
     return out
 
 
 def _summed(rows: Sequence[Any], model: PreTrainedModel, sections: Sections, prompts: dict[str, Any]) -> Probe:
     own = own_layers(model)
-    stacked = {name: torch.tensor([row[name] for row in rows]) for name in ("gradient", "signed", "mass", "heads")}
+    stacked = {name: torch.tensor([row[name] for row in rows]) for name in FIGURES}
     error = stacked["gradient"].std(0) / math.sqrt(len(rows)) if len(rows) > 1 else None
     named = lambda values: dict(zip(SECTIONS, values.tolist(), strict=True))  # noqa: E731
+    by_head = lambda name, i: tuple(named(head) for head in stacked[name][:, i].mean(0))  # noqa: E731
     layers = [
         LayerProbe(i, own[i])
         if i in own
@@ -396,7 +408,9 @@ def _summed(rows: Sequence[Any], model: PreTrainedModel, sections: Sections, pro
             gradient_error=None if error is None else named(error[i]),
             signed=named(stacked["signed"][:, i].mean(0)),
             mass=named(stacked["mass"][:, i].mean(0)),
-            heads=tuple(named(head) for head in stacked["heads"][:, i].mean(0)),
+            heads=by_head("heads", i),
+            head_signed=by_head("head_signed", i),
+            head_mass=by_head("head_mass", i),
         )
         for i in range(stacked["gradient"].shape[1])
     ]
@@ -410,7 +424,8 @@ def read_probe(path: str | Path) -> Probe:
         found = json.loads(text)
         if found.pop("kind") != "probe":
             raise ValueError("kind")
-        layers = tuple(LayerProbe(**{**layer, "heads": tuple(layer["heads"])}) for layer in found.pop("layers"))
+        some = [(layer, {name: tuple(layer.get(name, ())) for name in OF_HEADS}) for layer in found.pop("layers")]
+        layers = tuple(LayerProbe(**{**layer, **heads}) for layer, heads in some)
         return Probe(sections=Sections(**found.pop("sections")), layers=layers, **found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparsekitError(f"probe {str(path)!r}: not a file of `sparsekit calibrate probe -o` ({error}).") from None

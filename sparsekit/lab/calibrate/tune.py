@@ -18,10 +18,10 @@ from sparsekit.config import ArchFacts, SparseConfig, format_range
 from sparsekit.config.costs import explain
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Effect, Judge
+from sparsekit.lab.calibrate.mixture import write_config
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.calibrate.records import Records
-from sparsekit.lab.calibrate.rules import write_config
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import made_on
 from sparsekit.lab.tasks import Task

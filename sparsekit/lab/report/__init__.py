@@ -17,7 +17,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from sparsekit.config import format_range, load
+from sparsekit.config import format_range, load, parse_range
+from sparsekit.config.drawing import draw_heads
 from sparsekit.errors import SparsekitError, writing
 from sparsekit.lab.sweep import read_results
 from sparsekit.lab.sweep.best import overview
@@ -176,12 +177,16 @@ def _text(record: Mapping[str, Any]) -> str:
     """The config spelled out, a line for each run of layers and pattern, so that a diff of two shows what differs."""
     if not record.get("resolved"):
         return "every layer: the model's own attention"
-    lines = []
+    lines, drawn = [], []
     for run in record["resolved"]:
+        groups = []
         for pattern in run["patterns"]:
             given = ", ".join(f"{k}={_said(v)}" for k, v in pattern.items() if k not in ("name", "heads"))
             lines.append(f"layers {run['layers']}, heads {pattern['heads']}: {pattern['name']}({given})")
+            groups.append((f"{pattern['name']}({given})" if given else pattern["name"], parse_range(pattern["heads"])))
+        drawn.append((str(run["layers"]), groups))
     config = record.get("config") or {}
+    lines += draw_heads(drawn)
     lines += [
         f"{name}: {config[name]}" for name in ("dense_below_tokens", "min_queries", "dense_impl") if name in config
     ]

@@ -43,6 +43,25 @@ def test_a_rate_counts_each_row_once(block_kv: int) -> None:
     assert kernel._flops(dense_plan(geometry), shape) == 2 * tokens**2 * 64 * 6
 
 
+@pytest.mark.parametrize(("case", "dense"), [("mixed", [0, 4]), ("mixed-groups", [0, 1])])
+def test_a_quarter_of_the_heads_is_dense_scattered_or_in_groups(
+    case: str, dense: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan keeps what each head's own plan keeps, and a rate counts no more than that."""
+    tokens = 1500
+    shape = kernel.Shape(tokens, 8, 4, 64, torch.float32)
+    monkeypatch.setattr(kernel, "plan_from_rule", lambda rule, geometry, device: plan_from_rule(rule, geometry))
+    monkeypatch.setattr(type(dense_plan(Geometry.of(1))), "to", lambda self, device: self)
+    plan = kernel._plan(case, shape, (128, 64))
+    geometry = Geometry.of(tokens, block_q=128, block_kv=64)
+    alone = {True: dense_plan(geometry), False: plan_from_rule(TokenRule(8, 512, tokens - 128), geometry)}
+    mask = plan.to_mask()[0]
+    for head in range(8):
+        assert torch.equal(mask[head], alone[head in dense].to_mask()[0, 0]), head
+    tiles = 6 * alone[False].visited_tiles() + 2 * alone[True].visited_tiles()
+    assert kernel._flops(plan, shape) == tiles * 4 * 128 * 64 * 64
+
+
 def test_the_time_of_flexattentions_mask_is_without_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
 

@@ -97,6 +97,8 @@ def test_gradient_is_that_of_theta_written_out(kind: str, fields: dict, monkeypa
             torch.testing.assert_close(sums.signed[layer, 0, at], inside.sum(), rtol=1e-8, atol=1e-14)
             expected = of_heads[layer][:, mask].abs().sum(-1)
             torch.testing.assert_close(sums.heads[layer, 0, :, at], expected, rtol=1e-8, atol=1e-14)
+            expected = of_heads[layer][:, mask].sum(-1)
+            torch.testing.assert_close(sums.head_signed[layer, 0, :, at], expected, rtol=1e-8, atol=1e-14)
         causal = explicit[layer][0].tril()
         torch.testing.assert_close(sums.gradient[layer, 0].sum(), causal.abs().sum())
 
@@ -151,6 +153,7 @@ def test_the_last_layers_middle_is_free_and_masses_add_up() -> None:
     middle = SECTIONS.index("middle")
     assert sums.gradient[2, 0, middle] == 0 < sums.gradient[1, 0, middle]
     torch.testing.assert_close(sums.mass.sum(-1), torch.full((3, 1), 4.0 * N, dtype=torch.float64))
+    torch.testing.assert_close(sums.head_mass.sum(-1), torch.full((3, 1, 4), 1.0 * N, dtype=torch.float64))
 
 
 def test_a_batch_is_its_samples_alone() -> None:
@@ -160,7 +163,7 @@ def test_a_batch_is_its_samples_alone() -> None:
     for b, ids in enumerate(prompts):
         logit, alone = probe_batch(model, [ids], [3 + b], CUT)
         torch.testing.assert_close(logits[b], logit[0])
-        for name in ("gradient", "signed", "mass", "heads"):
+        for name in ("gradient", "signed", "mass", "heads", "head_signed", "head_mass"):
             torch.testing.assert_close(getattr(together, name)[:, b], getattr(alone, name)[:, 0])
 
 
@@ -309,7 +312,7 @@ def test_on_a_card_as_on_the_cpu() -> None:
     model, ids = models.tiny("llama"), [_ids(300), _ids(200, seed=1)]
     cpu = probe_batch(model, ids, [3, 4], CUT)[1]
     card = probe_batch(model.cuda(), ids, [3, 4], CUT)[1]
-    for name in ("gradient", "mass", "heads"):
+    for name in ("gradient", "mass", "heads", "head_signed", "head_mass"):
         torch.testing.assert_close(getattr(card, name).cpu(), getattr(cpu, name), rtol=2e-3, atol=1e-9)
 
 

@@ -13,10 +13,11 @@ from sparsekit.lab.calibrate.curve import start_layer_curve
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
 from sparsekit.lab.calibrate.heads import search_heads
+from sparsekit.lab.calibrate.mixture import write_config
 from sparsekit.lab.calibrate.probe import Sections, probe
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.calibrate.records import Records
-from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule, write_config
+from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule
 from sparsekit.lab.calibrate.tune import Choice, choose, summary, tune
 from sparsekit.lab.tasks import Sample, Task
 from sparsekit.patterns import pattern_class, pattern_names
@@ -102,8 +103,8 @@ def test_the_suffix_rule_fails_and_the_gate_catches_it(adversary, tmp_path) -> N
     model, tokenizer = adversary
     found = probe(model, tokenizer, samples=4, tokens=400, seeds=(0,), sections=CUT, **OPTIONS)
     assert found.relative()[0] == 1 and 0 < found.relative()[1] < 0.1
-    layers, said = apply_rule(parse_rule("suffix"), Given(3, found))
-    assert layers == [1, 2]
+    layers, said = apply_rule(parse_rule("suffix"), Given(models.facts(model), found))
+    assert list(layers) == [1, 2]
     config = write_config(models.facts(model), dict.fromkeys(layers, TRIANGLE), said, dense_below_tokens=100)
     file = tmp_path / "gate.jsonl"
     report = gate(model, tokenizer, config, tokens=[400, 600], samples=6, records=file, **OPTIONS)
@@ -133,6 +134,25 @@ def test_the_suffix_rule_fails_and_the_gate_catches_it(adversary, tmp_path) -> N
     assert again.checks == passed.checks and len(Records(file)) == before
 
 
+def test_the_gate_names_the_one_head_that_was_wrongly_chosen(adversary, tmp_path) -> None:
+    """Head 0 of layer 1 alone carries the fact over the middle; heads 3 are left dense, and are not to blame."""
+    model, tokenizer = adversary
+    config = load({"model": {"num_layers": 3, "num_heads": 4}, "heads": {"0-2": {"0-2": TRIANGLE}}})
+    file = tmp_path / "gate.jsonl"
+    report = gate(model, tokenizer, config, tokens=[400], samples=4, records=file, **OPTIONS)
+    assert not report.passed and report.give_back == (1,) and dict(report.give_back_heads) == {1: (0,)}
+    assert report.to_dict()["give_back_heads"] == {"1": [0]}
+    assert "0.00, dense 1.00; give layer 1 head 0 back to dense attention" in report.why()
+    better = give_back(config, report.give_back, report.give_back_heads)
+    assert {k: list(v) for k, v in better.heads.items()} == {"0,2": ["0-2"], "1": ["1-2", "0"]}
+    assert better.provenance["heads_given_back_to_dense"] == {"1": "0"}
+    passed = gate(model, tokenizer, better, tokens=[400], samples=4, records=file, **OPTIONS)
+    assert passed.passed and passed.give_back_heads == {}
+
+    right = load({"model": {"num_layers": 3, "num_heads": 4}, "heads": {"0-2": {"1-3": TRIANGLE}}})
+    assert gate(model, tokenizer, right, tokens=[400], samples=4, records=file, **OPTIONS).passed
+
+
 def test_a_model_that_is_wrong_when_dense_does_not_pass(adversary) -> None:
     model, tokenizer = models.tiny("llama", vocab_size=len(WORDS)), adversary[1]
     report = gate(model, tokenizer, {"layers": {"3": TRIANGLE}}, tokens=[300], samples=3, **OPTIONS)
@@ -150,11 +170,13 @@ def test_search_rule_measures_what_it_chooses(adversary) -> None:
 
     triangle = parse_pattern(TRIANGLE)
 
-    def measure(layers, rule) -> Effect:
-        return judge.effect(dict.fromkeys(layers, triangle))
+    def measure(layers, rule) -> dict[str, Effect]:
+        return {"relayed": judge.effect(dict.fromkeys(layers, triangle))}
 
-    layers, said = apply_rule(parse_rule("search", {"budget": 1e9, "lost": 0}), Given(3, found, measure))
-    assert layers == [2]
+    layers, said = apply_rule(
+        parse_rule("search", {"budget": 1e9, "lost": 0}), Given(models.facts(model), found, measure)
+    )
+    assert list(layers) == [2]
     assert said["measurements"] == 2
 
 
@@ -276,6 +298,13 @@ def test_give_back_takes_heads_ranges_and_defaults() -> None:
     dense = [layer.dense for layer in give_back(config, [2, 4, 5]).resolve().layers]
     assert dense == [False, False, True, False, True, True]
     assert list(give_back(config, [2, 3, 4]).heads) == []
+    some = give_back(config, [4], {0: (1, 2), 3: (0,)}).resolve()
+    assert [[str(p).partition("(")[0], h] for p, h in some.layers[0].groups()] == [
+        ["a_shape", (0, 3)],
+        ["dense", (1, 2)],
+    ]
+    assert [h for p, h in some.layers[3].groups() if p.name == "dense"] == [(0,)] and some.layers[4].dense
+    assert some.layers[2] == config.resolve().layers[2]
 
 
 @pytest.mark.parametrize(

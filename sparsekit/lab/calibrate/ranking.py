@@ -1,0 +1,93 @@
+"""Heads in the order in which they can be given up: by the probe's Grad(Middle) of each, or by what was measured.
+
+TriangleMix (2507.21526) ranks layers. A head's gradient is that of a factor of its own, which the same backward pass
+gives; nothing was published on heads, and all orders here are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+
+from sparsekit.config import ModelFacts
+from sparsekit.errors import SparsekitError, nearest, shown
+from sparsekit.lab.calibrate.mixture import Chosen
+from sparsekit.lab.calibrate.probe import LayerProbe, Probe
+
+__all__ = ["SCORES", "Head", "chosen_of", "head_scores", "in_order", "rank_correlation"]
+
+Head = tuple[int, int]  # layer, query head
+
+
+def _of(name: str) -> Callable[[LayerProbe, int], float]:
+    return lambda layer, head: abs(getattr(layer, name)[head]["middle"])
+
+
+def _gradient_mass(layer: LayerProbe, head: int) -> float:
+    return _of("heads")(layer, head) * _of("head_mass")(layer, head)
+
+
+# What a probe says of a head: the mean of |dy/dtheta| over the Middle section, the absolute value of the mean of
+# dy/dtheta, and the first times the mean attention weight there.
+SCORES: dict[str, Callable[[LayerProbe, int], float]] = {
+    "gradient": _of("heads"),
+    "signed": _of("head_signed"),
+    "gradient_mass": _gradient_mass,
+}
+
+
+def head_scores(probe: Probe, by: str = "gradient") -> dict[Head, float]:
+    """The score of each head of each layer that was probed; the larger, the more the answer needs its Middle section.
+
+    Raises:
+        SparsekitError: an unknown score, a probe without heads or with numbers that rank nothing.
+    """
+    if by not in SCORES:
+        raise SparsekitError(f"rank {shown(by)}: of a probe {', '.join(SCORES)}.{nearest(by, SCORES)}")
+    probed = [layer for layer in probe.layers if layer.gradient is not None]
+    if not all(layer.heads and layer.head_signed and layer.head_mass for layer in probed):
+        raise SparsekitError(f"probe of {probe.model}: it has no numbers of heads for {by!r}; probe once more.")
+    found = {(layer.layer, head): SCORES[by](layer, head) for layer in probed for head in range(len(layer.heads))}
+    if not found or not 0 < max(found.values()) < math.inf or any(map(math.isnan, found.values())):
+        told = f"{by} of {min(found.values())} to {max(found.values())}" if found else "no layer was probed"
+        raise SparsekitError(
+            f"probe of {probe.model}: {told}, so no head can be told from another; probe in float32 (--dtype float32), "
+            "longer prompts, or a model of full attention."
+        )
+    return found
+
+
+def in_order(scores: Mapping[Head, float], arch: ModelFacts, *, whole_groups: bool = False) -> list[tuple[Head, ...]]:
+    """Heads, each alone or with those of its key head, by rising sum of scores; ties go to the deeper layer."""
+    groups: dict[tuple[int, int], list[Head]] = {}
+    for layer, head in sorted(scores):
+        size = arch.heads(layer) // (arch.num_key_heads or 1) if whole_groups else 1
+        groups.setdefault((layer, head // size), []).append((layer, head))
+    units = [tuple(heads) for heads in groups.values()]
+    return sorted(units, key=lambda heads: (sum(scores[head] for head in heads), -heads[0][0], heads[0][1]))
+
+
+def chosen_of(units: Sequence[Sequence[Head]]) -> Chosen:
+    """Heads as layer -> its heads."""
+    found: dict[int, list[int]] = {}
+    for layer, head in sorted(head for heads in units for head in heads):
+        found.setdefault(layer, []).append(head)
+    return {layer: tuple(heads) for layer, heads in found.items()}
+
+
+def rank_correlation(one: Mapping[Head, float], other: Mapping[Head, float]) -> float:
+    """Spearman's rank correlation of two scores of the same heads; equal scores share their mean rank."""
+    if one.keys() != other.keys() or len(one) < 2:
+        raise SparsekitError(f"scores of {len(one)} and {len(other)} heads: want the same heads in both, two or more.")
+    a, b = _ranks(one), _ranks(other)
+    centre = (len(one) - 1) / 2
+    products = [sum((x[head] - centre) * (y[head] - centre) for head in one) for x, y in ((a, b), (a, a), (b, b))]
+    return products[0] / math.sqrt(products[1] * products[2]) if products[1] and products[2] else math.nan
+
+
+def _ranks(scores: Mapping[Head, float]) -> dict[Head, float]:
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(sorted(scores.values())):
+        places.setdefault(value, []).append(place)
+    return {head: mean(places[value]) for head, value in scores.items()}
