@@ -1,8 +1,8 @@
 """Load a model and its tokenizer, read a model's facts without its weights, and make tiny random models for tests.
 
 `load` takes a hub id, a local folder, a GGUF file, or the name of an embedded model. Here: `names` is what a model may
-be called, `embedded` what comes in packages, `loading` and `gguf` bring it, `reading` tells its facts, `small` makes random
-ones.
+be called, `embedded` what comes in packages, `loading` and `gguf` bring it, `reading` tells its facts, `small` makes
+random ones.
 """
 
 from sparsekit.models.embedded import EMBEDDED, EmbeddedModel, parts_found
