@@ -14,6 +14,7 @@ import yaml
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.cli import app, describe_patterns
 from sparsekit.config import ModelFacts
+from sparsekit.lab.calibrate.rules import RULES
 from sparsekit.lab.report import markdown_report
 from sparsekit.lab.sweep import load_question, read_results
 from sparsekit.lab.tasks import task_names
@@ -167,6 +168,17 @@ def _is_module(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is no package
         return False
+
+
+def test_rules_of_calibration_have_their_rows() -> None:
+    expected = []
+    for name, rule in RULES.items():
+        options = [
+            (f"--{field.replace('_', '-')}", info) for field, info in rule.model_fields.items() if field != "name"
+        ]
+        said = [f"`{o}`{'' if i.is_required() else f' {i.default}'}: {i.description}" for o, i in options]
+        expected.append([f"`{name}`", (rule.__doc__ or "").splitlines()[0], "; ".join(said)])
+    assert _rows((DOCS / "calibrate.md").read_text(), "| rule |") == expected
 
 
 def test_columns_of_explain_are_fields_of_its_json() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sparsekit.cli.options import (
     GATE,
@@ -30,12 +31,31 @@ from sparsekit.cli.options import (
     command_line,
     gated,
     load_weights,
+    ruled,
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, words_of
 
+
+class _Calibrate(TyperGroup):
+    """`rule` has an option for each field of a rule: rules, which import torch, are read when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(dict.fromkeys([*super().list_commands(ctx), "rule"]))
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        if name == "rule" and name not in self.commands:
+            from sparsekit.lab.calibrate.rules import RULES
+
+            app = typer.Typer(rich_markup_mode=None, add_completion=False)
+            app.command(name, epilog=f"Rules: {', '.join(RULES)}.")(ruled(_calibrate_rule))
+            self.commands[name] = typer.main.get_command(app)
+        return super().get_command(ctx, name)
+
+
 calibrate_app = typer.Typer(
+    cls=_Calibrate,
     help="Measure which layers of a model bear which pattern, and write a config that passed its gate.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -81,33 +101,28 @@ def _calibrate_probe(
     show(said, found.table(), as_json, output)
 
 
-@calibrate_app.command("rule")
 @gated
 def _calibrate_rule(
     model: Weights,
-    rule: Annotated[str, typer.Option("--rule", help="How layers are chosen: suffix, lowest_k, list or search.")],
+    rule: Annotated[str, typer.Option("--rule", help="How layers are chosen; rules are listed below.")],
     output: Yaml,
     probe_file: Annotated[Path | None, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")] = None,
     pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen layers, as in YAML.")] = "triangle",
-    epsilon: Annotated[float, typer.Option("--epsilon", help="suffix: share of the largest Grad(Middle).")] = 0.2,
-    k: Annotated[int | None, typer.Option("--k", help="lowest_k: number of layers.")] = None,
-    layers: Annotated[str | None, typer.Option("--layers", help="list: the layers, such as `5,7,10-20`.")] = None,
-    budget: Annotated[float, typer.Option("--budget", help="search: KL from dense, in nats per token.")] = 0.002,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="search: number of prompts, at least 2.")] = 8,
-    tokens: Annotated[str, typer.Option("--tokens", "-n", help="search: prompt lengths, comma-separated.")] = "2048",
     dense_below: Below = 1024,
     gate: Gate = GATE,
     device: Device = "auto",
     dtype: ExactDtype = None,
+    **constants: Any,
 ) -> None:
     """Choose layers by a rule, and write the config if it passes the gate."""
-    from sparsekit.lab.calibrate.effects import Judge
+    from sparsekit.lab.calibrate.effects import Effect, Judge
     from sparsekit.lab.calibrate.probe import read_probe
     from sparsekit.lab.calibrate.prompts import make_prompts
-    from sparsekit.lab.calibrate.rules import apply_rule, write_config
+    from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule, write_config
     from sparsekit.models import facts
     from sparsekit.patterns import parse_pattern
 
+    asked = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
     found = None if probe_file is None else read_probe(probe_file)
     given = patterns_of(pattern, "--pattern")
     if len(given) != 1:
@@ -116,15 +131,12 @@ def _calibrate_rule(
     loaded = load_weights(model, device, dtype, exact=True)
     arch = facts(loaded[0])
 
-    def bears(some: Sequence[int]) -> bool:
-        lengths = numbers_of(tokens, "--tokens")
-        prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=samples, seeds=[0])
-        effect = Judge(*loaded, prompts, gate.records).effect(dict.fromkeys(some, runs))
-        return effect.kl_at_most <= budget and effect.lost <= gate.bound
+    def measure(some: Sequence[int], rule: Any) -> Effect:
+        lengths = numbers_of(rule.tokens, "--tokens")
+        prompts = make_prompts(*loaded, tasks=["needle4"], tokens=lengths, count=rule.samples, seeds=[0])
+        return Judge(*loaded, prompts, gate.records).effect(dict.fromkeys(some, runs))
 
-    numbers, said = apply_rule(
-        rule, found, num_layers=arch.num_layers, epsilon=epsilon, k=k, layers=layers, bears=bears
-    )
+    numbers, said = apply_rule(asked, Given(arch.num_layers, found, measure))
     if not numbers:
         raise SparsekitError(f"rule {rule!r} chose no layer: there is nothing to write.")
     said = {"by": "sparsekit calibrate rule", **said}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -20,12 +20,17 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML 
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Prompt length in tokens.")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Check against a model: its folder, config.json, hub id, or `smollm2-135m`."),
+    typer.Option(
+        "--model", "-m", help="Check against a model: its folder, config.json, hub id, or a name of `sparsekit models`."
+    ),
 ]
 Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or `smollm2-135m`; weights are read.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A hub id, a folder, a .gguf file, or a name of `sparsekit models`; weights are read."
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -81,14 +86,41 @@ GATE = Gate()
 
 def gated(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameter `gate` is typed as the options of `Gate`."""
-    options = inspect.signature(Gate, eval_str=True).parameters.values()
+    run = _spelled_out(command, "gate", inspect.signature(Gate, eval_str=True).parameters.values())
+
+    @wraps(run)
+    def with_gate(**given: Any) -> None:
+        gate = Gate(**{field.name: given.pop(field.name) for field in fields(Gate)})
+        command(**given, gate=gate)
+
+    return with_gate
+
+
+def ruled(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose `**constants` are typed as the fields of all rules of calibration; not given: None."""
+    from sparsekit.lab.calibrate.rules import RULES
+
+    takers: dict[str, list[str]] = {}
+    options = {}
+    for rule, cls in RULES.items():
+        for name, field in cls.model_fields.items():
+            if name != "name":
+                takers.setdefault(name, []).append(rule)
+                default = "" if field.is_required() else f" (default: {field.default})"
+                says = f"{', '.join(takers[name])}: {field.description}{default}."
+                kind: Any = Annotated[field.annotation | None, typer.Option(f"--{name.replace('_', '-')}", help=says)]  # type: ignore[operator]
+                options[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    return _spelled_out(command, "constants", options.values())
+
+
+def _spelled_out(command: Callable[..., None], name: str, options: Iterable[inspect.Parameter]) -> Callable[..., None]:
+    """The command with `options` in its signature where the parameter of that name is."""
     signature = inspect.signature(command, eval_str=True)
-    parameters = [one for own in signature.parameters.values() for one in (options if own.name == "gate" else (own,))]
+    parameters = [one for own in signature.parameters.values() for one in (options if own.name == name else (own,))]
 
     @wraps(command)
     def run(**given: Any) -> None:
-        gate = Gate(**{field.name: given.pop(field.name) for field in fields(Gate)})
-        command(**given, gate=gate)
+        command(**given)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}

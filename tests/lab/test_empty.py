@@ -23,7 +23,7 @@ from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.gate import GateReport, gate
 from sparsekit.lab.calibrate.heads import search_heads
 from sparsekit.lab.calibrate.probe import LayerProbe, Probe, Sections, probe
-from sparsekit.lab.calibrate.rules import lowest_k, suffix
+from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule
 from sparsekit.lab.calibrate.sinks import Inspection, LayerSinks, inspect_model
 from sparsekit.lab.calibrate.tune import summary, tune
 from sparsekit.lab.evaluate import evaluate, read_on
@@ -84,9 +84,9 @@ def test_no_rule_on_gradients_that_say_nothing(gradients: tuple[float | None, ..
         for i, g in enumerate(gradients)
     ]
     found = Probe("m", CUT, 1, {}, {}, tuple(layers))
-    for rule in (lambda: suffix(found), lambda: lowest_k(found, 0)):
+    for rule in (parse_rule("suffix"), parse_rule("lowest_k", {"k": 0})):
         with pytest.raises(SparsekitError, match=r"no layer (can be told from another|was probed)"):
-            rule()
+            apply_rule(rule, Given(len(layers), found))
 
 
 def test_a_probe_without_a_middle(small: Smol) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from sparsekit import SparsekitError, load, models
 from sparsekit.lab.calibrate.curve import start_layer_curve
-from sparsekit.lab.calibrate.effects import Judge
+from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
 from sparsekit.lab.calibrate.heads import search_heads
 from sparsekit.lab.calibrate.probe import Sections, probe
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.calibrate.records import Records
-from sparsekit.lab.calibrate.rules import apply_rule, suffix, write_config
+from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule, write_config
 from sparsekit.lab.calibrate.tune import Choice, choose, summary, tune
 from sparsekit.lab.tasks import Sample, Task
 from sparsekit.patterns import pattern_class, pattern_names
@@ -102,8 +102,8 @@ def test_the_suffix_rule_fails_and_the_gate_catches_it(adversary, tmp_path) -> N
     model, tokenizer = adversary
     found = probe(model, tokenizer, samples=4, tokens=400, seeds=(0,), sections=CUT, **OPTIONS)
     assert found.relative()[0] == 1 and 0 < found.relative()[1] < 0.1
-    layers, said = apply_rule("suffix", found, num_layers=3)
-    assert layers == suffix(found) == [1, 2]
+    layers, said = apply_rule(parse_rule("suffix"), Given(3, found))
+    assert layers == [1, 2]
     config = write_config(models.facts(model), dict.fromkeys(layers, TRIANGLE), said, dense_below_tokens=100)
     file = tmp_path / "gate.jsonl"
     report = gate(model, tokenizer, config, tokens=[400, 600], samples=6, records=file, **OPTIONS)
@@ -150,10 +150,10 @@ def test_search_rule_measures_what_it_chooses(adversary) -> None:
 
     triangle = parse_pattern(TRIANGLE)
 
-    def bears(layers) -> bool:
-        return judge.effect(dict.fromkeys(layers, triangle)).lost <= 0
+    def measure(layers, rule) -> Effect:
+        return judge.effect(dict.fromkeys(layers, triangle))
 
-    layers, said = apply_rule("search", found, num_layers=3, bears=bears)
+    layers, said = apply_rule(parse_rule("search", {"budget": 1e9, "lost": 0}), Given(3, found, measure))
     assert layers == [2]
     assert said["measurements"] == 2
 

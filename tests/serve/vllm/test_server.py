@@ -76,7 +76,7 @@ def server(smollm: Path) -> Iterator[str]:
             ],
             stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
-        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 180
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 400
         try:
             while True:
                 assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
@@ -88,7 +88,10 @@ def server(smollm: Path) -> Iterator[str]:
             yield address
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _complete(address: str, **body: Any) -> Any:
