@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+VLLM := .venv-vllm
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint gpu-test evidence clean
+.PHONY: demo test test-vllm lint gpu-test evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsekit demo
@@ -15,6 +16,10 @@ demo: $(VENV)/.demo
 # A worker a core. A file's tests stay with one worker, so that what they share is made once.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+# Real engines of vLLM on a CPU, in an environment of their own: vLLM takes other releases than the project.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=2 PYTHONPATH=tests/serve/vllm $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/serve
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -29,7 +34,7 @@ evidence: $(VENV)/.evidence
 	$(BIN)/sparsekit models
 
 clean:
-	rm -rf $(VENV) build dist sparsekit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist sparsekit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find sparsekit tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -52,6 +57,13 @@ $(VENV)/.test: $(VENV)/.demo $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.test $(SOURCES)
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM for a CPU into $(VLLM): two minutes and 2.4 GB the first time."
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.evidence: $(VENV)/.test

@@ -66,8 +66,8 @@ class Keys:
     """The keys and values of one request, in one layer.
 
     Attributes:
-        tensors: without `places`, k and v, (n, G, D) each. With them, pages (pages, size, G, W), any strides: one tensor
-            whose W = 2 D numbers are a token's key and then its value, or two, keys and values, of W = D.
+        tensors: without `places`, k and v, (n, G, D) each. With them, pages (pages, size, G, W), any strides: one
+            tensor whose W = 2 D numbers are a token's key and then its value, or two, keys and values, of W = D.
         places: where positions lie in pages.
     """
 

@@ -238,9 +238,9 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             bound = self.sparsekit
             if bound is not None and attn_metadata is None:
                 self._take_scratch(bound, query, key)
-            step = getattr(attn_metadata, "sparsekit", None)
+            step: Step | None = getattr(attn_metadata, "sparsekit", None)
             runs = step.runs(bound, kv_cache.shape[2]) if step is not None and bound is not None else None
-            if not runs:
+            if step is None or bound is None or not runs:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest, **more)
             for begin, end, metadata in step.others(runs):
                 part = slice(begin, end)
@@ -293,7 +293,7 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             q = query.view(query.shape[0], self.num_heads, self.head_size)
             take_scratch(bound, q, self.num_kv_heads, self._softmax_of())
 
-    class Backend(stock):  # type: ignore[misc]
+    class Backend(stock):
         supports_kv_cache_update_bypass = False
 
         @staticmethod

@@ -30,7 +30,7 @@ PENDING = 4096  # intervals whose end is not known yet
 
 @dataclass
 class LayerCounts:
-    """One layer, since the start: chunks and rows run here; pairs that were kept, and of dense attention over the same rows.
+    """One layer, since the start: chunks and rows run here; pairs kept, and those of dense attention.
 
     `seconds` is the device's time, on a GPU between two events.
     """
@@ -194,4 +194,4 @@ def expose() -> None:
 def _expose_once() -> None:
     from prometheus_client import REGISTRY
 
-    REGISTRY.register(_Collector())  # type: ignore[arg-type]
+    REGISTRY.register(_Collector())

@@ -185,7 +185,7 @@ def version_refusal(version: tuple[Any, ...]) -> str:
     if TESTED[0] <= tuple(version[:2]) <= TESTED[1] or os.environ.get(ANY_VERSION) == "1":
         return ""
     return (
-        f"vLLM {'.'.join(map(str, version[:3]))}: sparsekit was tested with {first} to {last}; install one of these, or "
+        f"vLLM {'.'.join(map(str, version[:3]))}: sparsekit was tested with {first} to {last}; install one, or "
         f"set {ANY_VERSION}=1 to try."
     )
 

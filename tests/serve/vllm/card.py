@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """vLLM with CUDA kernels on one GPU: correctness over each backend with graphs, then stock and sparsekit in turns.
 
     python tests/serve/vllm/card.py check OUT.jsonl [BACKEND ...]   explicit masks, per-request configs, graphs
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ TIMED = {
     name: f"version: 1\ndense_below_tokens: 4096\ndefault: {below}\nlayers: {{'16-31': {TRIANGLE}}}\n"
     for name, below in BELOW.items()
 }
-LLAMA_8B = dict(
+LLAMA_8B = dict(  # noqa: C408
     architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336,
     num_hidden_layers=int(os.environ.get("CARD_LAYERS", 32)), num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     vocab_size=128256, max_position_embeddings=262144, rms_norm_eps=1e-5, rope_theta=500000.0,
@@ -52,7 +54,8 @@ LLAMA_8B = dict(
     attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 if os.environ.get("CARD_TINY"):  # the script itself, tried on a CPU
-    LLAMA_8B |= dict(hidden_size=64, intermediate_size=64, head_dim=32, num_attention_heads=32, num_key_value_heads=8,
+    LLAMA_8B |= dict(  # noqa: C408
+        hidden_size=64, intermediate_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1,
                      vocab_size=1000, torch_dtype="float32")  # fmt: skip
 LONGEST = int(os.environ.get("CARD_TOKENS", 131072))
 CHUNK = 8192
@@ -139,7 +142,9 @@ def engine(kind: str) -> None:
     scheduler = core.engine_core.engine_core.scheduler
 
     def prompt(tokens: int, seed: int) -> list[int]:
-        return torch.randint(3, LLAMA_8B["vocab_size"] - 10, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.randint(
+            3, LLAMA_8B["vocab_size"] - 10, (tokens,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
 
     def params(tokens: int, config: str | None) -> Any:
         named = {"sparsekit": config} if config and kind != "stock" else None
@@ -153,7 +158,10 @@ def engine(kind: str) -> None:
         start = time.perf_counter()
         llm.generate([{"prompt_token_ids": ids}], params(1, config), use_tqdm=False)
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, **({"peak": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})}
+        return {
+            "seconds": seconds,
+            **({"peak": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
+        }
 
     def load(requests: list[list[int]], clients: int, out_tokens: int, config: str | None) -> dict[str, Any]:
         """A closed loop of clients; times of each request's tokens, as the engine gives them."""
@@ -174,8 +182,11 @@ def engine(kind: str) -> None:
                     counts[output.request_id] = done
         wall = time.perf_counter() - start
         firsts = sorted(t[0] - begun[r] for r, t in times.items())
-        gaps = sorted(b - a for t in times.values() for a, b in zip(t, t[1:], strict=False))
-        at = lambda values, share: values[min(int(len(values) * share), len(values) - 1)] if values else None  # noqa: E731
+        gaps = sorted(b - a for t in times.values() for a, b in pairwise(t))
+
+        def at(values: list[float], share: float) -> float | None:
+            return values[min(int(len(values) * share), len(values) - 1)] if values else None
+
         return {
             "seconds": wall, "requests": len(requests), "requests_per_second": len(requests) / wall,
             "tokens": sum(n for n, _ in requests), "first_p50": at(firsts, 0.5), "first_p99": at(firsts, 0.99),
@@ -204,9 +215,13 @@ def engine(kind: str) -> None:
 class Engine:
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        log = open(f"{os.environ.get('OUT', '/tmp')}/engine-{kind}.log", "w")
+        log = Path(os.environ.get("OUT", "/tmp"), f"engine-{kind}.log").open("w")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "engine", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, __file__, "engine", kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
 
     def wait(self, word: str) -> Any:
@@ -244,7 +259,9 @@ def timed(out: str, parts: list[str]) -> None:
 
     if "chunked" in parts:
         for tokens in lengths:
-            in_turns("chunked", CHUNK, [*arms, (ours, "off")] if tokens == 8192 else arms, tokens, 3 if tokens > 40000 else 7)
+            in_turns(
+                "chunked", CHUNK, [*arms, (ours, "off")] if tokens == 8192 else arms, tokens, 3 if tokens > 40000 else 7
+            )
     if "whole" in parts:
         dynamic = [(ours, "block_topk"), (ours, "vertical_slash")]
         for tokens in lengths[:2]:

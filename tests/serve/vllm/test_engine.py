@@ -1,4 +1,4 @@
-"""A real engine computes what transformers computes under explicit masks: whole, in chunks beside decodes, by request."""
+"""A real engine computes what transformers computes under explicit masks: whole, chunked, by request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from tiny_llama import HEADS, Reference, largest_difference, prompt
+from tiny_llama import Reference, largest_difference, prompt
 
 T = "{name: triangle, sink_tokens: 8, window_tokens: 64, last_tokens: 32}"
 A = "{name: a_shape, sink_tokens: 100, window_tokens: 40}"

@@ -1,4 +1,4 @@
-"""A tiny random Llama whose attention matters, and what transformers says of it under an explicit mask for each head."""
+"""A tiny random Llama whose attention matters, and what transformers says of it under explicit masks."""
 
 from __future__ import annotations
 
