@@ -343,9 +343,7 @@ def _calibrate_head_curve(
     pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
     whole_groups: Annotated[bool, typer.Option("--whole-groups", help="All heads of a key head, or none.")] = False,
     rank_tasks: Annotated[str, typer.Option("--rank-tasks", help="Tasks of orders that are measured.")] = "needle4",
-    rank_samples: Annotated[
-        int, typer.Option("--rank-samples", min=2, help="Prompts of orders that are measured.")
-    ] = 4,
+    rank_samples: Annotated[int, typer.Option("--rank-samples", min=2, help="Prompts of measured orders.")] = 4,
     samples: Samples = 96,
     tokens: Lengths = "2200",
     seed: Seed = 0,
