@@ -26,7 +26,7 @@ class FlashPrefill(BlockPattern):
     source: ClassVar[str] = "FlashPrefill, arXiv 2603.06199"
     sweep_points = tuple({"alpha": share} for share in (0.8, 0.5, 0.3, 0.1, 0.03, 0.01))
     test_points = (
-        {"alpha": 0.9, "sink_blocks": 1, "window_blocks": 1, "last_blocks": 0},
+        {"alpha": 1.0, "sink_blocks": 0, "window_blocks": 1, "last_blocks": 0},
         {"alpha": 1.0, "sink_blocks": 0, "window_blocks": 1, "last_blocks": 1},
     )
     alpha: float = Field(0.1, gt=0, le=1, description="share of a row's largest score that a key block needs")

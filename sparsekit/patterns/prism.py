@@ -30,7 +30,7 @@ class Prism(BlockPattern):
     name: Literal["prism"] = "prism"
     source: ClassVar[str] = "Prism, arXiv 2602.08426"
     sweep_points = tuple({"top_p": share} for share in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95))
-    test_points = ({"top_p": 0.3}, {"top_p": 0.4, "low_share": 1.0, "high_share": 0.25})
+    test_points = ({"top_p": 0.05, "low_share": 1.0, "high_share": 1.0}, {"top_p": 0.05})
     top_p: float = Field(0.95, gt=0, le=1, description="share of each band's softmax to keep; 1 keeps everything")
     low_share: float = Field(0.75, gt=0, le=1, description="share of the dimensions in the band of low frequencies")
     high_share: float = Field(0.5, gt=0, le=1, description="share of the dimensions in the band of high frequencies")
