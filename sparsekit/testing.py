@@ -83,8 +83,9 @@ def inputs_for(geometry: Geometry, seed: int = 0, dtype: torch.dtype = torch.flo
 def _plan(pattern: Pattern, geometry: Geometry, inputs: Inputs) -> BlockPlan:
     try:
         return pattern.plan(inputs[0], inputs[1], geometry, Softmax(DIM**-0.5))
-    except SparsekitError as error:
-        raise AssertionError(f"{pattern}: {error} {geometry}") from error
+    except Exception as error:  # of the pattern's own code: name the call that broke it
+        said = error if isinstance(error, SparsekitError) else f"{type(error).__name__}: {error},"
+        raise AssertionError(f"{pattern}: {said} {geometry}") from error
 
 
 def _valid(geometry: Geometry) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"kernels"},
     {"patterns"},
     {"config", "testing"},
-    {"patch"},
+    {"patch", "serve"},
     {"models"},
     {"lab"},
     {"cli"},
@@ -87,6 +87,8 @@ def test_heavy_imports_stay_in_their_rooms(path: Path) -> None:
             assert _is_device_code(path) or _room(path) == "lab", f"{path}:{line}: triton is for kernels"
         if top == "transformers":
             assert _room(path) in {"patch", "models", "lab", "cli"}, f"{path}:{line}: transformers here"
+        if top == "vllm":
+            assert path.is_relative_to(PACKAGE / "serve" / "vllm"), f"{path}:{line}: vllm is for serve/vllm"
         if module.startswith("sparsekit.lab"):
             assert _room(path) in {"lab", "cli"}, f"{path}:{line}: only the command line knows the laboratory"
 

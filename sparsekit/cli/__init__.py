@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sparsekit.cli.about import describe_patterns, doctor, validate
+from sparsekit.cli.about import describe_patterns, doctor, named_models, validate
 from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.evaluate import eval_, report, sweep
 from sparsekit.cli.inspect import inspect
@@ -28,7 +28,7 @@ from sparsekit.lab.options import Device, device_of
 if TYPE_CHECKING:
     from sparsekit.config import SparseConfig
 
-__all__ = ["app", "describe_patterns", "doctor", "main", "validate"]
+__all__ = ["app", "describe_patterns", "doctor", "main", "named_models", "validate"]
 
 NO_PARAMETER = {"name": "", "default": "", "required": False, "meaning": "", "range": ""}
 
@@ -228,6 +228,30 @@ def _doctor(as_json: Json = False) -> None:
         print_json(found)
     else:
         print_doctor(found)
+
+
+@app.command("models")
+def _models(as_json: Json = False) -> None:
+    """List the models that have a name here, what is installed of them, and how to install the rest."""
+    found = named_models()
+    if as_json:
+        print_json(found)
+        return
+    head = ["name", "model", "layers", "heads", "head size", "positions", "download", "installed", "install"]
+    print_table(head, [_named_row(model) for model in found])
+
+
+def _named_row(model: dict[str, Any]) -> list[object]:
+    if model["converted"]:
+        state = "in the cache"
+    elif model["parts"] > 1 and not model["installed"]:
+        state = f"{model['parts_installed']} of {model['parts']} parts"
+    else:
+        state = "yes" if model["installed"] else "no"
+    heads = f"{model['heads']} over {model['key_heads']}"
+    size = f"{model['download_bytes'] / 2**20:,.0f} MiB"
+    return [model["name"], model["title"], model["layers"], heads, model["head_dim"], f"{model['positions']:,}", size,
+            state, "" if model["installed"] else model["install"]]  # fmt: skip
 
 
 @plots_app.command("mask")

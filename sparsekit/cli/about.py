@@ -1,4 +1,4 @@
-"""`patterns`, `validate` and `doctor` as Python functions."""
+"""`patterns`, `validate`, `models` and `doctor` as Python functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsekit.errors import SparsekitError
 if TYPE_CHECKING:
     from sparsekit.config import ArchFacts
 
-__all__ = ["describe_patterns", "doctor", "validate"]
+__all__ = ["describe_patterns", "doctor", "named_models", "validate"]
 
 PACKAGES = ("torch", "triton", "transformers", "pydantic", "matplotlib", "gguf", "accelerate")
 
@@ -72,9 +72,40 @@ def doctor() -> dict[str, Any]:
             **{p: _version(p) for p in PACKAGES},
         },
         "devices": [_describe_device(device) for device in _devices()],
-        "models": _embedded_models(),
+        "models": named_models(),
         "missing": _missing(),
     }
+
+
+def named_models() -> list[dict[str, Any]]:
+    """The models that have a name here: facts, what is installed of them, and the command that installs the rest.
+
+    `installed` also holds of one whose parts are gone but which is in the cache, de-quantised (`converted`).
+    """
+    from sparsekit.models import EMBEDDED, is_converted, parts_found
+
+    rows = []
+    for name, model in EMBEDDED.items():
+        found, converted = parts_found(name), is_converted(name)
+        there = sum(file is not None for file in found.values())
+        rows.append(
+            {
+                "name": name,
+                "title": model.title,
+                "layers": model.facts.num_layers,
+                "heads": model.facts.num_heads,
+                "key_heads": model.facts.num_key_heads,
+                "head_dim": model.facts.head_dim,
+                "positions": model.max_positions,
+                "download_bytes": model.size_bytes,
+                "parts": len(found),
+                "parts_installed": there,
+                "converted": converted,
+                "installed": converted or there == len(found),
+                "install": model.install,
+            }
+        )
+    return rows
 
 
 # ---- pieces
@@ -148,15 +179,6 @@ def _can_run(device: Any, impl: str) -> str:
     return "can run"
 
 
-def _embedded_models() -> list[dict[str, Any]]:
-    from sparsekit.models import EMBEDDED
-
-    return [
-        {"name": name, "installed": find_spec(model.package) is not None, "install": model.install}
-        for name, model in EMBEDDED.items()
-    ]
-
-
 def _missing() -> list[dict[str, str]]:
     """Optional parts that are not installed: what for, and the command that brings them."""
     needs = [
@@ -165,11 +187,15 @@ def _missing() -> list[dict[str, str]]:
         ("lm_eval", "tasks of lm-eval", "pip install 'sparsekit-attention[eval]'"),
         ("optuna", "sweeps that search", "pip install 'sparsekit-attention[optuna]'"),
         ("ray", "sweeps on a cluster", "pip install 'sparsekit-attention[ray]'"),
-        ("gguf", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
-        ("accelerate", "the embedded model", "pip install 'sparsekit-attention[demo]'"),
+        ("gguf", "the named models", "pip install 'sparsekit-attention[demo]'"),
+        ("accelerate", "the named models", "pip install 'sparsekit-attention[demo]'"),
     ]
     if sys.platform == "linux":
         needs.append(("triton", "the GPU kernel", "pip install triton"))
     missing = [{"what": name, "for": use, "fix": fix} for name, use, fix in needs if find_spec(name) is None]
-    models = [model for model in _embedded_models() if not model["installed"]]
-    return missing + [{"what": model["name"], "for": "the demo", "fix": model["install"]} for model in models]
+    models = [model for model in named_models() if not model["installed"]]
+    use = {"smollm2-135m": "the demo"}
+    return missing + [
+        {"what": model["name"], "for": use.get(model["name"], "the evidence"), "fix": model["install"]}
+        for model in models
+    ]

@@ -300,6 +300,40 @@ def _calibrate_curve(
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
 
 
+@calibrate_app.command("layers")
+def _calibrate_layers(
+    model: Weights,
+    probe_file: Annotated[Path, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")],
+    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the one layer, as in YAML.")] = "triangle",
+    samples: Samples = 96,
+    tokens: Length = 2200,
+    seed: Seed = 0,
+    tasks: Tasks = "needle4",
+    records: RecordFile = None,
+    output: JsonFile = None,
+    device: Device = "auto",
+    dtype: ExactDtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure divergence with a pattern in one layer at a time, and how well the probe's gradient predicts it."""
+    from sparsekit.lab.calibrate.probe import read_probe
+    from sparsekit.lab.single_layers import single_layers
+
+    found = single_layers(
+        *load_weights(model, device, dtype, exact=True),
+        read_probe(probe_file),
+        _pattern_of(pattern, "--pattern"),
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        tasks=words_of(tasks),
+        records=records,
+    )
+    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+    if not as_json:
+        typer.echo(found.summary())
+
+
 @calibrate_app.command("head-curve")
 def _calibrate_head_curve(
     model: Weights,

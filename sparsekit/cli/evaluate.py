@@ -140,6 +140,9 @@ def sweep(
         typer.Option("--output", "-o", help="Result file, .jsonl (default: FILE.jsonl here)."),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Prompts per run, instead of the file's.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help='Do a part of the runs: a constraint, such as "tokens <= 8192 and seed == 0".')
+    ] = None,
     device: Annotated[
         str,
         typer.Option("--device", help="As elsewhere, or several: cuda:0,cuda:1."),
@@ -172,7 +175,7 @@ def sweep(
     if best_rule is not None:
         parse_rule(best_rule)
     if dry_run:
-        runs = question.runs(device=devices[0], samples=samples)
+        runs = question.runs(device=devices[0], samples=samples, where=where)
         print_table(["model", "task", "tokens", "seed", "config"],
                      [[run.model, run.task, run.tokens, run.seed, run.label] for run in runs])  # fmt: skip
         typer.echo(f"{len(runs)} runs of {samples or question.samples} prompts")
@@ -185,6 +188,7 @@ def sweep(
         executor=executor,
         devices=devices if executor != "ray" else devices * workers,
         samples=samples,
+        where=where,
         retry_failed=retry_failed,
         address=address,
         gpus=gpus,

@@ -20,12 +20,17 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML 
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Prompt length in tokens.")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Check against a model: its folder, config.json, hub id, or `smollm2-135m`."),
+    typer.Option(
+        "--model", "-m", help="Check against a model: its folder, config.json, hub id, or a name of `sparsekit models`."
+    ),
 ]
 Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or `smollm2-135m`; weights are read.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A hub id, a folder, a .gguf file, or a name of `sparsekit models`; weights are read."
+    ),
 ]
 Dtype = Annotated[
     str | None,

@@ -24,7 +24,7 @@ import torch
 
 from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
 from sparsekit.errors import SparsekitError
-from sparsekit.lab.answers import Answer, Reading, answer, kl_divergence, read_on
+from sparsekit.lab.answers import Answer, Reading, answer, answer_together, kl_divergence, read_on
 from sparsekit.lab.provenance import content_of_model, measured_on
 from sparsekit.lab.stats import mean_interval, mean_of_known, quantile, share_interval
 from sparsekit.lab.tasks import Sample, Task, check_positions, prompt_ids, read_corpus, task
@@ -38,6 +38,7 @@ __all__ = [
     "Evaluator",
     "Reading",
     "answer",
+    "answer_together",
     "evaluate",
     "kl_divergence",
     "read_on",
@@ -160,8 +161,8 @@ class Evaluator:
         """Every prompt answered, and held against what dense attention says."""
         if handle is not None and not self._dense:
             with handle.pause():
-                self._dense = [self._answer(kind, sample) for sample in self._samples]
-        found = [self._answer(kind, sample, handle) for sample in self._samples]
+                self._dense = self._answered(kind)
+        found = self._answered(kind, handle)
         if handle is None:
             self._dense = found
         scores, times = [a.score for a in found], [a.ttft_s for a in found]
@@ -185,8 +186,12 @@ class Evaluator:
             "prompt_tokens": [a.tokens for a in found],
         }
 
-    def _answer(self, kind: Task, sample: Sample, handle: Handle | None = None) -> Answer:
-        return answer(self.model, self.tokenizer, kind, sample, handle=handle, stop_when_found=True)
+    def _answered(self, kind: Task, handle: Handle | None = None) -> list[Answer]:
+        """On a GPU decoded together, which is up to 20 times faster; on a CPU alone, which is exact."""
+        model, tokenizer = self.model, self.tokenizer
+        if model.device.type == "cuda":
+            return answer_together(model, tokenizer, kind, self._samples, handle=handle)
+        return [answer(model, tokenizer, kind, one, handle=handle, stop_when_found=True) for one in self._samples]
 
     def _readings(self, kind: Task, handle: Handle | None) -> dict[str, Any]:
         found = [read_on(self.model, self.tokenizer, kind, sample, handle=handle) for sample in self._samples]

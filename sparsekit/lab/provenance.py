@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import sparsekit
 from sparsekit.errors import named_path
-from sparsekit.models import EMBEDDED
+from sparsekit.models import EMBEDDED, parts_found
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +87,8 @@ def content_of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     ends = getattr(model.generation_config, "eos_token_id", None)
     code = content_of_code([model])
-    digest.update(content_key([config, model.config._attn_implementation, ends, code, _numbers(model)]).encode())
+    said = [config, model.config._attn_implementation, ends, code, _numbers(model), _hooks(model)]
+    digest.update(content_key(said).encode())
     if tokenizer is not None:
         digest.update(content_of_tokenizer(tokenizer).encode())
     return digest.hexdigest()
@@ -104,6 +104,17 @@ def _numbers(model: PreTrainedModel) -> list[Any]:
         and attribute[0] != "_"
         and attribute not in ("name_or_path", "training")
     ]
+
+
+def _hooks(model: PreTrainedModel) -> list[Any]:
+    """What runs around modules' forwards. Hooks from outside torch and transformers hold anything: they equal none."""
+    found = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            code = hook if hasattr(hook, "__qualname__") else type(hook)
+            known = _package(code.__module__) in RELEASED
+            found.append([name, code.__module__, code.__qualname__, "" if known else os.urandom(8).hex()])
+    return found
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -177,9 +188,9 @@ def content_of_source(model: str) -> str | None:
     model.
     """
     if model in EMBEDDED:
-        spec = find_spec(EMBEDDED[model].package)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
-        return content_of_files(file for folder in folders for file in folder.glob("*.gguf"))
+        if EMBEDDED[model].sha256:  # what is loaded was checked against it
+            return content_key(EMBEDDED[model].sha256)
+        return content_of_files(file for file in parts_found(model).values() if file is not None)
     path = named_path(model, "model")
     if path.exists():
         return content_of_files(_of_a_model(path) if path.is_dir() else [path])

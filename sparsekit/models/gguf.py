@@ -1,6 +1,6 @@
 """GGUF files: de-quantised once, and kept as safetensors in the user's cache folder.
 
-SmolLM2-135M takes 15 to 25 s the first time on two cores and 0.6 s afterwards.
+On two cores SmolLM2-135M takes 15 to 25 s the first time and 0.6 s afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekit.errors import SparsekitError, named_path
-from sparsekit.models.names import EMBEDDED, one_line_errors
+from sparsekit.models.embedded import EMBEDDED, joined, parts
+from sparsekit.models.names import one_line_errors
 from sparsekit.patch.model import facts_of
 
 if TYPE_CHECKING:
@@ -38,17 +40,6 @@ def cache_folder() -> Path:
     return named_path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "XDG_CACHE_HOME") / "sparsekit"
 
 
-def embedded_file(name: str) -> Path:
-    """The GGUF file of an embedded model. Its package is found but not imported: importing needs further packages."""
-    embedded = EMBEDDED[name]
-    spec = find_spec(embedded.package)
-    folders = spec.submodule_search_locations if spec is not None else None
-    files = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise SparsekitError(f"model {name!r} comes in a package that is not installed: {embedded.install}")
-    return files[0]
-
-
 def check_embedded(name: str, loaded: PreTrainedModel) -> None:
     """A converter that loses a fact gives a model that runs and answers badly: compare with what is published."""
     embedded, config = EMBEDDED[name], loaded.config
@@ -56,43 +47,75 @@ def check_embedded(name: str, loaded: PreTrainedModel) -> None:
         facts_of(loaded).model_copy(update={"name": name}),
         config.max_position_embeddings,
         config.rope_parameters["rope_theta"],
+        config.tie_word_embeddings,
     )
-    if found != (embedded.facts, embedded.max_positions, embedded.rope_theta) or not config.tie_word_embeddings:
+    if found != (embedded.facts, embedded.max_positions, embedded.rope_theta, embedded.tied):
         raise SparsekitError(f"model {name!r}: this version of transformers misreads its GGUF file: {found}.")
 
 
-def need_gguf(file: Path) -> None:
+def need_gguf(file: str) -> None:
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if missing:
-        raise SparsekitError(f"reading {file.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise SparsekitError(f"reading {file} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def dequantised(file: Path, check: Callable[[PreTrainedModel], None] = lambda _: None) -> Path:
     """The folder in the cache that holds `file` as safetensors with its tokenizer, converted now if it is not there."""
+    with file.open("rb") as stream:
+        fingerprint = _fingerprint(iter(lambda: stream.read(1 << 20), b""))
+    return _cached(f"{file.stem}-{fingerprint}", file.name, lambda target: _convert(file, target, check))
+
+
+def dequantised_embedded(name: str) -> Path:
+    """The same of an embedded model. One that is known by its sha256 is joined and checked when it is converted; its
+    parts need not be there afterwards.
+    """
+    model, check = EMBEDDED[name], partial(check_embedded, name)
+    if not model.sha256:
+        return dequantised(parts(name)[0], check)
+
+    def make(target: Path) -> None:
+        with joined(name, target) as file:
+            _convert(file, target, check)
+
+    return _cached(embedded_folder(name), name, make)
+
+
+def embedded_folder(name: str) -> str:
+    """What the folder in the cache is called, of an embedded model that is known by its sha256."""
+    return f"{name}-{_fingerprint([EMBEDDED[name].sha256.encode()])}"
+
+
+def is_converted(name: str) -> bool:
+    """Whether an embedded model that is known by its sha256 is in the cache."""
+    return bool(EMBEDDED[name].sha256) and (cache_folder() / embedded_folder(name) / _COMPLETE).is_file()
+
+
+def _cached(name: str, source: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache; where it is not there, `make` fills it first."""
     root = cache_folder()
-    folder = root / f"{file.stem}-{_fingerprint(file)}"
+    folder = root / name
     if (folder / _COMPLETE).is_file():
         return folder
-    need_gguf(file)
+    need_gguf(source)
     root.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(root)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    partly = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
     try:
-        _convert(file, partial, check)
-        _publish(partial, folder)
+        make(partly)
+        _publish(partly, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partly, ignore_errors=True)
     return folder
 
 
-def _fingerprint(file: Path) -> str:
-    """Of the file's whole content (about 1 GB/s), the transformers version that converts it, and our own format."""
+def _fingerprint(content: Iterable[bytes]) -> str:
+    """Of a whole content (a file's at about 1 GB/s), the transformers version that converts it, and our own format."""
     from transformers import __version__ as transformers_version
 
     digest = hashlib.blake2b(f"{_CACHE_FORMAT} {transformers_version}".encode(), digest_size=8)
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
+    for chunk in content:
+        digest.update(chunk)
     return digest.hexdigest()
 
 

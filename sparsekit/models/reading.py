@@ -10,8 +10,9 @@ import torch
 
 from sparsekit.config import ArchFacts
 from sparsekit.errors import SparsekitError
+from sparsekit.models.embedded import EMBEDDED
 from sparsekit.models.gguf import need_gguf
-from sparsekit.models.names import EMBEDDED, check_counts, first_line, label, local_path, one_line_errors
+from sparsekit.models.names import check_counts, first_line, label, local_path, one_line_errors
 from sparsekit.patch.model import facts_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _config(source: str) -> PretrainedConfig:
     path = local_path(source)
     with one_line_errors(source):
         if path is not None and path.suffix == ".gguf":
-            need_gguf(path)
+            need_gguf(path.name)
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         given: Any = source if path is None else path
         check_counts(PretrainedConfig.get_config_dict(given)[0], source)

@@ -14,7 +14,9 @@ from sparsekit.patterns.base import (
 from sparsekit.patterns.block_topk import BlockTopK
 from sparsekit.patterns.blocks import BlockPattern, Blocks
 from sparsekit.patterns.dense import Dense
+from sparsekit.patterns.flashprefill import FlashPrefill
 from sparsekit.patterns.flexprefill import FlexPrefill
+from sparsekit.patterns.prism import Prism
 from sparsekit.patterns.s2o import S2O
 from sparsekit.patterns.triangle import Triangle
 from sparsekit.patterns.union import DynamicUnion, Union
@@ -30,8 +32,10 @@ __all__ = [
     "Dense",
     "DynamicPattern",
     "DynamicUnion",
+    "FlashPrefill",
     "FlexPrefill",
     "Pattern",
+    "Prism",
     "StaticPattern",
     "Triangle",
     "Union",

@@ -30,7 +30,12 @@ __all__ = ["BlockPattern", "Blocks"]
 class Blocks:
     """One call cut into blocks of `block_tokens` positions: `grid.rows` blocks of queries, `grid.columns` of keys.
 
-    Row r of sample b is block `q_first // block_tokens + r`, so that a chunk's blocks are those of the whole prompt.
+    Row r of sample b is block `q_first // block_tokens + r`, so that a chunk's blocks are those of the whole prompt. A
+    chunk may begin inside a block: its row 0 then holds the later queries of that block alone. Column 0 begins at the
+    sample's first valid token.
+
+    `Blocks(q, k, geometry, softmax, 32).means` are means of other blocks, of a tile's size. Their columns begin where
+    these do; their rows need not, in a chunk.
     """
 
     q: Tensor  # (B, H, Q, D)
@@ -52,10 +57,15 @@ class Blocks:
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean query (B, H, rows, D) and mean key (B, G, columns, D) of every block, over the tokens that exist.
 
-        float32; on CUDA float16, unless q is float32.
+        0 where a block holds nothing. float32; on CUDA float16, unless q is float32.
         """
         half = self.q.dtype != torch.float32
         return pooled_means(self.q, self.k, self.geometry, self.grid, self.block_tokens, half=half)
+
+    @cached_property
+    def key_means(self) -> Tensor:
+        """float32 (B, G, columns, D): the mean key of every block alone; q is not read."""
+        return pooled_means(self.q[:, :0], self.k, self.geometry, self.grid, self.block_tokens)[1]
 
 
 class BlockPattern(DynamicPattern):
@@ -69,7 +79,8 @@ class BlockPattern(DynamicPattern):
     def score(self, blocks: Blocks, first: int, rows: int) -> Tensor:
         """float32 (B, H, rows, columns), contiguous: what each key block is worth to block rows first, first + 1, ...
 
-        Columns beyond a row's `blocks.lengths` may hold anything.
+        Query head h reads key head `h // (H // G)`. Columns beyond a row's `blocks.lengths` may hold anything. Several
+        scores of a head may stand as several heads, if `choose` makes one choice of them.
         """
 
     @abstractmethod

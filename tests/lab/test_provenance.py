@@ -105,6 +105,17 @@ def test_weights_that_cannot_be_read_are_no_model_that_was_measured() -> None:
     assert content_of_model(model) != content_of_model(model)
 
 
+def test_a_model_with_hooks_of_ones_own_is_no_model_that_was_measured() -> None:
+    model = models.tiny("llama")
+    before = content_of_model(model)
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    assert len({before, content_of_model(model), content_of_model(model)}) == 3
+    hook.remove()
+    assert content_of_model(model) == before
+    with model.model.layers[0].self_attn.register_forward_hook(torch.nn.functional.relu):
+        assert content_of_model(model) == content_of_model(model) != before
+
+
 def test_a_tokenizer_is_part_of_it(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:
     model, tokenizer = models.tiny("llama"), smollm2[1]
     seen = {content_of_model(model), content_of_model(model, tokenizer)}

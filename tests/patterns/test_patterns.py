@@ -19,6 +19,8 @@ from sparsekit.kernels import attend
 from sparsekit.patterns import (
     S2O,
     AShape,
+    BlockPattern,
+    Blocks,
     BlockTopK,
     Dense,
     Pattern,
@@ -78,6 +80,20 @@ def test_kit_catches_a_broken_pattern(scratch_registry: None) -> None:
 
     with pytest.raises(AssertionError, match="does not keep itself"):
         check_pattern(NoSelf(), [Geometry.of(300, block_q=64, block_kv=64)])
+
+
+def test_kit_names_the_call_that_a_pattern_fails_on(scratch_registry: None) -> None:
+    class Fragile(BlockPattern):
+        name: Literal["fragile"] = "fragile"
+
+        def score(self, blocks: Blocks, first: int, rows: int) -> torch.Tensor:
+            return torch.zeros(blocks.lengths.shape).unflatten(-1, (-1, 2))
+
+        def choose(self, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    with pytest.raises(AssertionError, match=r"fragile: RuntimeError: unflatten.* Geometry\(.*q_len=1,"):
+        check_pattern(Fragile())
 
 
 # ---- exact numbers of the published definition

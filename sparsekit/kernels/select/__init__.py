@@ -7,6 +7,7 @@ from sparsekit.kernels.select.block_scores import antidiagonal_mass, pooled_mean
 from sparsekit.kernels.select.blocks import plan_from_block_bits
 from sparsekit.kernels.select.grid import BlockGrid, block_grid, head_lengths
 from sparsekit.kernels.select.last_queries import MAX_QUERIES, last_query_sums
+from sparsekit.kernels.select.mean_keys import near_top_bits, query_block_lse
 from sparsekit.kernels.select.slash import plan_from_vertical_slash
 from sparsekit.kernels.select.topk import top_p_bits, topk_bits, topk_indices_mask
 
@@ -18,10 +19,12 @@ __all__ = [
     "head_lengths",
     "join_rows",
     "last_query_sums",
+    "near_top_bits",
     "plan_from_block_bits",
     "plan_from_vertical_slash",
     "pooled_means",
     "pooled_scores",
+    "query_block_lse",
     "row_groups",
     "top_p_bits",
     "topk_bits",

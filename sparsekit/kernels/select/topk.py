@@ -70,6 +70,7 @@ def top_p_bits(
     lengths: Tensor | None = None,
     force_first: bool = False,
     force_last: bool = False,
+    logits: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """The fewest columns of each row, largest first, whose sum reaches `p` times the row's; ties to the lower index.
@@ -83,6 +84,8 @@ def top_p_bits(
         scores: float32 (..., C), contiguous, at most 2^22 columns, on CUDA 2^15.
         p: a share, or float64 broadcastable to `scores.shape[:-1]`. From 1 on: every column but `-inf` and NaN.
         lengths, force_first, force_last: as in `topk_bits`. Forced columns are summed first.
+        logits: what is summed is `exp(score - the row's largest)`: a softmax that is never written. The two paths may
+            then differ by the last bit of an exponential.
 
     Returns:
         int32 (..., ceil(C / 32)), bit c % 32 of word c // 32.
@@ -92,10 +95,13 @@ def top_p_bits(
         _check_row(scores)
         from sparsekit.kernels.select.topk_triton import top_p_bits_triton
 
-        return top_p_bits_triton(scores, p, lengths, force_first, force_last)
+        return top_p_bits_triton(scores, p, lengths, force_first, force_last, logits)
     exists, forced = _exists_and_forced(scores, lengths, force_first, force_last)
     share = torch.as_tensor(p, dtype=torch.float64, device=scores.device).expand(scores.shape[:-1])[..., None]
     every = exists & (scores > -torch.inf)
+    if logits:
+        scores = scores.masked_fill(~every, -torch.inf)
+        scores = (scores - scores.amax(-1, keepdim=True)).exp()
     mass = torch.where(exists & (scores >= SMALLEST), scores, 0.0).clamp(max=torch.finfo(torch.float32).max)
     units = _units(mass)
     required = units.sum(-1, keepdim=True).double() * share

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekit.kernels.launch import launch, load_step, on_device
-from sparsekit.kernels.primitives import _whole
+from sparsekit.kernels.primitives import LOG2E, _whole
 from sparsekit.kernels.select.bits import WORD
 
 __all__ = ["top_p_bits_triton", "topk_bits_triton", "topk_indices_mask_triton"]
@@ -165,11 +165,14 @@ def _units(key, top):
 @no_type_check
 def _top_p_row(
     p_score, p_bits, length, share, words,
-    BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """One row whose `length` is at most BLOCK."""
     column = tl.arange(0, BLOCK)
     score = tl.load(p_score + column, mask=column < length, other=float("-inf"))
+    if LOGITS and share < 1.0:
+        score = tl.where(score > float("-inf"), score, float("-inf"))
+        score = tl.math.exp2((score - tl.max(score)) * LOG2E)
     forced = column < 0
     if FIRST:
         forced = forced | ((column == 0) & (column < length))
@@ -209,7 +212,7 @@ def _top_p_row(
 @no_type_check
 def _top_p(
     p_score, p_bits, p_share, p_length, share_step, columns, words,
-    BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """A program a row; short rows run on a half or a quarter of the block."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -221,13 +224,13 @@ def _top_p(
     p_bits += i_row * words
     if BLOCK >= 256:
         if length * 4 <= BLOCK:
-            _top_p_row(p_score, p_bits, length, share, words, BLOCK // 4, BLOCK, FIRST, LAST)
+            _top_p_row(p_score, p_bits, length, share, words, BLOCK // 4, BLOCK, FIRST, LAST, LOGITS)
         elif length * 2 <= BLOCK:
-            _top_p_row(p_score, p_bits, length, share, words, BLOCK // 2, BLOCK, FIRST, LAST)
+            _top_p_row(p_score, p_bits, length, share, words, BLOCK // 2, BLOCK, FIRST, LAST, LOGITS)
         else:
-            _top_p_row(p_score, p_bits, length, share, words, BLOCK, BLOCK, FIRST, LAST)
+            _top_p_row(p_score, p_bits, length, share, words, BLOCK, BLOCK, FIRST, LAST, LOGITS)
     else:
-        _top_p_row(p_score, p_bits, length, share, words, BLOCK, BLOCK, FIRST, LAST)
+        _top_p_row(p_score, p_bits, length, share, words, BLOCK, BLOCK, FIRST, LAST, LOGITS)
 
 
 # ---- long rows: four histograms of 8 bits
@@ -380,6 +383,7 @@ def top_p_bits_triton(
     lengths: Tensor | None,
     force_first: bool,
     force_last: bool,
+    logits: bool = False,
     warps: int | None = None,
 ) -> Tensor:
     """`topk.top_p_bits`; `warps` a row, default by its length."""
@@ -391,7 +395,10 @@ def top_p_bits_triton(
     if share is None:  # a kernel's scalar would be rounded to float32
         share = torch.full((1,), float(p), dtype=torch.float64, device=scores.device)
     args = (scores, bits, share, _a_row(lengths, shape, torch.int32), step, columns, words)
-    options = {"BLOCK": block, "FIRST": force_first, "LAST": force_last, "num_warps": warps or _row_warps(block)}
+    options = {
+        "BLOCK": block, "FIRST": force_first, "LAST": force_last, "LOGITS": logits,
+        "num_warps": warps or _row_warps(block),
+    }  # fmt: skip
     with on_device(scores.device):
         launch(_top_p, shape.numel(), args, options)
     return bits

@@ -62,6 +62,7 @@ def run_sweep(
     executor: str = "inline",
     devices: Sequence[str] = ("cpu",),
     samples: int | None = None,
+    where: str | None = None,
     retry_failed: bool = False,
     address: str | None = None,
     gpus: float = 0.0,
@@ -81,6 +82,7 @@ def run_sweep(
         devices: "cpu", "cuda:0", ...; of processes "cpu" may stand several times, of Ray's actors "cuda" too.
         address, gpus: of a Ray cluster (None starts one here), and of each actor: 0.5 puts two on a GPU.
         samples: prompts for each run, instead of the file's.
+        where: do the part of the runs that fulfils this constraint too.
         retry_failed: do runs again that are recorded as failed.
         maker: device -> what does a run; default loads the model and asks an `Evaluator`. With processes and
             actors it must be a function of a module.
@@ -98,7 +100,7 @@ def run_sweep(
             f"devices {', '.join(devices)}: executor 'inline' runs on one; 'processes' on each of several."
         )
     question = load_question(source)
-    runs = question.runs(device=devices[0], samples=samples)
+    runs = question.runs(device=devices[0], samples=samples, where=where)
     trials = question.search.trials if question.search else 0
     if question.search is not None:
         check_optuna()

@@ -156,7 +156,7 @@ class Question(BaseModel):
                     raise SparsekitError(f"axes: two values for one key: {a!r} and {b!r} set the same field.")
         return tuple(axes)
 
-    def runs(self, *, device: str = "cpu", samples: int | None = None) -> list[Run]:
+    def runs(self, *, device: str = "cpu", samples: int | None = None, where: str | None = None) -> list[Run]:
         """All runs, those of one model, task, length and seed together, dense first; equal work once.
 
         Of a search, those that are known before it begins: dense.
@@ -164,11 +164,16 @@ class Question(BaseModel):
         Args:
             device: its kind is part of what a run is.
             samples: instead of the file's.
+            where: one more constraint, which leaves a part of the runs; dense's where another run is left.
 
         Raises:
             SparsekitError: a wrong axis, task or constraint, a combination that is no config, or no run at all.
         """
         axes, rules = self.varied(), [Constraint(text) for text in self.constraints]
+        if where is not None:
+            if self.search is not None:
+                raise SparsekitError("where: a search has no parts; its trials follow from one another.")
+            rules.append(Constraint(where))
         for name in self.tasks:
             if task(name, PYDOC) != task(name) and self.corpus is None:
                 raise SparsekitError(f"tasks: {name} reads a text: write `corpus: FOLDER`, or `corpus: {PYDOC}`.")
@@ -179,7 +184,7 @@ class Question(BaseModel):
         found: dict[str, Run] = {}
         configs: dict[int, SparseConfig] = {}
         for place, chosen in zip(places, grid, strict=True):
-            if self.dense:
+            if self.dense and (chosen or where is None):
                 run = self._run(place, "dense", {}, None, device, samples)
                 found.setdefault(run.key, run)
             for number, values in chosen:

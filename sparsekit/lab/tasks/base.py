@@ -11,9 +11,12 @@ True
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +33,8 @@ __all__ = ["Sample", "Task", "check_positions", "prompt_ids", "prompt_text", "re
 _REGISTRY: dict[str, Task] = {}
 
 SHORTFALL = 0.01  # of the budget: a prompt that stays further below it is filled up, where the task can be
+
+THREADS_FROM_TOKENS = 4096  # of a prompt: shorter ones are made sooner than threads start
 
 _PROBE_UNITS = 64  # filler units from which the tokens of one unit are estimated; any number gives the same samples
 
@@ -98,7 +103,14 @@ class Task(ABC):
         if count < 0:
             raise SparsekitError(f"{self.name}: count = {count} must not be negative.")
         sized = self.at(tokens)
-        return [sized._fitted(tokenizer, tokens, f"{self.name} {seed} {index}") for index in range(count)]
+
+        def made(index: int) -> Sample:
+            return sized._fitted(tokenizer, tokens, f"{self.name} {seed} {index}")
+
+        if count < 2 or tokens < THREADS_FROM_TOKENS:
+            return [made(index) for index in range(count)]
+        with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:  # the tokenizer, in Rust, takes the time
+            return list(pool.map(made, range(count)))
 
     def score(self, prediction: str, sample: Sample) -> float:
         """From 0 to 1: the share of the answers found in the prediction."""
@@ -180,8 +192,11 @@ def task_names() -> tuple[str, ...]:
 def _largest_fit(size: Callable[[int], int], budget: int, guess: int) -> int:
     """The largest n >= 0 with `size(n) <= budget`, for a growing `size` with `size(0) <= budget`.
 
-    Steps of doubling width away from `guess`, then bisection: two or three calls when the guess is good.
+    Two guesses by proportion, steps of doubling width away from there, then bisection: few calls where units are alike.
     """
+    size = cache(size)
+    for _ in range(2):
+        guess = guess * budget // max(size(guess), 1)
     step = 1
     if size(guess) <= budget:
         low, high = guess, guess + step

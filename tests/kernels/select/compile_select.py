@@ -18,7 +18,7 @@ from triton.runtime import driver
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import launch
-from sparsekit.kernels.select import block_scores_triton, blocks_triton, topk_triton
+from sparsekit.kernels.select import block_scores_triton, blocks_triton, mean_keys_triton, topk_triton
 from sparsekit.kernels.select.grid import block_grid
 
 MADE: list[dict[str, Any]] = []
@@ -56,6 +56,7 @@ def _inputs(geometry: Geometry, dtype: torch.dtype, dim: int) -> tuple[torch.Ten
 def main() -> None:
     driver.set_active(Driver())
     launch._start = _compile  # type: ignore[assignment]
+    mean_keys_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
     block_scores_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
     geometry = Geometry.of(4096, block_kv=128)
     for dtype, dim, stride, cap in (
@@ -79,10 +80,24 @@ def main() -> None:
                 block_scores_triton.pooled_scores_triton(*means, grid, block_tokens, 0, grid.rows, exact)
         bits = torch.zeros(1, 32, grid.rows, -(-grid.columns // 32), dtype=torch.int32)
         blocks_triton.plan_from_bits_triton(bits, grid, block_tokens, 1000, 1000)
+    for dtype, dim, cap in (
+        (torch.bfloat16, 128, None),
+        (torch.bfloat16, 64, 5.0),
+        (torch.bfloat16, 80, None),
+        (torch.bfloat16, 256, None),
+        (torch.float32, 128, None),
+        (torch.float32, 256, None),
+    ):
+        q, k = _inputs(geometry, dtype, dim)
+        grid = block_grid(geometry, 128, 1, CPU)
+        means = torch.empty(1, 8, grid.columns, dim)
+        mean_keys_triton.query_block_lse_triton(q, means, geometry, grid, 128, Softmax(0.1, cap), 0, grid.rows)
     for columns in (100, 1024, 16384):
         scores, lengths = torch.zeros(2, columns), torch.ones(2, dtype=torch.int32)
         topk_triton.topk_bits_triton(scores, 100, lengths, True, True)
         topk_triton.top_p_bits_triton(scores, 0.9, lengths, True, True)
+        topk_triton.top_p_bits_triton(scores, 0.9, lengths, False, False, True)
+        mean_keys_triton.near_top_bits_triton(scores, 2.3, lengths, 2, 4)
     topk_triton.topk_indices_mask_triton(torch.zeros(2, 20000), 100)
     print(json.dumps(MADE))
 

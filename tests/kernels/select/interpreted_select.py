@@ -20,8 +20,9 @@ from sparsekit.kernels.select import topk as select
 from sparsekit.kernels.select.block_scores import antidiagonal_mass, pooled_means, pooled_scores
 from sparsekit.kernels.select.blocks import plan_from_block_bits
 from sparsekit.kernels.select.grid import block_grid, head_lengths
+from sparsekit.kernels.select.mean_keys import near_top_bits, query_block_lse
 from sparsekit.kernels.select.topk import top_p_bits, topk_bits, topk_indices_mask
-from sparsekit.patterns import BlockTopK, Pattern, XAttention
+from sparsekit.patterns import Blocks, BlockTopK, FlashPrefill, Pattern, Prism, XAttention
 from sparsekit.testing import GEOMETRIES, inputs_for
 
 CPU = torch.device("cpu")
@@ -64,6 +65,68 @@ def test_rows(columns: int, force: dict[str, bool]) -> None:
         for p in (0.5, 1 - 1e-12, torch.linspace(0.01, 1, 12, dtype=torch.float64)):
             one, two = (top_p_bits(masses, p, lengths=given, impl=impl, **force) for impl in ("torch", "triton"))
             assert torch.equal(one, two), p
+
+
+@pytest.mark.parametrize("columns", [1, 33, 100, 300])
+def test_rows_near_their_largest(columns: int) -> None:
+    scores = rows_of(12, columns)
+    lengths = torch.randint(0, columns + 1, (12,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+    for given in (None, lengths):
+        for margin in (0.0, 0.5, 3.0):
+            for first, last in ((0, 0), (2, 4), (0, 1), (1000, 0)):
+                call = {"lengths": given, "first": first, "last": last}
+                one, two = (near_top_bits(scores, margin, **call, impl=impl) for impl in ("torch", "triton"))  # type: ignore[arg-type]
+                assert torch.equal(one, two), (margin, first, last)
+
+
+@pytest.mark.parametrize("columns", [1, 33, 100, 300])
+def test_top_p_of_logits(columns: int) -> None:
+    """Where no sum comes near the share, the two paths agree; a tie decided by an exponential's last bit may not."""
+    scores = torch.randn(12, columns, generator=torch.Generator().manual_seed(columns)) * 3
+    scores[0, ::3], scores[1, 0] = -torch.inf, torch.nan
+    scores[2] = -torch.inf
+    lengths = torch.randint(1, columns + 1, (12,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+    for given in (None, lengths):
+        for p in (0.5, 0.9, 1.0):
+            call = {"lengths": given, "force_last": True, "logits": True}
+            one, two = (top_p_bits(scores, p, **call, impl=impl) for impl in ("torch", "triton"))  # type: ignore[arg-type]
+            assert torch.equal(one, two), p
+            if given is None:
+                masses = (scores - scores.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)).exp()
+                same = top_p_bits(masses, p, force_last=True)
+                assert torch.equal(one[3:], same[3:])
+
+
+@pytest.mark.parametrize("softmax", [Softmax(0.25), Softmax(0.25, 3.0)], ids=str)
+@pytest.mark.parametrize("geometry", SHORT, ids=name_of)
+def test_query_block_lse(geometry: Geometry, softmax: Softmax) -> None:
+    q, k, _ = inputs_for(geometry)
+    grid = block_grid(geometry, 128, geometry.batch, CPU)
+    seen = torch.arange(grid.columns) < head_lengths(geometry, 128, geometry.batch, 4, CPU)[..., None]
+    means, again = (pooled_means(q[:, :0], k, geometry, grid, 128, impl=impl)[1] for impl in ("torch", "triton"))
+    assert torch.equal(means, pooled_means(q, k, geometry, grid, 128, impl="torch")[1])
+    assert torch.allclose(again, means, atol=1e-6)
+    call = (q, means, geometry, grid, 128, softmax)
+    expected, got = (query_block_lse(*call, impl=impl) for impl in ("torch", "triton"))
+    assert torch.allclose(got[seen], expected[seen], atol=1e-5)
+    if grid.rows > 1:
+        got = query_block_lse(*call, 1, grid.rows - 1, impl="triton")
+        assert torch.allclose(got[seen[:, :, 1:]], expected[:, :, 1:][seen[:, :, 1:]], atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", launch.HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_query_block_lse_of_head_sizes(dim: int, dtype: torch.dtype) -> None:
+    geometry = Geometry.of(160, 230)
+    q, k, _ = tensors(geometry, dtype, dim=dim, heads=2, key_heads=1)
+    softmax = Softmax(dim**-0.5)
+    blocks = Blocks(q, k, geometry, softmax, 128)
+    call = (q, blocks.key_means.to(dtype), geometry, blocks.grid, 128, softmax)
+    expected, got = (query_block_lse(*call, impl=impl) for impl in ("torch", "triton"))
+    seen = expected > -torch.inf
+    assert torch.allclose(got[seen], expected[seen], atol=1e-3)
+    prism = Prism().score(blocks, 0, blocks.grid.rows)
+    assert prism.shape[1] == 4
 
 
 def test_columns_past_the_length_are_not_read() -> None:
@@ -236,12 +299,18 @@ def test_what_is_refused() -> None:
         pooled_means(q.transpose(-1, -2).contiguous().transpose(-1, -2), k, geometry, grid, 64, impl="triton")
 
 
-PATTERNS = [BlockTopK(top_k=2), XAttention(threshold=0.6), XAttention(threshold=(0.3, 0.5, 0.9, 1.0), stride=8)]
+PATTERNS = [
+    BlockTopK(top_k=2),
+    XAttention(threshold=0.6),
+    XAttention(threshold=(0.3, 0.5, 0.9, 1.0), stride=8),
+    Prism(top_p=0.4),
+    FlashPrefill(alpha=0.9, sink_blocks=1, window_blocks=1, last_blocks=0),
+]
 
 
 @pytest.fixture
 def everything_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("topk", "blocks", "block_scores"):
+    for module in ("topk", "blocks", "block_scores", "mean_keys"):
         monkeypatch.setattr(f"sparsekit.kernels.select.{module}.runs_triton", lambda device, impl=None: impl != "torch")
 
 

@@ -28,6 +28,7 @@ from sparsekit.lab.sweep import Question, Run, best, execute, load_question, rea
 from sparsekit.lab.sweep import question as question_module
 from sparsekit.lab.sweep.best import standings
 from sparsekit.lab.sweep.runs import config_key
+from sparsekit.patterns import DynamicPattern, pattern_names
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
@@ -750,3 +751,22 @@ def test_examples_on_the_page_load() -> None:
 def test_the_examples_in_the_docstrings_run() -> None:
     assert doctest.testmod(question_module).failed == 0
     assert execute.EXECUTORS == ("inline", "processes", "ray")
+
+
+RULER = Path(__file__).parents[3] / "configs/qwen2.5-coder-1.5b/sweeps/ruler.yaml"
+
+
+def test_the_ruler_sweep_asks_what_the_paper_asks() -> None:
+    """Dense, TriangleMix, two patterns everywhere, and each dynamic one alone and below the triangle; from its parts
+    the whole."""
+    question = load_question(RULER)
+    runs = question.runs()
+    labels = {run.label for run in runs}
+    assert len(labels) == 1 + 1 + 2 + 2 * len(pattern_names(DynamicPattern))
+    assert len(runs) == len(labels) * 11 * 4 * 3
+    core = question.runs(where="seed == 0 and below in ['dense', 'triangle', 'a_shape']")
+    assert {run.label.count("=") for run in core} == {0, 2} and len(core) == 4 * 11 * 4
+    parts = [question.runs(where=f"tokens {at} 8192") for at in ("<=", ">")]
+    assert {run.key for part in parts for run in part} == {run.key for run in runs}
+    with pytest.raises(SparsekitError, match="unknown name 'token'"):
+        question.runs(where="token == 8192")

@@ -1,0 +1,166 @@
+"""A prompt's chunk under a layer's patterns: what of it runs here, which keys that needs, and running it.
+
+Engines hand a prompt over in chunks, whose keys so far lie in pages. Two things follow from a token rule (sinks, a
+window, dense last rows) and make a chunk cheap:
+
+- **Dense rows are the engine's.** From the first row that keeps every key on, nothing is sparse, and the engine's own
+  kernel reads pages where they are. So are the rows behind the prompt, which an engine computes again after preemption.
+- **Keys that no row keeps are not read.** The rows before keep sinks, and a window behind the chunk's first query. What
+  lies between is left out, and the others move together: of a query and a key that is kept by its window, the distance
+  stays; sinks stay below `sink`; and since the gap is only made smaller by whole tiles, a plan for a chunk in the
+  middle of a prompt serves all of its size.
+
+Patterns without a rule, or whose heads differ in their dense rows, read all keys so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekit.call.caches import per_geometry
+from sparsekit.call.geometry import Geometry, Span
+from sparsekit.call.softmax import Softmax
+from sparsekit.config import LayerPatterns
+from sparsekit.errors import SparsekitError
+from sparsekit.kernels import attend, preferred_tile
+from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern
+from sparsekit.patterns.attention import plan_heads
+from sparsekit.patterns.base import rule_of
+from sparsekit.plan import BlockPlan, TokenRule, plan_from_rule, stack_heads
+from sparsekit.serve.pages import Keys, Ranges
+
+__all__ = ["Chunk", "Part", "attend_part", "dense_tail", "part_of", "why_dense"]
+
+GRID = 128  # what is left out is whole tiles of the largest form
+NEVER = 1 << 30  # a dense row that no prompt has
+
+
+class Chunk(NamedTuple):
+    """A prompt, or a chunk of one, in positions: queries `[first, end)`, whose keys so far are `[0, end)`.
+
+    The prompt ends at `prompt`: behind `end` for a chunk that is not the last one.
+    """
+
+    first: int
+    end: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What sparsekit runs of a chunk in one layer: the queries `[chunk.first, end)`.
+
+    Attributes:
+        end: one past the last query here; the others are the engine's.
+        reads: the positions whose keys and values are needed.
+        geometry: of these queries over these keys.
+        rules: one a pattern, in positions of what is read; None: the patterns plan by themselves.
+        pairs: query-key pairs kept by all heads together, or None where that follows from q and k.
+    """
+
+    end: int
+    reads: Ranges
+    geometry: Geometry
+    rules: tuple[TokenRule, ...] | None
+    pairs: int | None
+
+
+def why_dense(patterns: LayerPatterns, chunk: Chunk, device: torch.device) -> str:
+    """Why all of a prompt is dense in a layer that is not, or nothing: no head's pattern pays at its length."""
+    least = [x.dense_below(device) if isinstance(x, DynamicPattern) else -1 for x in patterns.patterns]
+    below = [x.name == "dense" or chunk.prompt < n for x, n in zip(patterns.patterns, least, strict=True)]
+    return f"{max(least)} tokens, from which it pays" if all(below) and max(least) > 0 else ""
+
+
+def dense_tail(patterns: Sequence[Pattern], tokens: int) -> int | None:
+    """Last rows of a prompt of `tokens` that some pattern makes dense; None where that cannot be said of one.
+
+    The rows before them compute the same whatever the prompt's length.
+    """
+    span = Span(0, tokens, tokens, tokens)
+    rules = [rule_of(x, span) if isinstance(x, StaticPattern) else None for x in patterns if x.name != "dense"]
+    exact = [rule for rule in rules if rule is not None]
+    return max((tokens - min(r.dense_from, tokens) for r in exact), default=0) if len(exact) == len(rules) else None
+
+
+def part_of(patterns: LayerPatterns, chunk: Chunk, device: torch.device, *, dense_here: bool = False) -> Part | None:
+    """What sparsekit runs of a chunk, or None: all of it is the engine's dense attention.
+
+    Args:
+        dense_here: a layer whose heads are all dense runs here too.
+    """
+    end = min(chunk.end, chunk.prompt)
+    if end <= chunk.first or why_dense(patterns, chunk, device):
+        return None
+    tile, span = preferred_tile(device), Span(chunk.first, end, end, chunk.prompt)
+    rules = _rules(patterns.patterns, span)
+    if rules is None:
+        geometry = Geometry.of(end - chunk.first, end, prompt_len=chunk.prompt).with_tile(*tile)
+        return Part(end, ((0, end),), geometry, None, None)
+    if not (patterns.dense and dense_here):
+        end = min(end, max(rule.dense_from for rule in rules))
+        if end <= chunk.first:
+            return None
+    span = span._replace(q_end=end, keys=end)
+    pairs = sum(rules[i].pairs(span) for i in patterns.pattern_of_head)
+    reads, left_out = _needed(rules, span)
+    if min(rule.dense_from for rule in rules) >= end:
+        rules = tuple(rule._replace(dense_from=NEVER) for rule in rules)
+    geometry = Geometry.of(end - chunk.first, end - left_out).with_tile(*tile)
+    return Part(end, reads, geometry, rules, pairs)
+
+
+def _rules(patterns: Sequence[Pattern], span: Span) -> tuple[TokenRule, ...] | None:
+    """Each pattern's token rule for the span, or None where one has none."""
+    rules = [rule_of(x, span) if isinstance(x, StaticPattern) else None for x in patterns]
+    exact = [rule.checked(span) for rule in rules if rule is not None]
+    return tuple(exact) if len(exact) == len(rules) else None
+
+
+def _needed(rules: Sequence[TokenRule], span: Span) -> tuple[Ranges, int]:
+    """The positions that the queries keep by the rules, in whole tiles; how many before them are left out."""
+    if min(rule.dense_from for rule in rules) < span.q_end:
+        return ((0, span.q_end),), 0
+    head = -(-max(rule.sink for rule in rules) // GRID) * GRID
+    tail = max(span.q_first - max(rule.window for rule in rules) + 1, 0) // GRID * GRID
+    if tail <= head:
+        return ((0, span.q_end),), 0
+    return (((0, head), (tail, span.q_end)) if head else ((tail, span.q_end),)), tail - head
+
+
+def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, softmax: Softmax, out: Tensor) -> BlockPlan:
+    """Run a part: the attention of q (n, H, D) over the request's keys, into `out` (n, H, D). The host does not wait.
+
+    Returns:
+        The plan that ran.
+
+    Raises:
+        SparsekitError: what does not fit together.
+    """
+    if q.shape[0] != part.geometry.q_len or out.shape != q.shape:
+        raise SparsekitError(f"q {tuple(q.shape)}, out {tuple(out.shape)}: {part.geometry.q_len} queries are due.")
+    k, v = keys.read(part.reads)
+    q = q.transpose(0, 1)[None]
+    if part.rules is not None:
+        plan = _plan(part.rules, patterns.pattern_of_head, part.geometry, q.device)
+    else:
+        plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, part.geometry, softmax)
+    result = attend(
+        q, k, v, plan, scale=softmax.scale, softcap=softmax.softcap, sink_logits=softmax.sink_logits
+    )  # fmt: skip
+    assert isinstance(result, Tensor)
+    out.copy_(result[0].transpose(0, 1))
+    return plan
+
+
+@per_geometry
+def _plan(
+    rules: tuple[TokenRule, ...], pattern_of_head: tuple[int, ...], geometry: Geometry, device: torch.device
+) -> BlockPlan:
+    plans = [plan_from_rule(rule, geometry, device) for rule in rules]
+    return plans[0] if len(plans) == 1 else stack_heads(plans, pattern_of_head)

@@ -1,0 +1,332 @@
+"""Any of vLLM's attention backends with sparsekit over it: `over(stock)` gives the classes that vLLM asks for.
+
+A prompt's long chunks run here, and everything else in the stock implementation: decoding, dense layers, the prompt's
+dense last rows, and whole steps without such a chunk. A step's metadata is the stock builder's, and carries a `Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekit.call.softmax import Softmax
+from sparsekit.config import LayerPatterns
+from sparsekit.errors import SparsekitError
+from sparsekit.serve.pages import Keys, Places
+from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, why_dense
+from sparsekit.serve.vllm.layers import Bound
+from sparsekit.serve.vllm.meter import METER
+from sparsekit.serve.vllm.settings import OFF, Served, Settings
+from sparsekit.serve.vllm.steps import Told, current
+
+__all__ = ["WRAPPED", "Step", "is_ours", "over", "rows_of", "serving", "use"]
+
+WRAPPED = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
+
+# Fields of CommonAttentionMetadata by what they have one entry for. Any other that holds something cannot be cut.
+ROWS = {
+    "seq_lens", "seq_lens_cpu_upper_bound", "block_table_tensor", "is_prefilling", "req_idx", "_seq_lens_cpu",
+    "_num_computed_tokens_cpu",
+}  # fmt: skip
+TOKENS = {"slot_mapping", "positions"}
+SET = {
+    "query_start_loc", "query_start_loc_cpu", "num_reqs", "num_actual_tokens", "max_query_len", "max_seq_len", "causal",
+    "logits_indices_padded", "num_logits_indices", "max_logits_per_req", "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+}  # fmt: skip
+
+_settings: Settings | None = None
+
+
+def use(settings: Settings | None) -> None:
+    """What this process serves; None: vLLM alone."""
+    global _settings
+    _settings = settings
+
+
+def serving() -> Settings | None:
+    return _settings
+
+
+class Row(NamedTuple):
+    """A prompt's chunk in a step's flattened batch: its queries are `[begin, begin + chunk.end - chunk.first)`."""
+
+    row: int
+    begin: int
+    chunk: Chunk
+    served: Served
+
+
+class Run(NamedTuple):
+    """A row's part in a layer."""
+
+    row: Row
+    part: Part
+    patterns: LayerPatterns
+    places: Places
+
+
+class Other(NamedTuple):
+    """A run of the batch's rows that the stock implementation computes, and their metadata."""
+
+    begin: int
+    end: int
+    metadata: Any
+
+
+class Step:
+    """The prompts' chunks of a step, and for each group of layers what of them runs here and what does not."""
+
+    def __init__(self, common: Any, rows: list[Row], build: Callable[[Any], Any]) -> None:
+        self._common, self._rows, self._build = common, rows, build
+        self._runs: dict[tuple[int, int], list[Run]] = {}
+        self._others: dict[tuple[int, ...], list[Other]] = {}
+        self._places: dict[int, Places] = {}
+
+    def runs(self, bound: Bound, page_tokens: int) -> list[Run]:
+        """What runs here in a layer; made once a step for all that run the same."""
+        key = (bound.group, page_tokens)
+        found = self._runs.get(key)
+        if found is None:
+            found = self._runs[key] = list(self._make_runs(bound, page_tokens))
+        return found
+
+    def _make_runs(self, bound: Bound, page_tokens: int) -> Iterator[Run]:
+        table = self._common.block_table_tensor
+        for row in self._rows:
+            patterns = bound.patterns.get(row.served.name)
+            if patterns is None:
+                continue
+            part = part_of(patterns, row.chunk, table.device, dense_here=row.served.name in bound.dense_here)
+            if part is not None:
+                places = self._places.setdefault(row.row, Places(table[row.row], page_tokens))
+                yield Run(row, part, patterns, places)
+            elif why := why_dense(patterns, row.chunk, table.device):
+                METER.fall_back(f"{patterns.patterns[0].name}: the prompt is below {why}")
+
+    def others(self, runs: list[Run]) -> list[Other]:
+        """The rest of the batch: rows without a run, and what of a row its run leaves."""
+        ends = tuple(run.row.begin + run.part.geometry.q_len for run in runs)
+        key = (*(run.row.row for run in runs), *ends)
+        found = self._others.get(key)
+        if found is None:
+            found, at = [], 0
+            total = int(self._common.query_start_loc_cpu[self._common.num_reqs])
+            for begin, end in zip([*(run.row.begin for run in runs), total], [*ends, total], strict=True):
+                if begin > at:
+                    found.append(Other(at, begin, self._build(rows_of(self._common, at, begin))))
+                at = end
+            self._others[key] = found
+        return found
+
+
+def rows_of(common: Any, begin: int, end: int) -> Any:
+    """The metadata of the queries `[begin, end)` of a batch alone: its end is a row's, its begin may lie within one."""
+    starts = common.query_start_loc_cpu
+    first = int(torch.searchsorted(starts[: common.num_reqs + 1], begin, right=True)) - 1
+    last = int(torch.searchsorted(starts[: common.num_reqs + 1], end, right=False))
+    new: dict[str, Any] = {}
+    for one in fields(common):
+        value = getattr(common, one.name)
+        if one.name.endswith("_cache"):
+            new[one.name] = None
+        elif value is None or one.name in SET:
+            continue
+        elif one.name in ROWS:
+            new[one.name] = value[first:last]
+        elif one.name in TOKENS:
+            new[one.name] = value[begin:end]
+    host = (starts[first : last + 1] - begin).clamp_(min=0)
+    return replace(
+        common,
+        num_reqs=last - first,
+        num_actual_tokens=end - begin,
+        query_start_loc=(common.query_start_loc[first : last + 1] - begin).clamp_(min=0),
+        query_start_loc_cpu=host,
+        max_query_len=int(host.diff().max()),
+        max_seq_len=int(common.seq_lens_cpu_upper_bound[first:last].max()),
+        **new,
+    )
+
+
+def uncut(common: Any) -> str:
+    """A field of a batch's metadata that `rows_of` does not know how to cut, or nothing."""
+    known = ROWS | TOKENS | SET
+    held = (one.name for one in fields(common) if one.name not in known and getattr(common, one.name) is not None)
+    return next(held, "" if common.causal is True else "causal")
+
+
+def chunks_of(common: Any, told: Told, settings: Settings) -> list[Row]:
+    """The rows of a batch that are chunks of prompts to be run here; the others are counted by reason."""
+    rows: list[Row] = []
+    prefilling, keys = common.is_prefilling, common.seq_lens_cpu_upper_bound
+    if prefilling is None or keys is None or not bool(prefilling.any()):
+        return rows
+    starts = common.query_start_loc_cpu.tolist()
+    for row in torch.nonzero(prefilling[: common.num_reqs]).flatten().tolist():
+        queries, end, prompt = starts[row + 1] - starts[row], int(keys[row]), int(told.prompt_tokens[row])
+        if not queries or end - queries >= prompt:
+            continue
+        served = settings.choose(told.extra_args(row))
+        if served is None:
+            METER.fall_back("the request said off" if settings.default != OFF else "off by default")
+        elif why := served.why_dense(queries, prompt, exact=settings.exact_prefix):
+            METER.fall_back(why)
+        else:
+            rows.append(Row(row, starts[row], Chunk(end - queries, end, prompt), served))
+    if rows and (field := uncut(common)):
+        METER.fall_back(f"the batch has {field}")
+        return []
+    return rows
+
+
+def is_ours(impl: Any) -> bool:
+    return hasattr(type(impl), "sparsekit")
+
+
+def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
+    """Backend, builder and implementation over a stock backend, as classes of `module`: vLLM finds them by name."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    transposed = stock.get_name() == "CPU_ATTN"
+
+    class Builder(stock.get_builder_cls()):  # type: ignore[misc]
+        supports_update_block_table = False  # a copy with another block table would keep this one's Step
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> Any:
+            """At most graphs of decoding: one of mixed batches would hold no sparse prompt."""
+            support = super().get_cudagraph_support(*args, **kwargs)
+            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda each: each.value)
+
+        def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **more: Any
+        ) -> Any:
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **more)
+            told, settings = current(), serving()
+            if told is not None and settings is not None:
+                rows = chunks_of(common_attn_metadata, told, settings)
+                if rows:
+                    build = super().build
+                    metadata.sparsekit = Step(common_attn_metadata, rows, lambda part: build(0, part, True, **more))
+            return metadata
+
+    class Impl(stock.get_impl_cls()):  # type: ignore[misc]
+        sparsekit: Bound | None = None  # set once the model is loaded
+        _softmax: Softmax | None = None
+
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def forward(
+            self, layer: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor, attn_metadata: Any,
+            output: Tensor, *rest: Any, **more: Any,
+        ) -> Tensor:  # fmt: skip
+            bound = self.sparsekit
+            if bound is not None and attn_metadata is None:
+                self._take_scratch(bound, query, key)
+            step: Step | None = getattr(attn_metadata, "sparsekit", None)
+            runs = step.runs(bound, kv_cache.shape[2]) if step is not None and bound is not None else None
+            if step is None or bound is None or not runs:
+                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest, **more)
+            for begin, end, metadata in step.others(runs):
+                part = slice(begin, end)
+                k, v = (None if x is None else x[part] for x in (key, value))
+                super().forward(layer, query[part], k, v, kv_cache, metadata, output[part])
+            pages = self._pages(layer, kv_cache)
+            for run in runs:
+                self._run(bound, run, query, pages, output)
+            return output
+
+        def _run(self, bound: Bound, run: Run, query: Tensor, pages: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = run.part.geometry.q_len
+            here = slice(run.row.begin, run.row.begin + rows)
+            q = query[here].view(rows, self.num_heads, self.head_size)
+            with METER.measured(bound.layer, query.device) as counts:
+                plan = attend_part(
+                    run.part, run.patterns, q, Keys(pages, run.places), self._softmax_of(), output[here].view(q.shape)
+                )
+            counts.rows += rows
+            counts.causal_pairs += self.num_heads * (rows * (2 * run.part.end - rows + 1)) / 2
+            METER.keep(counts, plan, run.part.pairs, self.num_heads)
+
+        def _softmax_of(self) -> Softmax:
+            if self._softmax is None:
+                self._softmax = Softmax(self.scale, self.logits_soft_cap or None, getattr(self, "sinks", None))
+            return self._softmax
+
+        def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, ...]:
+            """(pages, size, G, ...): a token's key beside its value; of vLLM's CPU pages, keys and values."""
+            if not transposed:
+                return (kv_cache.transpose(1, 2),)
+            isa = getattr(layer, "isa", None)
+            if isa != "vec":
+                raise SparsekitError(
+                    f"CPU_ATTN packs its pages for {isa!r} here; sparsekit reads those for 'vec' alone."
+                )
+            count, heads, size, width = kv_cache.shape
+            keys, values = kv_cache.reshape(count, heads, 2, size * width // 2).unbind(2)
+            return (
+                keys.view(count, heads, -1, size).permute(0, 3, 1, 2),
+                values.view(count, heads, size, -1).transpose(1, 2),
+            )
+
+        def _take_scratch(self, bound: Bound, query: Tensor, key: Any) -> None:
+            """In vLLM's profiling run, take the memory of the largest chunk once, so that it is counted; this also
+            compiles the kernels."""
+            if query.device.type != "cuda" or bound.group in _SCRATCHED:
+                return
+            _SCRATCHED.add(bound.group)
+            q = query.view(query.shape[0], self.num_heads, self.head_size)
+            take_scratch(bound, q, self.num_kv_heads, self._softmax_of())
+
+    class Backend(stock):
+        supports_kv_cache_update_bypass = False
+
+        @staticmethod
+        def get_impl_cls() -> Any:
+            return Impl
+
+        @staticmethod
+        def get_builder_cls() -> Any:
+            return Builder
+
+    for cls in (Backend, Builder, Impl):
+        cls.__module__, cls.__qualname__ = module, cls.__name__
+    return Backend, Builder, Impl
+
+
+_SCRATCHED: set[int] = set()
+
+
+def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
+    """Run the largest chunk of the longest prompt over keys of zeros, in each config."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    longest = config.model_config.max_model_len if config is not None else len(q)
+    rows = min(len(q), longest)
+    for name, patterns in bound.patterns.items():
+        chunk = Chunk(longest - rows, longest, longest + (1 << 20))
+        part = part_of(patterns, chunk, q.device, dense_here=name in bound.dense_here)
+        if part is not None:
+            read = sum(end - begin for begin, end in part.reads)
+            both = torch.zeros(read, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
+            k, v = both.chunk(2, -1)
+            some = q[: part.geometry.q_len]
+            attend_part(
+                replace(part, reads=((0, read),)), patterns, some, Keys((k, v)), softmax, torch.empty_like(some)
+            )

@@ -1,0 +1,134 @@
+"""Which layer of a loaded model runs what: bound to the layers' implementations, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekit import __version__
+from sparsekit.config import LayerPatterns, ModelFacts
+from sparsekit.config.ranges import format_range
+from sparsekit.errors import SparsekitError
+from sparsekit.serve.vllm.meter import METER, LayerCounts
+from sparsekit.serve.vllm.settings import KEY, Settings
+
+__all__ = ["Bound", "bind", "line"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What one layer of this process runs.
+
+    Attributes:
+        patterns: by config, those of this process's heads, where a layer is not left to vLLM.
+        group: layers of one group run the same, and share what is made for a step.
+        dense_here: names of configs whose dense layers run here too.
+    """
+
+    layer: int
+    patterns: Mapping[str, LayerPatterns]
+    group: int
+    dense_here: frozenset[str]
+
+
+def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: int) -> list[str]:
+    """Give each attention layer of the target model its patterns; the lines to log.
+
+    Raises:
+        SparsekitError: a layer that a config makes sparse, and whose implementation is not sparsekit's or computes what
+            no kernel here does; no layer at all.
+    """
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, Attention) and getattr(module, "attn_type", "decoder") == "decoder":
+            found[extract_layer_index(module.layer_name)] = module
+    if not found:
+        raise SparsekitError(
+            f"{KEY}: {type(model).__name__} has no decoder attention that goes through vLLM's Attention."
+        )
+    facts, groups = _facts(found, vllm_config), dict[Any, int]()
+    METER.reset()
+    lines = []
+    own = {name: served.resolved.own_layers(facts) for name, served in settings.configs.items()}
+    for index, module in sorted(found.items()):
+        mine = {}
+        for name, served in settings.configs.items():
+            if index >= len(served.resolved.layers):
+                raise SparsekitError(f"{KEY}: {module.layer_name} is beyond the {len(served.resolved.layers)} layers.")
+            patterns = served.resolved.layers[index]
+            runs = not patterns.dense or served.config.dense_impl == "kernel"
+            if runs and index not in own[name] and facts.window(index) is None:
+                _check(module, patterns)
+                mine[name] = _of_rank(patterns, module, tp_rank)
+        if mine:
+            key = tuple((name, p.patterns, p.pattern_of_head) for name, p in mine.items())
+            here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
+            module.impl.sparsekit = Bound(index, mine, groups.setdefault(key, len(groups)), here)
+            said = " | ".join(f"{name}: {p}" if len(settings.configs) > 1 else str(p) for name, p in mine.items())
+            METER.layers.setdefault(index, LayerCounts()).patterns = said
+    backend = next(iter(found.values())).attn_backend.get_name()
+    METER.about = {"sparsekit": __version__, "rank": rank, "backend": backend, "exact_prefix": settings.exact_prefix}
+    for name, served in settings.configs.items():
+        lines.append(line(name, backend, {i: m.impl for i, m in found.items()}, own[name], served.config))
+    return lines
+
+
+def line(name: str, backend: str, impls: Mapping[int, Any], own: Mapping[int, str], config: Any) -> str:
+    """What runs where under a config, in one line."""
+    by_pattern: dict[str, list[int]] = {}
+    for index, impl in sorted(impls.items()):
+        bound = getattr(impl, "sparsekit", None)
+        patterns = bound.patterns.get(name) if bound is not None else None
+        said = str(patterns) if patterns is not None else f"vLLM ({own.get(index, 'dense')})"
+        by_pattern.setdefault(said, []).append(index)
+    where = "; ".join(f"layers {format_range(layers)}: {said}" for said, layers in by_pattern.items())
+    below = f"; prompts below {config.dense_below_tokens} tokens: vLLM" if config.dense_below_tokens else ""
+    return f"sparsekit {__version__} over {backend}, config {name!r}: {where}{below}; decoding: vLLM"
+
+
+def _facts(found: Mapping[int, Any], vllm_config: Any) -> ModelFacts:
+    """The kind of each layer, by what its module does; layers of other processes count as full."""
+    count = max(vllm_config.model_config.hf_text_config.num_hidden_layers, max(found) + 1)
+    windows = [getattr(found.get(i), "sliding_window", None) or None for i in range(count)]
+    return ModelFacts(
+        num_layers=count,
+        layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
+        sliding_window=tuple(windows),
+    )
+
+
+def _check(module: Any, patterns: LayerPatterns) -> None:
+    """That a layer may run sparse."""
+    from sparsekit.serve.vllm.backend import WRAPPED, is_ours
+
+    impl, backend = module.impl, module.attn_backend.get_name()
+    where = f"layer {patterns.layer} is to run {patterns}, but"
+    if not is_ours(impl):
+        raise SparsekitError(
+            f"{where} vLLM chose the backend {backend} for it; sparsekit serves {', '.join(WRAPPED)}: start the server "
+            f"with --attention-backend {WRAPPED[0]}."
+        )
+    if getattr(impl, "alibi_slopes", None) is not None:
+        raise SparsekitError(f"{where} it adds ALiBi biases, which no kernel here computes; leave the layer dense.")
+    if module.kv_cache_dtype not in ("auto", str(module.dtype).removeprefix("torch.")):
+        raise SparsekitError(
+            f"{where} its KV cache is {module.kv_cache_dtype}; quantised keys are not read: use --kv-cache-dtype auto."
+        )
+    sizes = (module.head_size, getattr(module, "head_size_v", module.head_size))
+    if len(set(sizes)) > 1:
+        raise SparsekitError(f"{where} its keys have size {sizes[0]} and its values {sizes[1]}; leave the layer dense.")
+
+
+def _of_rank(patterns: LayerPatterns, module: Any, tp_rank: int) -> LayerPatterns:
+    """Those of this process's query heads, which are consecutive."""
+    heads, total = module.num_heads, len(patterns.pattern_of_head)
+    if total % heads or (tp_rank + 1) * heads > total:
+        raise SparsekitError(
+            f"layer {patterns.layer}: the config has {total} query heads, and rank {tp_rank} has {heads}, which is no "
+            "equal part of them."
+        )
+    return patterns if heads == total else patterns.of_heads(tp_rank * heads, heads)

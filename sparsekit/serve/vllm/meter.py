@@ -1,0 +1,197 @@
+"""What ran: chunks, rows, pairs and time of each layer, and what fell back with the reason.
+
+Each worker counts for itself and writes its counts to a file of its own once a second, where something changed; the
+API server's collector reads the files when Prometheus asks. `report()` has the same, for `collective_rpc`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit.plan import BlockPlan
+
+__all__ = ["FOLDER", "METER", "LayerCounts", "Meter", "counts_of_workers"]
+
+FOLDER = "SPARSEKIT_METRICS_DIR"  # set by the API server, inherited by its workers
+PENDING = 4096  # intervals whose end is not known yet
+
+
+@dataclass
+class LayerCounts:
+    """One layer, since the start: chunks and rows run here; pairs kept, and those of dense attention.
+
+    `seconds` is the device's time, on a GPU between two events.
+    """
+
+    patterns: str = ""
+    chunks: int = 0
+    rows: int = 0
+    kept_pairs: float = 0
+    causal_pairs: float = 0
+    seconds: float = 0
+    pending: deque[Any] = field(default_factory=lambda: deque(maxlen=PENDING))
+    on_device: torch.Tensor | None = None
+
+    def settle(self, *, wait: bool) -> None:
+        """Add what devices have finished; with `wait`, all."""
+        while self.pending and (wait or self.pending[0][1].query()):
+            start, end = self.pending.popleft()
+            if wait:
+                end.synchronize()
+            self.seconds += start.elapsed_time(end) / 1000
+        if self.on_device is not None:
+            sums, self.on_device = self.on_device, None
+            self.kept_pairs += float(sums)
+
+    def to_dict(self) -> dict[str, Any]:
+        density = self.kept_pairs / self.causal_pairs if self.causal_pairs else None
+        return {
+            "patterns": self.patterns, "chunks": self.chunks, "rows": self.rows, "kept_pairs": self.kept_pairs,
+            "causal_pairs": self.causal_pairs, "density": density, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+class Meter:
+    """A worker's counts."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the layers of another model follow."""
+        with self.lock:
+            self.layers: dict[int, LayerCounts] = {}
+            self.fallbacks: Counter[str] = Counter()
+            self.about: dict[str, Any] = {}
+            self.changed = False
+
+    def fall_back(self, why: str) -> None:
+        """A prompt's chunk that is vLLM's in every layer, or in the layers of which `why` tells."""
+        self.fallbacks[why] += 1
+        self.changed = True
+
+    @contextmanager
+    def measured(self, layer: int, device: torch.device) -> Iterator[LayerCounts]:
+        """The time of a layer's chunk; what it kept is added to what this yields."""
+        counts = self.layers.setdefault(layer, LayerCounts())
+        if device.type == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            yield counts
+            events[1].record()
+            counts.pending.append(events)
+        else:
+            start = time.perf_counter()
+            yield counts
+            counts.seconds += time.perf_counter() - start
+        counts.chunks += 1
+        self.changed = True
+
+    def keep(self, counts: LayerCounts, plan: BlockPlan, pairs: int | None, heads: int) -> None:
+        """Add the pairs that a chunk kept: as they were told, or as its plan says, counted where it lies."""
+        if pairs is not None:
+            counts.kept_pairs += pairs
+            return
+        sums = plan.sums()[0].double() * (heads / plan.heads)
+        with self.lock:
+            counts.on_device = sums if counts.on_device is None else counts.on_device + sums
+
+    def report(self, *, wait: bool = True) -> dict[str, Any]:
+        """What is known of this worker, in plain numbers."""
+        with self.lock:
+            for counts in self.layers.values():
+                counts.settle(wait=wait)
+            layers = {str(i): counts.to_dict() for i, counts in sorted(self.layers.items())}
+            return {**self.about, "layers": layers, "fallbacks": dict(self.fallbacks)}
+
+    def publish(self, rank: int) -> None:
+        """From now on write the counts for the API server, from a thread that wakes once a second."""
+        folder = os.environ.get(FOLDER)
+        if folder and not getattr(self, "_thread", None):
+            path = Path(folder) / f"{os.getpid()}-{rank}.json"
+            self._thread = threading.Thread(target=self._write, args=(path,), daemon=True, name="sparsekit-metrics")
+            self._thread.start()
+
+    def _write(self, path: Path) -> None:
+        while path.parent.is_dir():
+            if self.changed:
+                self.changed = False
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(self.report(wait=False)), encoding="utf-8")
+                part.replace(path)
+            time.sleep(1)
+
+
+METER = Meter()
+
+
+def counts_of_workers() -> list[dict[str, Any]]:
+    """What the workers of this server have written."""
+    folder = os.environ.get(FOLDER)
+    return [json.loads(path.read_text("utf-8")) for path in sorted(Path(folder).glob("*.json"))] if folder else []
+
+
+class _Collector:
+    """Prometheus' view of the workers' counts."""
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        layered = {
+            "chunks": "Prompt chunks that sparsekit ran in a layer.",
+            "rows": "Query rows that sparsekit ran in a layer.",
+            "kept_pairs": "Query-key pairs that a layer's patterns kept, all heads.",
+            "causal_pairs": "Query-key pairs of dense attention over the same rows, all heads.",
+            "seconds": "Device time of sparsekit in a layer.",
+        }
+        workers = counts_of_workers()
+        labels = ["rank", "layer", "patterns"]
+        for name, text in layered.items():
+            family = CounterMetricFamily(f"sparsekit:{name}", text, labels=labels)
+            for worker in workers:
+                for layer, counts in worker["layers"].items():
+                    family.add_metric([str(worker.get("rank", 0)), layer, counts["patterns"]], counts[name])
+            yield family
+        density = GaugeMetricFamily(
+            "sparsekit:density", "Kept pairs over causal pairs, since the start.", labels=labels
+        )
+        fell = CounterMetricFamily(
+            "sparsekit:fallback_chunks", "Prompt chunks that ran dense, by reason.", labels=["rank", "reason"]
+        )
+        for worker in workers:
+            rank = str(worker.get("rank", 0))
+            for layer, counts in worker["layers"].items():
+                if counts["density"] is not None:
+                    density.add_metric([rank, layer, counts["patterns"]], counts["density"])
+            for reason, count in worker["fallbacks"].items():
+                fell.add_metric([rank, reason], count)
+        yield density
+        yield fell
+
+
+def expose() -> None:
+    """Show the workers' counts beside this process's Prometheus metrics; once."""
+    if os.environ.get(FOLDER):
+        return
+    _expose_once.folder = tempfile.TemporaryDirectory(prefix="sparsekit-metrics-")  # type: ignore[attr-defined]
+    os.environ[FOLDER] = _expose_once.folder.name  # type: ignore[attr-defined]
+    _expose_once()
+
+
+def _expose_once() -> None:
+    from prometheus_client import REGISTRY
+
+    REGISTRY.register(_Collector())

@@ -1,0 +1,226 @@
+"""What a server was told under `sparsekit` in vLLM's `--additional-config`, checked against its model and its options.
+
+Three forms: a config (a path, YAML text or a mapping with `version`); `{config: ..., exact_prefix: true}`; or
+`{configs: {NAME: ...}, default: NAME or off}`, out of which each request may choose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsekit.config import ModelFacts, ResolvedConfig, SparseConfig, load
+from sparsekit.errors import SparsekitError, nearest, shown
+from sparsekit.patterns import Pattern
+from sparsekit.serve.prompts import dense_tail
+
+__all__ = [
+    "DEFAULT",
+    "KEY",
+    "OFF",
+    "TESTED",
+    "Served",
+    "Settings",
+    "refuse",
+    "settings_of",
+    "source_of",
+    "version_refusal",
+]
+
+KEY = "sparsekit"  # in additional_config, and in a request's extra arguments
+OFF = "off"
+DEFAULT = "default"  # what a single config is called
+ENV = "SPARSEKIT_CONFIG"  # the same as the key, for containers
+ANY_VERSION = "SPARSEKIT_ANY_VLLM"
+TESTED = ((0, 26), (0, 33))  # first and last release, both included
+FIELDS = ("config", "configs", "default", "exact_prefix")
+TAIL_TOKENS = 1 << 20  # a prompt long enough that its dense last rows are a part of it
+
+
+@dataclass(frozen=True)
+class Served:
+    """One config of a server.
+
+    Attributes:
+        digest: of all that it says: pages of two configs with the same one hold the same.
+        tail: last rows of a prompt that it makes dense; None: a dynamic pattern, whose rows depend on later ones.
+    """
+
+    name: str
+    resolved: ResolvedConfig
+    digest: str
+    tail: int | None
+
+    @property
+    def config(self) -> SparseConfig:
+        return self.resolved.config
+
+    def why_dense(self, queries: int, prompt: int, *, exact: bool) -> str:
+        """Why a chunk of a prompt is vLLM's in every layer, or nothing. Exactly: not for its length."""
+        if prompt < self.config.dense_below_tokens:
+            return "the prompt is below dense_below_tokens"
+        return "a chunk below min_queries" if queries < self.config.min_queries and not exact else ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configs of a server, one of which runs where a request does not say otherwise."""
+
+    configs: Mapping[str, Served]
+    default: str
+    exact_prefix: bool = False
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", (OFF, *self.configs))
+
+    def choose(self, extra_args: Mapping[str, Any] | None) -> Served | None:
+        """What a request runs by its extra arguments; None: vLLM alone.
+
+        Raises:
+            SparsekitError: a name that the server does not have.
+        """
+        name = (extra_args or {}).get(KEY, self.default)
+        if not isinstance(name, str) or name not in self.names:
+            raise SparsekitError(
+                f"{KEY}={shown(name)}: this server has {', '.join(self.names)}.{nearest(name, self.names)}"
+            )
+        return self.configs.get(name)
+
+    def salt(self, served: Served | None, prompt: int, given: str | None) -> str | None:
+        """A request's cache salt: pages that different configs filled are never shared.
+
+        Under `exact_prefix`, a prompt that is dense for its length has those of `off`.
+        """
+        if served is None or (self.exact_prefix and prompt < served.config.dense_below_tokens):
+            return given
+        return f"sparsekit-{served.digest}{'' if given is None else f'-{given}'}"
+
+
+def source_of(vllm_config: Any) -> Any:
+    """What the server was told, as it was told; None: nothing."""
+    extra = vllm_config.additional_config
+    return (extra.get(KEY) if isinstance(extra, Mapping) else None) or os.environ.get(ENV) or None
+
+
+def settings_of(source: Any, facts: ModelFacts) -> Settings:
+    """The settings of a source for a model.
+
+    Raises:
+        SparsekitError: a field or config that is wrong, or for another model.
+    """
+    if not isinstance(source, Mapping) or "version" in source:
+        return Settings({DEFAULT: _served(DEFAULT, source, facts)}, DEFAULT)
+    unknown = [name for name in source if name not in FIELDS]
+    if unknown:
+        raise SparsekitError(
+            f"{KEY}: unknown field {shown(unknown[0])}; allowed: {', '.join(FIELDS)}, or a config itself, with "
+            f"`version`.{nearest(unknown[0], FIELDS)}"
+        )
+    exact = source.get("exact_prefix", False)
+    if not isinstance(exact, bool):
+        raise SparsekitError(f"{KEY}.exact_prefix = {shown(exact)}: true or false.")
+    if ("config" in source) == ("configs" in source):
+        raise SparsekitError(f"{KEY}: one of `config` and `configs` is needed, not both.")
+    if "config" in source:
+        if "default" in source:
+            raise SparsekitError(f"{KEY}.default goes with `configs`; a single config is called {DEFAULT!r}.")
+        settings = Settings({DEFAULT: _served(DEFAULT, source["config"], facts)}, DEFAULT, exact)
+    else:
+        settings = _several(source, facts, exact)
+    if exact and (dynamic := [name for name, served in settings.configs.items() if served.tail is None]):
+        raise SparsekitError(
+            f"{KEY}.exact_prefix: {dynamic[0]!r} has patterns whose choice depends on later rows, so that no prefix of "
+            "theirs is exact; leave exact_prefix out, or vLLM's prefix cache (--no-enable-prefix-caching)."
+        )
+    return settings
+
+
+def _several(source: Mapping[str, Any], facts: ModelFacts, exact: bool) -> Settings:
+    named, default = source["configs"], source.get("default")
+    if not isinstance(named, Mapping) or not named or not all(isinstance(name, str) and name for name in named):
+        raise SparsekitError(f"{KEY}.configs = {shown(named)}: a mapping of names to configs, one at least.")
+    if OFF in named:
+        raise SparsekitError(f"{KEY}.configs: {OFF!r} is vLLM alone; give the config another name.")
+    allowed = (*named, OFF)
+    if default not in allowed:
+        raise SparsekitError(
+            f"{KEY}.default = {shown(default)}: one of {', '.join(allowed)}.{nearest(default, allowed)}"
+        )
+    return Settings({name: _served(name, each, facts) for name, each in named.items()}, str(default), exact)
+
+
+def _served(name: str, source: Any, facts: ModelFacts) -> Served:
+    try:
+        config = load(source)
+        resolved = config.resolve(facts)
+    except SparsekitError as error:
+        raise SparsekitError(f"{KEY}{'' if name == DEFAULT else f'.configs.{name}'}: {error}") from None
+    said = f"{resolved.to_dict()} {config.dense_below_tokens} {config.min_queries} {config.dense_impl}"
+    patterns: set[Pattern] = {pattern for layer in resolved.layers for pattern in layer.patterns}
+    tail = dense_tail(tuple(patterns), TAIL_TOKENS)
+    return Served(name, resolved, hashlib.sha256(said.encode()).hexdigest()[:16], tail)
+
+
+def facts_of(vllm_config: Any) -> ModelFacts:
+    """What vLLM knows of the model before it is loaded."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    return ModelFacts(
+        name=model.model,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_key_heads=model.get_total_num_kv_heads(),
+        head_dim=model.get_head_size(),
+        hidden_size=model.get_hidden_size(),
+    )
+
+
+def version_refusal(version: tuple[Any, ...]) -> str:
+    """Why a release of vLLM is not served, or nothing."""
+    first, last = (".".join(map(str, end)) for end in TESTED)
+    if TESTED[0] <= tuple(version[:2]) <= TESTED[1] or os.environ.get(ANY_VERSION) == "1":
+        return ""
+    return (
+        f"vLLM {'.'.join(map(str, version[:3]))}: sparsekit was tested with {first} to {last}; install one, or "
+        f"set {ANY_VERSION}=1 to try."
+    )
+
+
+def refuse(vllm_config: Any) -> None:
+    """Refuse a server whose options sparsekit does not serve.
+
+    Raises:
+        SparsekitError: the first of them, in one line.
+    """
+    import vllm
+
+    wrong = version_refusal(vllm.__version_tuple__)
+    if wrong:
+        raise SparsekitError(wrong)
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    reasons = (
+        (model.use_mla, "this model's attention is MLA, whose cache holds no keys that a pattern could choose"),
+        (model.is_encoder_decoder, "this is an encoder-decoder model; sparsekit is for the prompts of decoders alone"),
+        (model.is_mm_prefix_lm, "this model's images attend in both directions, which no pattern here computes"),
+        (model.rswa_window is not None, "this model runs R-SWA attention, which no pattern here computes"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size: each rank has a part of the keys"),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size: each rank has a part of them"),
+        (
+            getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1,
+            "--enable-dbo: a step is cut in two, and the attention metadata of a half does not tell its prompts",
+        ),
+        (
+            cache.cache_dtype not in ("auto", dtype),
+            f"--kv-cache-dtype {cache.cache_dtype}: quantised keys are not read; use auto or {dtype}",
+        ),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill: layers drop the prompt's rows"),
+        (os.environ.get("VLLM_BATCH_INVARIANT") == "1", "VLLM_BATCH_INVARIANT: a chunk's result depends on its size"),
+    )
+    for applies, why in reasons:
+        if applies:
+            raise SparsekitError(f"{KEY} with {why}. Start the server without it, or without {KEY}.")

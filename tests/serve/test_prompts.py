@@ -1,0 +1,203 @@
+"""A chunk over pages computes what its rows of the whole prompt do, under an explicit mask; keys that no row keeps are
+not read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekit import SparsekitError
+from sparsekit.call.softmax import Softmax
+from sparsekit.config import LayerPatterns
+from sparsekit.patterns import parse_pattern
+from sparsekit.serve.pages import Keys, Places
+from sparsekit.serve.prompts import Chunk, attend_part, dense_tail, part_of, why_dense
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, DIM = 4, 2, 16
+TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 64, "last_tokens": 32}
+A_SHAPE = {"name": "a_shape", "sink_tokens": 130, "window_tokens": 100}
+UNION = {"name": "union", "of": [TRIANGLE, A_SHAPE]}
+
+
+def _layer(*patterns: object, of_head: tuple[int, ...] = ()) -> LayerPatterns:
+    return LayerPatterns(3, tuple(parse_pattern(x) for x in patterns), of_head or (0,) * HEADS)  # type: ignore[arg-type]
+
+
+def _inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(tokens)
+    q = torch.randn(tokens, HEADS, DIM, generator=g)
+    k, v = (torch.randn(tokens, KEY_HEADS, DIM, generator=g) for _ in range(2))
+    return q, k, v
+
+
+def _paged(k: Tensor, v: Tensor, size: int, *, joint: bool, poison: bool = True) -> Keys:
+    """k and v scattered over pages in random order; everything else in them is NaN."""
+    count = -(-k.shape[0] // size)
+    row = torch.randperm(count + 5, generator=torch.Generator().manual_seed(1))[:count]
+    pages = torch.full((count + 5, size, KEY_HEADS, 2 * DIM), torch.nan if poison else 0.0)
+    position = torch.arange(k.shape[0])
+    pages[row[position // size], position % size] = torch.cat([k, v], -1)
+    tensors = (pages,) if joint else pages.split(DIM, -1)
+    return Keys(tuple(tensors), Places(row.int(), size))
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, layer: LayerPatterns, prompt: int, softmax: Softmax) -> Tensor:
+    """The whole prompt's output (n, H, D), by each head's own `keep`."""
+    from sparsekit.call.geometry import Span
+
+    n = len(q)
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+    masks = [x.keep(i, j, Span(0, n, n, prompt)) for x in layer.patterns]  # type: ignore[attr-defined]
+    keep = torch.stack([masks[p] for p in layer.pattern_of_head]) | ((i >= prompt) & (j <= i))
+    z = softmax.logits(torch.einsum("qhd,khd->hqk", q.double(), k.double().repeat_interleave(HEADS // KEY_HEADS, 1)))
+    z = z.masked_fill(~keep, -torch.inf)
+    if softmax.sink_logits is not None:
+        z = torch.cat([z, softmax.sink_logits.double()[:, None, None].expand(-1, n, 1)], -1)
+    p = z.softmax(-1)[..., :n]
+    return torch.einsum("hqk,khd->qhd", p, v.double().repeat_interleave(HEADS // KEY_HEADS, 1)).float()
+
+
+LAYERS = {
+    "triangle": _layer(TRIANGLE),
+    "a_shape": _layer(A_SHAPE),
+    "union": _layer(UNION),
+    "two rules": _layer(TRIANGLE, A_SHAPE, of_head=(0, 1, 1, 0)),
+    "dense heads": _layer(TRIANGLE, "dense", of_head=(0, 1, 0, 1)),
+    "dense": _layer("dense"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("chunk_tokens", [2000, 300, 256, 1])
+@pytest.mark.parametrize(("size", "joint"), [(16, True), (64, False)])
+def test_chunks_over_pages_are_the_whole_prompt(name: str, chunk_tokens: int, size: int, joint: bool) -> None:
+    layer, prompt, softmax = LAYERS[name], 1100, Softmax(0.4, 5.0, torch.tensor([0.0, 1.0, -torch.inf, 3.0]))
+    total = prompt + 40  # an engine that resumes a request computes generated tokens again
+    q, k, v = _inputs(total)
+    whole = _explicit(q, k, v, layer, prompt, softmax)
+    keys = _paged(k, v, size, joint=joint)
+    first_rows = range(0, total, chunk_tokens) if chunk_tokens > 1 else (0, 700, prompt - 33, prompt - 1, prompt)
+    ran = 0
+    for first in first_rows:
+        chunk = Chunk(first, min(first + chunk_tokens, total), prompt)
+        part = part_of(layer, chunk, CPU, dense_here=True)
+        if part is None:
+            continue
+        rows = slice(first, part.end)
+        out = torch.full_like(q[rows], torch.nan)
+        attend_part(part, layer, q[rows], keys, softmax, out)
+        torch.testing.assert_close(out, whole[rows], atol=2e-5, rtol=2e-5)
+        ran += part.end - first
+    if chunk_tokens > 1:  # nothing behind the prompt, and no dense last row where all heads have them
+        assert ran == prompt - (32 if name in ("triangle", "union", "dense heads") else 0)
+
+
+def test_the_middle_of_a_prompt_reads_sinks_a_window_and_itself() -> None:
+    part = part_of(_layer(TRIANGLE), Chunk(8192, 16384, 131072), CPU)
+    assert part is not None
+    assert part.reads == ((0, 128), (8064, 16384))
+    assert (part.end, part.geometry.kv_len) == (16384, 128 + 128 + 8192)
+    later = part_of(_layer(TRIANGLE), Chunk(90112, 98304, 131072), CPU)
+    assert later is not None
+    assert (later.geometry, later.rules) == (part.geometry, part.rules)  # so they share their plan
+
+
+def test_what_is_not_needed_is_not_read() -> None:
+    """Poison between the sinks and the window, and a table that does not know those pages."""
+    q, k, v = _inputs(1024)
+    whole = _explicit(q, k, v, _layer(TRIANGLE), 5000, Softmax(0.25))
+    keys = _paged(k, v, 64, joint=True)
+    assert keys.places is not None
+    keys.places.row[2:10] = 10**6  # an address outside: reading it raises
+    part = part_of(_layer(TRIANGLE), Chunk(768, 1024, 5000), CPU)
+    assert part is not None
+    out = torch.empty_like(q[768:])
+    attend_part(part, _layer(TRIANGLE), q[768:], keys, Softmax(0.25), out)
+    torch.testing.assert_close(out, whole[768:], atol=2e-5, rtol=2e-5)
+
+
+def test_dense_last_rows_are_the_engines() -> None:
+    layer = _layer(TRIANGLE)
+    part = part_of(layer, Chunk(512, 1000, 1000), CPU)
+    assert part is not None
+    assert part.end == 1000 - 32
+    assert part_of(layer, Chunk(968, 1000, 1000), CPU) is None
+    assert part_of(layer, Chunk(1000, 1040, 1000), CPU) is None  # generated, and computed again
+    assert part_of(_layer("dense"), Chunk(0, 1000, 1000), CPU) is None
+
+
+def test_pairs_are_counted_in_closed_form() -> None:
+    layer, counted = _layer(TRIANGLE, A_SHAPE, of_head=(0, 1, 1, 0)), 0
+    for first in range(0, 1000, 250):
+        part = part_of(layer, Chunk(first, first + 250, 1000), CPU)
+        assert part is not None
+        assert part.pairs is not None
+        counted += part.pairs
+    i, j = torch.arange(1000)[:, None], torch.arange(1000)[None]
+    from sparsekit.call.geometry import Span
+
+    keeps = [x.keep(i, j, Span(0, 1000, 1000, 1000)).sum() for x in layer.patterns]  # type: ignore[attr-defined]
+    assert counted == sum(int(keeps[p]) for p in layer.pattern_of_head)
+
+
+@pytest.mark.parametrize("name", ["block_topk", "vertical_slash", "flexprefill", "xattention", "s2o"])
+def test_dynamic_patterns_read_all_keys_so_far(name: str) -> None:
+    """A chunk's result is `sparsekit.attention`'s over contiguous keys."""
+    import sparsekit
+    from sparsekit.kernels import preferred_tile
+
+    layer = _layer({"name": name, "dense_below_tokens": 0})
+    q, k, v = _inputs(900)
+    chunk = Chunk(500, 900, 2000)
+    part = part_of(layer, chunk, CPU)
+    assert part is not None
+    assert part.reads == ((0, 900),)
+    assert part.pairs is None
+    out = torch.empty_like(q[500:])
+    attend_part(part, layer, q[500:], _paged(k, v, 16, joint=True), Softmax(0.25), out)
+    contiguous = torch.empty_like(out)
+    attend_part(part, layer, q[500:], Keys((k, v)), Softmax(0.25), contiguous)
+    assert torch.equal(out, contiguous)
+    geometry = sparsekit.Geometry.of(400, 900, prompt_len=2000).with_tile(*preferred_tile(CPU))
+    alone = sparsekit.attention(
+        *(x.transpose(0, 1)[None] for x in (q[500:], k, v)), layer.patterns[0], geometry=geometry, scale=0.25
+    )
+    assert isinstance(alone, Tensor)
+    torch.testing.assert_close(out, alone[0].transpose(0, 1), atol=1e-6, rtol=1e-6)
+
+
+def test_a_prompt_below_what_pays_is_the_engines() -> None:
+    layer = _layer({"name": "block_topk", "dense_below_tokens": 4000})
+    assert part_of(layer, Chunk(0, 500, 3999), CPU) is None
+    assert why_dense(layer, Chunk(0, 500, 3999), CPU) == "4000 tokens, from which it pays"
+    assert part_of(layer, Chunk(0, 500, 4000), CPU) is not None
+    mixed = _layer({"name": "block_topk", "dense_below_tokens": 4000}, TRIANGLE, of_head=(0, 1, 0, 1))
+    assert part_of(mixed, Chunk(0, 500, 3999), CPU) is not None
+
+
+def test_the_tail_of_a_prompt_is_told_from_its_rules() -> None:
+    assert dense_tail(_layer(TRIANGLE, A_SHAPE, "dense").patterns, 10**5) == 32
+    assert dense_tail(_layer(A_SHAPE).patterns, 10**5) == 0
+    assert dense_tail(_layer(TRIANGLE, "block_topk").patterns, 10**5) is None
+
+
+def test_keys_are_checked() -> None:
+    k = torch.zeros(10, 2, 16)
+    for build in (
+        lambda: Keys((k,)),
+        lambda: Keys((k, k[:5])),
+        lambda: Keys((torch.zeros(4, 16, 2, 32), torch.zeros(4, 16, 2, 16)), Places(torch.zeros(4).int(), 16)),
+        lambda: Keys((torch.zeros(4, 16, 2, 32),), Places(torch.zeros(4).int(), 32)),
+        lambda: Places(torch.zeros(4), 16),
+        lambda: Keys((k, k)).read(((0, 11),)),
+        lambda: Keys((torch.zeros(4, 16, 2, 32),), Places(torch.zeros(2).int(), 16)).read(((0, 33),)),
+    ):
+        with pytest.raises(SparsekitError) as error:
+            build()
+        assert "\n" not in str(error.value)
+    part = part_of(_layer(A_SHAPE), Chunk(0, 10, 10), CPU)
+    assert part is not None
+    with pytest.raises(SparsekitError, match="10 queries are due"):
+        attend_part(part, _layer(A_SHAPE), torch.zeros(9, 4, 16), Keys((k, k)), Softmax(1.0), torch.zeros(9, 4, 16))

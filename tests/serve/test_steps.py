@@ -1,0 +1,147 @@
+"""How a batch is parted between vLLM and sparsekit, on metadata written by hand; without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekit.config import ModelFacts
+from sparsekit.serve.vllm.backend import Step, chunks_of, rows_of, uncut
+from sparsekit.serve.vllm.layers import Bound
+from sparsekit.serve.vllm.meter import METER
+from sparsekit.serve.vllm.settings import Settings, settings_of
+from sparsekit.serve.vllm.steps import Told
+
+T = "{name: triangle, sink_tokens: 8, window_tokens: 64, last_tokens: 32}"
+FACTS = ModelFacts(num_layers=2, num_heads=4)
+
+
+@dataclass
+class Common:
+    """The fields of vLLM's CommonAttentionMetadata that matter here."""
+
+    query_start_loc: Tensor
+    query_start_loc_cpu: Tensor
+    seq_lens: Tensor
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_table_tensor: Tensor
+    slot_mapping: Tensor
+    causal: Any = True
+    is_prefilling: Tensor | None = None
+    seq_lens_cpu_upper_bound: Tensor | None = None
+    mm_req_doc_ranges: Any = None
+    _num_computed_tokens_cache: Tensor | None = None
+
+
+def _batch(rows: list[tuple[int, int, int]]) -> tuple[Common, Any]:
+    """Of rows (queries, keys so far, prompt)."""
+    starts = torch.tensor([0, *np.cumsum([q for q, _, _ in rows])])
+    keys, prompts = torch.tensor([k for _, k, _ in rows]), np.array([p for _, _, p in rows])
+    total = int(starts[-1])
+    common = Common(
+        starts, starts.clone(), keys, len(rows), total, max(q for q, _, _ in rows), int(keys.max()),
+        torch.arange(len(rows) * 200).view(len(rows), 200), torch.arange(total),
+        is_prefilling=torch.tensor([k - q < p for q, k, p in rows]), seq_lens_cpu_upper_bound=keys.clone(),
+        _num_computed_tokens_cache=keys,
+    )  # fmt: skip
+    return common, prompts
+
+
+@pytest.fixture(autouse=True)
+def _counts() -> Iterator[None]:
+    METER.reset()
+    yield
+    METER.reset()
+
+
+def _settings(text: str = f"version: 1\nmin_queries: 16\ndense_below_tokens: 200\ndefault: {T}\n") -> Settings:
+    return settings_of({"configs": {"a": text}, "default": "a"}, FACTS)
+
+
+def test_chunks_are_told_from_decodes_and_short_ones() -> None:
+    rows = [
+        (1, 500, 400),
+        (300, 300, 300),
+        (1, 301, 300),
+        (15, 1000, 1000),
+        (150, 150, 150),
+        (64, 800, 900),
+        (64, 99, 999),
+    ]
+    common, prompts = _batch(rows)
+    asked = {6: {"sparsekit": "off"}}
+    found = chunks_of(common, Told(prompts, asked.get), _settings())
+    assert [(row.row, row.begin, tuple(row.chunk)) for row in found] == [
+        (1, 1, (0, 300, 300)),
+        (5, 467, (736, 800, 900)),
+    ]
+    assert dict(METER.fallbacks) == {
+        "a chunk below min_queries": 1,
+        "the prompt is below dense_below_tokens": 1,
+        "the request said off": 1,
+    }
+    exact = settings_of({"config": f"version: 1\nmin_queries: 16\ndefault: {T}\n", "exact_prefix": True}, FACTS)
+    assert [row.row for row in chunks_of(common, Told(prompts, lambda _: None), exact)] == [1, 3, 4, 5, 6]
+
+
+def test_a_batch_that_cannot_be_cut_stays_whole() -> None:
+    common, prompts = _batch([(300, 300, 300), (1, 10, 5)])
+    assert uncut(common) == ""
+    common.mm_req_doc_ranges = {0: [(1, 2)]}
+    assert uncut(common) == "mm_req_doc_ranges"
+    assert chunks_of(common, Told(prompts, lambda _: None), _settings()) == []
+    assert dict(METER.fallbacks) == {"the batch has mm_req_doc_ranges": 1}
+
+
+def test_rows_are_cut_out_with_their_metadata() -> None:
+    common, _ = _batch([(3, 10, 5), (300, 300, 300), (1, 301, 300), (64, 800, 900)])
+    part = rows_of(common, 271, 304)  # the last 32 queries of row 1, and row 2
+    assert part.num_reqs == 2
+    assert part.num_actual_tokens == 33
+    assert part.query_start_loc.tolist() == part.query_start_loc_cpu.tolist() == [0, 32, 33]
+    assert part.seq_lens.tolist() == [300, 301]
+    assert part.slot_mapping.tolist() == list(range(271, 304))
+    assert torch.equal(part.block_table_tensor, common.block_table_tensor[1:3])
+    assert (part.max_query_len, part.max_seq_len) == (32, 301)
+    assert part._num_computed_tokens_cache is None
+    whole = rows_of(common, 0, 368)
+    assert whole.query_start_loc.tolist() == common.query_start_loc.tolist()
+
+
+def test_what_a_run_leaves_joins_the_rows_behind_it() -> None:
+    common, prompts = _batch([(1, 50, 40), (300, 300, 300), (1, 301, 300), (64, 800, 900), (2, 70, 68)])
+    settings = _settings()
+    rows = chunks_of(common, Told(prompts, lambda _: None), settings)
+    step = Step(common, rows, lambda part: part)
+    patterns = settings.configs["a"].resolved.layers[0]
+    runs = step.runs(Bound(0, {"a": patterns}, 0, frozenset()), 16)
+    assert [(run.row.row, run.part.end) for run in runs] == [(1, 268), (3, 800)]
+    others = step.others(runs)
+    assert [(other.begin, other.end) for other in others] == [(0, 1), (269, 302), (366, 368)]
+    assert step.others(runs) is others  # once a step
+    covered = sorted(
+        [i for other in others for i in range(other.begin, other.end)]
+        + [i for run in runs for i in range(run.row.begin, run.row.begin + run.part.geometry.q_len)]
+    )
+    assert covered == list(range(368))
+    assert step.runs(Bound(1, {}, 1, frozenset()), 16) == []  # a dense layer
+
+
+def test_layers_of_one_group_share_a_runs_places() -> None:
+    common, prompts = _batch([(300, 300, 300)])
+    settings = _settings()
+    step = Step(common, chunks_of(common, Told(prompts, lambda _: None), settings), lambda part: part)
+    patterns = settings.configs["a"].resolved.layers[0]
+    one, other = (step.runs(Bound(i, {"a": patterns}, 0, frozenset()), 16) for i in range(2))
+    assert one is other
+    another = step.runs(Bound(2, {"a": patterns}, 1, frozenset()), 16)
+    assert another[0].places is one[0].places
