@@ -126,12 +126,10 @@ def _calibrate_rule(
     asked: Any = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
     found = None if probe_file is None else read_probe(probe_file)
     runs, others = _pattern_of(pattern, "--pattern"), _pattern_of(rest, "--rest")
-    judged = {}
+    loaded = load_weights(model, device, dtype, exact=True)
+    arch, judged = facts(loaded[0]), {}
     if asked.measured:
         kinds, lengths = tasks_of(asked.tasks, asked.corpus), numbers_of(asked.tokens, "--tokens")
-    loaded = load_weights(model, device, dtype, exact=True)
-    arch = facts(loaded[0])
-    if asked.measured:
         judged = judges(*loaded, kinds, tokens=lengths, samples=asked.samples, records=gate.records)
 
     def write(chosen: Chosen, said: dict[str, Any]) -> Any:

@@ -69,6 +69,63 @@ def test_probe_then_rule(tiny, right) -> None:
     assert sum(not layer.dense for layer in load("c.yaml").resolve().layers) == 4
 
 
+def test_heads_by_rule_then_their_curve_and_agreement(tiny, right) -> None:
+    out("calibrate", "probe", "m", "--samples", "2", "--tokens", "300", *SHORT, "-o", "probe.json")
+    pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
+    common = ["--probe", "probe.json", "--pattern", pattern]
+    rule = ["calibrate", "rule", "m", "-o", "c.yaml", *common, *GATE]
+    assert "written to c.yaml" in out(*rule, "--rule", "head_share", "--share", "0.5", "--rest", "block_topk")
+    config = load("c.yaml")
+    groups = [(p.name, len(heads)) for layer in config.resolve().layers for p, heads in layer.groups()]
+    assert (
+        sum(n for name, n in groups if name == "triangle") == 8 == sum(n for name, n in groups if name == "block_topk")
+    )
+    assert config.provenance["rule"] == "head_share" and config.provenance["gate"]["passed"]
+    budget = [
+        "--rule",
+        "head_budget",
+        "--budget",
+        "9",
+        "--samples",
+        "2",
+        "--tokens",
+        "300",
+        "--tasks",
+        "needle4,passkey",
+    ]
+    out(*rule, *budget, "--records", "r.jsonl")
+    assert load("c.yaml").provenance["measured_kl"].keys() == {"needle4", "passkey"}
+    assert all(not layer.dense for layer in load("c.yaml").resolve().layers)
+
+    curve = ["calibrate", "head-curve", "m", *common, "--shares", "0.5,0.75", "--samples", "2", "--tokens", "300"]
+    more = ["--tasks", "needle4,perplexity", "--corpus", "pydoc", "--ranks", "gradient,refined", "--rank-samples", "2"]
+    found = json.loads(out(*curve, *more, "--records", "curve.jsonl", "--json"))
+    assert [(row["task"], row["share"], row["by"]) for row in found["rows"]] == [
+        (name, share, by)
+        for name in ("needle4", "perplexity")
+        for share in (0.5, 0.75)
+        for by in ("layer", "gradient", "refined")
+    ]
+    for row in found["rows"]:
+        assert row["heads_share"] == row["share"] and row["samples"] == 2 and row["kl"] > 0
+        assert (row["kl_below_layer"] is None) == (row["by"] == "layer")
+    layer, head = found["rows"][:2]
+    assert head["kl_below_layer"][0] == pytest.approx(layer["kl"] - head["kl"])
+    before = len(Path("curve.jsonl").read_text().splitlines())
+    again = json.loads(out(*curve, *more, "--records", "curve.jsonl", "--json"))
+    assert again["rows"] == found["rows"] and len(Path("curve.jsonl").read_text().splitlines()) == before
+    assert "below layer" in out(*curve, "--records", "curve.jsonl")
+
+    agree = ["calibrate", "agreement", "m", "--tasks", "needle4", "--samples", "1", "--json"]
+    agreed = json.loads(out(*agree, "--tokens", "400,450", "--seeds", "0,1"))
+    assert {row["axis"] for row in agreed["rows"]} == {"tokens", "seed"}
+    assert all(-1 <= row["lowest"] <= row["correlation"] <= 1 and 0 <= row["overlap"] <= 1 for row in agreed["rows"])
+    assert "two or more" in out(
+        "calibrate", "agreement", "m", "--tokens", "400", "--tasks", "vt", "--seeds", "1", code=1
+    )
+    assert "--shares 'a'" in out(*curve, "--shares", "a", code=1)
+
+
 def test_what_fails_the_gate_is_not_written(tiny) -> None:
     pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
     rule = ["--rule", "list", "--layers", "1-3", "--pattern", pattern, "-o", "c.yaml"]
