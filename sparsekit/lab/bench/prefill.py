@@ -58,9 +58,9 @@ def bench_prefill(
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
         rounds: in each every config reads the prompt once, after one reading that is not timed.
-        attends: what attention is given: "weights", the layers' own q and k; or "structured", those of heads with
-            the structure of real ones (`sparsekit.lab.bench.inputs.structured`), the same in every layer, in their place. All else
-            runs as it is. Random weights attend flatly, and so tell a dynamic pattern to keep everything.
+        attends: what attention is given: "weights", the layers' own q and k; or "structured", those of heads with the
+            structure of real ones (`sparsekit.lab.bench.inputs.structured`), the same in every layer. All else runs as
+            it is. Random weights attend flatly, and so tell a dynamic pattern to keep everything.
         dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
