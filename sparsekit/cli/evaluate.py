@@ -259,10 +259,22 @@ def report(
         "report.html"
     ),
     title: Annotated[str | None, typer.Option(help="Page heading (default: the question).")] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="Print the mean over tasks at each length against dense, and no page.")
+    ] = False,
 ) -> None:
     """Write a page of results: scores against time and density, depths, layers, gradients, configs and tables."""
     from sparsekit.lab.report import write_report
 
+    if average:
+        from sparsekit.lab.averages import average_table
+        from sparsekit.lab.sweep import read_results
+
+        records, remarks = read_results(results)
+        typer.echo(average_table(records), nl=False)
+        for remark in remarks:
+            typer.echo(remark, err=True)
+        return
     with busy("writing"):
         remarks = write_report(results, output, title=title)
     for remark in remarks:

@@ -88,6 +88,7 @@ def test_caches_that_cannot_be_shortened(
     assert got.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["passkey", "needle4"])
 @pytest.mark.parametrize("config", [None, {"layers": {"15-29": {"name": "triangle", "window_tokens": 64}}}])
 def test_prompts_decoded_together_are_answered_as_alone(

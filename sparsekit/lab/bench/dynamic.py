@@ -19,6 +19,7 @@ from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.kernels import choose_device
 from sparsekit.lab.bench.dynamic_rows import Setting, check_size, checked, given_of, rows_of
 from sparsekit.lab.bench.inputs import Inputs, captured, load_inputs, structured
+from sparsekit.lab.bench.oracle import oracle
 from sparsekit.lab.bench.peers import load_peers
 from sparsekit.lab.bench.timing import Record
 from sparsekit.lab.provenance import place
@@ -50,6 +51,7 @@ def bench_dynamic(
     plan_only: bool = False,
     peers: Path | str | None = None,
     repeat_ms: float = 200,
+    with_oracle: bool = False,
     out: Path | str | None = None,
     show: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -69,6 +71,8 @@ def bench_dynamic(
         plan_only: select and measure that alone, without attention; by default at 2^20 tokens.
         peers: a folder with a `peers.py` (docs/results): the methods' own code, timed in the same rounds.
         repeat_ms: about so long each call is repeated, in three rounds that alternate with the others'. 0: no times.
+        with_oracle: `oracle_tile_density` in each row with a recall: the least density of 128 x 128 tiles with which
+            any selector could have had it.
         out: JSONL file, written row by row.
         show: gets the rows of each input when it is done.
 
@@ -106,7 +110,9 @@ def bench_dynamic(
             captures[name] = load_inputs(name)
         elif name != "structured":
             captures[name] = [
-                one for n in lengths for one in captured(name, n, layers=layers, seed=seed, prompt=prompt)
+                one.to(torch.device("cpu"), one.q.dtype)
+                for n in lengths
+                for one in captured(name, n, layers=layers, seed=seed, prompt=prompt, device=place_on)
             ]
 
     setting = Setting(place_on, impl, repeat_ms)
@@ -136,7 +142,10 @@ def bench_dynamic(
             show(record.rows[:])
         for one in everything():
             before = len(record.rows)
+            best = oracle(one.q, one.k) if with_oracle else None
             for row in rows_of(one, good, found_peers, plan_only, setting):
+                if best is not None and row.get("recall") is not None:
+                    row["oracle_tile_density"] = round(best.tile_density(min(row["recall"], 1.0)), 6)
                 record.add(row)
             if show is not None:
                 show(record.rows[before:])

@@ -28,6 +28,7 @@ __all__ = ["command", "table"]
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("pairs", "pair_density", "{:.4f}"),
     ("tiles", "tile_density", "{:.4f}"),
+    ("oracle", "oracle_tile_density", "{:.4f}"),
     ("recall", "recall", "{:.4f}"),
     ("worst head", "recall_worst_head", "{:.4f}"),
     ("error L1", "error_l1", "{:.4f}"),
@@ -111,6 +112,9 @@ def command(
         Path | None, typer.Option(help="Folder with a peers.py: the methods' own code, in the same rounds.")
     ] = None,
     repeat_ms: Annotated[float, typer.Option(help="Of each call; 0: no times.")] = 200,
+    with_oracle: Annotated[
+        bool, typer.Option("--oracle", help="Also the least tile density that any selector could have had.")
+    ] = False,
     output: Rows = None,
     save_inputs: Annotated[
         Path | None, typer.Option(help="Capture from the one model given, write, measure nothing.")
@@ -128,7 +132,8 @@ def command(
     rows = bench_dynamic(
         methods=None if patterns is None else patterns_of(patterns), lengths=lengths, inputs=words_of(inputs),
         heads=heads, key_heads=key_heads, dim=dim, dtype=dtype, device=where, impl=impl, sweep=sweep,
-        plan_only=plan_only, peers=peers, repeat_ms=repeat_ms, out=output, show=_print, **of_model,
+        plan_only=plan_only, peers=peers, repeat_ms=repeat_ms, with_oracle=with_oracle, out=output, show=_print,
+        **of_model,
     )  # fmt: skip
     failed = [row for row in rows if row["case"] == "failed"]
     for row in failed:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +14,15 @@ import typer
 from torch import Tensor
 
 from sparsekit.config import SparseConfig, load
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, nearest
+from sparsekit.lab.bench.inputs import structured
 from sparsekit.lab.bench.shapes import model_or_shape
 from sparsekit.lab.bench.timing import Record, spread, synchronize
 from sparsekit.lab.options import Device, Dtype, Lengths, Model, Rows, Shape, device_of, numbers_of
 from sparsekit.lab.provenance import place
+from sparsekit.models import facts as model_facts
 from sparsekit.patch import apply
+from sparsekit.patch.capture import wrap_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_prefill", "command"]
 
 STOCK = "untouched"
+ATTENDS = ("weights", "structured")
 
 
 @torch.inference_mode()
@@ -36,6 +41,7 @@ def bench_prefill(
     shape: str | None = None,
     lengths: Sequence[int] = (8192, 32768, 131072),
     rounds: int = 2,
+    attends: str = "weights",
     dtype: str | None = None,
     device: str | None = None,
     out: Path | str | None = None,
@@ -44,7 +50,7 @@ def bench_prefill(
     """A row for each length and config, and one for the untouched model: a prompt into a fresh cache, one token out.
 
     The prompt is random tokens. Weights of a `shape` are random too: what static patterns cost does not depend on that,
-    but a dynamic pattern selects by what it reads, so time those with real weights.
+    but a dynamic pattern selects by what it reads, so time those with real weights, or over `structured` inputs.
 
     Args:
         configs: files, or `SparseConfig`s.
@@ -52,6 +58,9 @@ def bench_prefill(
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
         rounds: in each every config reads the prompt once, after one reading that is not timed.
+        attends: what attention is given: "weights", the layers' own q and k; or "structured", those of heads with the
+            structure of real ones (`sparsekit.lab.bench.inputs.structured`), the same in every layer. All else runs as
+            it is. Random weights attend flatly, and so tell a dynamic pattern to keep everything.
         dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
@@ -69,24 +78,28 @@ def bench_prefill(
             f"{len(configs)} configs, lengths = {list(lengths)}, rounds = {rounds}: at least one of each, and "
             "no length below 1 token."
         )
+    if attends not in ATTENDS:
+        raise SparsekitError(f"attends = {attends!r} is not one of {', '.join(ATTENDS)}.{nearest(attends, ATTENDS)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = [(str(config) if isinstance(config, str) else f"config {i}", load(config))
               for i, config in enumerate(configs)]  # fmt: skip
     name, found = model_or_shape(model, shape, dtype, where)
     vocab = found.config.get_text_config().vocab_size
-    facts = {"case": "prefill", "model": name, "dtype": str(found.dtype).removeprefix("torch."), "rounds": rounds}
+    dtype = str(found.dtype).removeprefix("torch.")
+    facts = {"case": "prefill", "model": name, "dtype": dtype, "rounds": rounds, "attends": attends}
     with Record(out, place(where)) as record:
         for tokens in lengths:
             prompt = torch.randint(3, vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
+            given = None if attends == "weights" else _given(found, tokens)
             times: dict[str, list[float]] = {STOCK: [], **{label: [] for label, _ in loaded}}
             seen: dict[str, dict[str, Any]] = {}
             for n in range(rounds + 1):
-                ms, memory = _timed(found, prompt, where)
+                ms, memory = _timed(found, prompt, where, given)
                 times[STOCK] += [ms] * (n > 0)
                 seen[STOCK] = {**memory, "tile_density": 1.0, "sparse_layers": 0}
                 for label, config in loaded:
                     with apply(found, config) as handle:
-                        ms, memory = _timed(found, prompt, where)
+                        ms, memory = _timed(found, prompt, where, given)
                         layers = handle.report().layers
                     times[label] += [ms] * (n > 0)
                     tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
@@ -103,14 +116,43 @@ def bench_prefill(
     return record.rows
 
 
-def _timed(model: PreTrainedModel, prompt: Tensor, device: torch.device) -> tuple[float, dict[str, int]]:
+def _given(model: PreTrainedModel, tokens: int) -> tuple[Tensor, Tensor]:
+    """Structured q (1, H, N, D) and k (1, G, N, D) of the model's heads."""
+    arch = model_facts(model)
+    if arch.num_key_heads is None or arch.head_dim is None or arch.layer_heads is not None:
+        raise SparsekitError(f"attends = 'structured': layers of {arch.name} differ in their heads.")
+    made = structured(
+        tokens, heads=arch.num_heads, key_heads=arch.num_key_heads, dim=arch.head_dim, device=model.device,
+        dtype=model.dtype,
+    )  # fmt: skip
+    return made.q, made.k
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, given: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+    """Within this block attention is given these q and k, in every layer; None: the layers' own."""
+    if given is None:
+        yield
+        return
+
+    def run(own: Any, module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(module, *given, *args, **kwargs)
+
+    with wrap_attention(model, run):
+        yield
+
+
+def _timed(
+    model: PreTrainedModel, prompt: Tensor, device: torch.device, given: tuple[Tensor, Tensor] | None
+) -> tuple[float, dict[str, int]]:
     """Milliseconds by the host's clock from the prompt to the first token, and the peak of allocated memory."""
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    int(model(prompt, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-    ms = (time.perf_counter() - start) * 1e3
+    with _attending(model, given):
+        start = time.perf_counter()
+        int(model(prompt, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        ms = (time.perf_counter() - start) * 1e3
     return ms, {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
@@ -128,12 +170,15 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Timed readings of each.")] = 2,
     model: Model = None,
     shape: Shape = None,
+    attends: Annotated[
+        str, typer.Option(help="weights: the layers' own q and k; structured: those of real heads, in their place.")
+    ] = "weights",
     dtype: Dtype = None,
     device: Device = "auto",
     output: Rows = None,
 ) -> None:
     """Time to the first token and peak memory of configs, against the untouched model, in one run."""
     bench_prefill(
-        configs, model=model, shape=shape, lengths=numbers_of(tokens, "--tokens"), rounds=rounds, dtype=dtype,
-        device=device_of(device), out=output, show=typer.echo,
+        configs, model=model, shape=shape, lengths=numbers_of(tokens, "--tokens"), rounds=rounds, attends=attends,
+        dtype=dtype, device=device_of(device), out=output, show=typer.echo,
     )  # fmt: skip

@@ -26,6 +26,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 128256,
         "max_position_embeddings": 131072,
     },
+    "qwen2.5-7b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+    },
     "llama-3.2-1b": {
         "num_hidden_layers": 16,
         "hidden_size": 2048,

@@ -10,11 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError
+from sparsekit.call.softmax import Softmax
 from sparsekit.cli import app
 from sparsekit.config import load
+from sparsekit.kernels import geometry_for
 from sparsekit.lab.bench import bench_prefill
+from sparsekit.lab.bench.inputs import structured
 from sparsekit.models import tiny
 from sparsekit.patch import apply
+from sparsekit.patterns import parse_pattern
 
 TRIANGLE = """
 version: 1
@@ -69,6 +73,24 @@ def test_layers_with_a_window_of_their_own_have_no_density() -> None:
     windows = tiny("mistral", sliding_window=32)
     [_, row] = bench_prefill([config], model=windows, lengths=[400], rounds=1, device="cpu")
     assert (row["tile_density"], row["sparse_layers"]) == (1, 0)
+
+
+def test_structured_inputs_take_the_place_of_what_random_weights_attend_to() -> None:
+    """The pattern sees them, in every sparse layer, and the model is itself again afterwards."""
+    model = tiny("llama")
+    pattern = {"name": "xattention", "threshold": 0.9, "stride": 4, "dense_below_tokens": 0}
+    given = {"model": model, "lengths": [1200], "rounds": 1, "device": "cpu"}
+    before = model(torch.full((1, 8), 5)).logits
+    [_, flat] = bench_prefill([load({"default": pattern})], **given)
+    [stock, row] = bench_prefill([load({"default": pattern})], attends="structured", **given)
+    assert (flat["attends"], stock["attends"], row["attends"]) == ("weights", "structured", "structured")
+    made = structured(1200, heads=4, key_heads=2, dim=16)
+    plan = parse_pattern(pattern).plan(made.q, made.k, geometry_for(made.q, made.k), Softmax(scale=0.25))
+    assert row["tile_density"] == pytest.approx(plan.tile_density(), abs=1e-4)
+    assert row["tile_density"] < 0.9 * flat["tile_density"] and row["sparse_layers"] == 4
+    assert torch.equal(model(torch.full((1, 8), 5)).logits, before)
+    with pytest.raises(SparsekitError, match="'structure' is not"):
+        bench_prefill([load({"default": pattern})], attends="structure", **given)
 
 
 def test_command(config: str) -> None:
