@@ -23,9 +23,7 @@ from sparsekit.serve.vllm.meter import METER
 from sparsekit.serve.vllm.settings import OFF, Served, Settings
 from sparsekit.serve.vllm.steps import Told, current
 
-__all__ = ["WRAPPED", "Step", "is_ours", "over", "rows_of", "serving", "use"]
-
-WRAPPED = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
+__all__ = ["Step", "over", "rows_of", "serving", "use"]
 
 # Fields of CommonAttentionMetadata by what they have one entry for. Any other that holds something cannot be cut.
 ROWS = {
@@ -182,10 +180,6 @@ def chunks_of(common: Any, told: Told, settings: Settings) -> list[Row]:
         METER.fall_back(f"the batch has {field}")
         return []
     return rows
-
-
-def is_ours(impl: Any) -> bool:
-    return hasattr(type(impl), "sparsekit")
 
 
 def over(stock: Any, module: str) -> tuple[Any, Any, Any]:

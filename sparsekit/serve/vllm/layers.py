@@ -11,7 +11,7 @@ from sparsekit.config import LayerPatterns, ModelFacts
 from sparsekit.config.ranges import format_range
 from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import METER, LayerCounts
-from sparsekit.serve.vllm.settings import KEY, Settings
+from sparsekit.serve.vllm.settings import KEY, WRAPPED, Settings
 
 __all__ = ["Bound", "bind", "line"]
 
@@ -103,11 +103,9 @@ def _facts(found: Mapping[int, Any], vllm_config: Any) -> ModelFacts:
 
 def _check(module: Any, patterns: LayerPatterns) -> None:
     """That a layer may run sparse."""
-    from sparsekit.serve.vllm.backend import WRAPPED, is_ours
-
     impl, backend = module.impl, module.attn_backend.get_name()
     where = f"layer {patterns.layer} is to run {patterns}, but"
-    if not is_ours(impl):
+    if not hasattr(type(impl), "sparsekit"):
         raise SparsekitError(
             f"{where} vLLM chose the backend {backend} for it; sparsekit serves {', '.join(WRAPPED)}: start the server "
             f"with --attention-backend {WRAPPED[0]}."

@@ -22,6 +22,7 @@ __all__ = [
     "KEY",
     "OFF",
     "TESTED",
+    "WRAPPED",
     "Served",
     "Settings",
     "refuse",
@@ -36,6 +37,7 @@ DEFAULT = "default"  # what a single config is called
 ENV = "SPARSEKIT_CONFIG"  # the same as the key, for containers
 ANY_VERSION = "SPARSEKIT_ANY_VLLM"
 TESTED = ((0, 26), (0, 33))  # first and last release, both included
+WRAPPED = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")  # backends, each a file of that name
 FIELDS = ("config", "configs", "default", "exact_prefix")
 TAIL_TOKENS = 1 << 20  # a prompt long enough that its dense last rows are a part of it
 

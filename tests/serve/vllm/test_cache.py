@@ -90,9 +90,9 @@ def test_refused_at_start(start: Callable[..., Any], monkeypatch: pytest.MonkeyP
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8"):
         start(CONFIGS["triangle"], kv_cache_dtype="fp8")
-    from sparsekit.serve.vllm import backend
+    from sparsekit.serve.vllm import settings
 
-    monkeypatch.setattr(backend, "WRAPPED", ("FLASH_ATTN",))
+    monkeypatch.setattr(settings, "WRAPPED", ("FLASH_ATTN",))
     with pytest.raises(Exception, match=r"layer 0 is to run triangle\(.*vLLM chose the backend CPU_ATTN"):
         start(CONFIGS["triangle"])
 
