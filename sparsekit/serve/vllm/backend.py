@@ -308,11 +308,7 @@ _SCRATCHED: set[int] = set()
 
 def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
     """Run the largest chunk of the longest prompt over keys of zeros, in each config."""
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    longest = config.model_config.max_model_len if config is not None else len(q)
-    rows = min(len(q), longest)
+    longest, rows = bound.longest, min(len(q), bound.longest)
     for name, patterns in bound.patterns.items():
         chunk = Chunk(longest - rows, longest, longest + (1 << 20))
         part = part_of(patterns, chunk, q.device, dense_here=name in bound.dense_here)

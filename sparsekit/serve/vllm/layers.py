@@ -24,12 +24,14 @@ class Bound:
         patterns: by config, those of this process's heads, where a layer is not left to vLLM.
         group: layers of one group run the same, and share what is made for a step.
         dense_here: names of configs whose dense layers run here too.
+        longest: tokens of the longest prompt.
     """
 
     layer: int
     patterns: Mapping[str, LayerPatterns]
     group: int
-    dense_here: frozenset[str]
+    dense_here: frozenset[str] = frozenset()
+    longest: int = 0
 
 
 def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: int) -> list[str]:
@@ -67,7 +69,8 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
         if mine:
             key = tuple((name, p.patterns, p.pattern_of_head) for name, p in mine.items())
             here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
-            module.impl.sparsekit = Bound(index, mine, groups.setdefault(key, len(groups)), here)
+            longest = vllm_config.model_config.max_model_len
+            module.impl.sparsekit = Bound(index, mine, groups.setdefault(key, len(groups)), here, longest)
             said = " | ".join(f"{name}: {p}" if len(settings.configs) > 1 else str(p) for name, p in mine.items())
             METER.layers.setdefault(index, LayerCounts()).patterns = said
     backend = next(iter(found.values())).attn_backend.get_name()
