@@ -84,15 +84,16 @@ def test_chunks_are_told_from_decodes_and_short_ones() -> None:
     found = chunks_of(common, Told(prompts, asked.get), _settings())
     assert [(row.row, row.begin, tuple(row.chunk)) for row in found] == [
         (1, 1, (0, 300, 300)),
+        (3, 302, (985, 1000, 1000)),
         (5, 467, (736, 800, 900)),
     ]
     assert dict(METER.fallbacks) == {
-        "a chunk below min_queries": 1,
         "the prompt is below dense_below_tokens": 1,
         "the request said off": 1,
     }
-    exact = settings_of({"config": f"version: 1\nmin_queries: 16\ndefault: {T}\n", "exact_prefix": True}, FACTS)
-    assert [row.row for row in chunks_of(common, Told(prompts, lambda _: None), exact)] == [1, 3, 4, 5, 6]
+    dynamic = _settings("version: 1\nmin_queries: 16\ndefault: block_topk\n")
+    assert [row.row for row in chunks_of(common, Told(prompts, lambda _: None), dynamic)] == [1, 4, 5, 6]
+    assert METER.fallbacks["a chunk below min_queries"] == 1
 
 
 def test_a_batch_that_cannot_be_cut_stays_whole() -> None:
@@ -163,4 +164,5 @@ def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pyte
 
     monkeypatch.setattr(backend, "attend_part", noted)
     backend.take_scratch(Bound(0, layers, 0, longest=4096), torch.zeros(256, 4, 16), 2, Softmax(1.0))
-    assert read == [128 + 128 + 256, 4096]
+    assert read[:2] == [128 + 128 + 256, 4096]
+    assert len(read) == 2 * (1 + 4 * 3)

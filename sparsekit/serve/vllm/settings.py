@@ -60,11 +60,15 @@ class Served:
     def config(self) -> SparseConfig:
         return self.resolved.config
 
-    def why_dense(self, queries: int, prompt: int, *, exact: bool) -> str:
-        """Why a chunk of a prompt is vLLM's in every layer, or nothing. Exactly: not for its length."""
+    def why_dense(self, queries: int, prompt: int) -> str:
+        """Why a chunk of a prompt is vLLM's in every layer, or nothing.
+
+        vLLM says itself what is decoding, so static patterns run in chunks of any size, and a prompt's result does not
+        depend on how it was cut. From fewer than `min_queries` queries, dynamic ones would estimate little.
+        """
         if prompt < self.config.dense_below_tokens:
             return "the prompt is below dense_below_tokens"
-        return "a chunk below min_queries" if queries < self.config.min_queries and not exact else ""
+        return "a chunk below min_queries" if self.tail is None and queries < self.config.min_queries else ""
 
 
 @dataclass(frozen=True)
