@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekit.call.softmax import Softmax
 from sparsekit.config import ModelFacts
+from sparsekit.serve.vllm import backend
 from sparsekit.serve.vllm.backend import Step, chunks_of, rows_of, uncut
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER
@@ -82,15 +84,16 @@ def test_chunks_are_told_from_decodes_and_short_ones() -> None:
     found = chunks_of(common, Told(prompts, asked.get), _settings())
     assert [(row.row, row.begin, tuple(row.chunk)) for row in found] == [
         (1, 1, (0, 300, 300)),
+        (3, 302, (985, 1000, 1000)),
         (5, 467, (736, 800, 900)),
     ]
     assert dict(METER.fallbacks) == {
-        "a chunk below min_queries": 1,
         "the prompt is below dense_below_tokens": 1,
         "the request said off": 1,
     }
-    exact = settings_of({"config": f"version: 1\nmin_queries: 16\ndefault: {T}\n", "exact_prefix": True}, FACTS)
-    assert [row.row for row in chunks_of(common, Told(prompts, lambda _: None), exact)] == [1, 3, 4, 5, 6]
+    dynamic = _settings("version: 1\nmin_queries: 16\ndefault: block_topk\n")
+    assert [row.row for row in chunks_of(common, Told(prompts, lambda _: None), dynamic)] == [1, 4, 5, 6]
+    assert METER.fallbacks["a chunk below min_queries"] == 1
 
 
 def test_a_batch_that_cannot_be_cut_stays_whole() -> None:
@@ -123,7 +126,7 @@ def test_what_a_run_leaves_joins_the_rows_behind_it() -> None:
     rows = chunks_of(common, Told(prompts, lambda _: None), settings)
     step = Step(common, rows, lambda part: part)
     patterns = settings.configs["a"].resolved.layers[0]
-    runs = step.runs(Bound(0, {"a": patterns}, 0, frozenset()), 16)
+    runs = step.runs(Bound(0, {"a": patterns}, 0), 16)
     assert [(run.row.row, run.part.end) for run in runs] == [(1, 268), (3, 800)]
     others = step.others(runs)
     assert [(other.begin, other.end) for other in others] == [(0, 1), (269, 302), (366, 368)]
@@ -133,7 +136,7 @@ def test_what_a_run_leaves_joins_the_rows_behind_it() -> None:
         + [i for run in runs for i in range(run.row.begin, run.row.begin + run.part.geometry.q_len)]
     )
     assert covered == list(range(368))
-    assert step.runs(Bound(1, {}, 1, frozenset()), 16) == []  # a dense layer
+    assert step.runs(Bound(1, {}, 1), 16) == []  # a dense layer
 
 
 def test_layers_of_one_group_share_a_runs_places() -> None:
@@ -141,7 +144,25 @@ def test_layers_of_one_group_share_a_runs_places() -> None:
     settings = _settings()
     step = Step(common, chunks_of(common, Told(prompts, lambda _: None), settings), lambda part: part)
     patterns = settings.configs["a"].resolved.layers[0]
-    one, other = (step.runs(Bound(i, {"a": patterns}, 0, frozenset()), 16) for i in range(2))
+    one, other = (step.runs(Bound(i, {"a": patterns}, 0), 16) for i in range(2))
     assert one is other
-    another = step.runs(Bound(2, {"a": patterns}, 1, frozenset()), 16)
+    another = step.runs(Bound(2, {"a": patterns}, 1), 16)
     assert another[0].places is one[0].places
+
+
+def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dynamic pattern reads all keys, a static one its sinks, window and chunk; once for each config."""
+    texts = {"a": f"version: 1\ndefault: {T}\n", "b": "version: 1\ndefault: {name: block_topk, top_k: 2}\n"}
+    settings = settings_of({"configs": texts, "default": "a"}, FACTS)
+    layers = {name: served.resolved.layers[0] for name, served in settings.configs.items()}
+    read: list[int] = []
+    attend = backend.attend_part
+
+    def noted(part: Any, patterns: Any, q: Tensor, keys: Any, *more: Any) -> Any:
+        read.append(keys.tensors[0].shape[0])
+        return attend(part, patterns, q, keys, *more)
+
+    monkeypatch.setattr(backend, "attend_part", noted)
+    backend.take_scratch(Bound(0, layers, 0, longest=4096), torch.zeros(256, 4, 16), 2, Softmax(1.0))
+    assert read[:2] == [128 + 128 + 256, 4096]
+    assert len(read) == 2 * (1 + 4 * 3)

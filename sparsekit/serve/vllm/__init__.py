@@ -31,8 +31,9 @@ def _loading(runner: Any) -> None:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from sparsekit.serve.vllm.backend import WRAPPED, use
+    from sparsekit.serve.vllm.backend import use
     from sparsekit.serve.vllm.requests import checked_settings
+    from sparsekit.serve.vllm.settings import WRAPPED
 
     settings = checked_settings(runner.vllm_config)
     use(settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,7 @@ from sparsekit.serve.vllm.meter import METER
 from sparsekit.serve.vllm.settings import OFF, Served, Settings
 from sparsekit.serve.vllm.steps import Told, current
 
-__all__ = ["WRAPPED", "Step", "is_ours", "over", "rows_of", "serving", "use"]
-
-WRAPPED = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
+__all__ = ["Step", "over", "rows_of", "serving", "use"]
 
 # Fields of CommonAttentionMetadata by what they have one entry for. Any other that holds something cannot be cut.
 ROWS = {
@@ -174,7 +173,7 @@ def chunks_of(common: Any, told: Told, settings: Settings) -> list[Row]:
         served = settings.choose(told.extra_args(row))
         if served is None:
             METER.fall_back("the request said off" if settings.default != OFF else "off by default")
-        elif why := served.why_dense(queries, prompt, exact=settings.exact_prefix):
+        elif why := served.why_dense(queries, prompt):
             METER.fall_back(why)
         else:
             rows.append(Row(row, starts[row], Chunk(end - queries, end, prompt), served))
@@ -182,10 +181,6 @@ def chunks_of(common: Any, told: Told, settings: Settings) -> list[Row]:
         METER.fall_back(f"the batch has {field}")
         return []
     return rows
-
-
-def is_ours(impl: Any) -> bool:
-    return hasattr(type(impl), "sparsekit")
 
 
 def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
@@ -310,19 +305,23 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
 
 
 _SCRATCHED: set[int] = set()
+WARM_TOKENS = 4096  # of a chunk that compiles kernels
 
 
 def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
-    """Run the largest chunk of the longest prompt over keys of zeros, in each config."""
-    from vllm.config import get_current_vllm_config_or_none
+    """Run the largest chunk of the longest prompt over keys of zeros, in each config; then shorter ones.
 
-    config = get_current_vllm_config_or_none()
-    longest = config.model_config.max_model_len if config is not None else len(q)
-    rows = min(len(q), longest)
-    for name, patterns in bound.patterns.items():
-        chunk = Chunk(longest - rows, longest, longest + (1 << 20))
+    Kernels are compiled for what divides their lengths: a chunk that shares its step with decoding has an odd one, and
+    the first of its kind would wait for the compiler.
+    """
+    longest, rows = bound.longest, min(len(q), bound.longest)
+    few = min(rows, WARM_TOKENS)
+    chunks = [(longest - rows, rows)]
+    chunks += [(first, n) for first in (0, few, few + 8, few + 7) for n in (few, few - 8, few - 7) if n > 0]
+    for (first, n), (name, patterns) in product(chunks, bound.patterns.items()):
+        chunk = Chunk(first, first + n, max(longest, first + n) + (1 << 20))
         part = part_of(patterns, chunk, q.device, dense_here=name in bound.dense_here)
-        if part is not None:
+        if part is not None and first + n <= longest:
             read = sum(end - begin for begin, end in part.reads)
             both = torch.zeros(read, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
             k, v = both.chunk(2, -1)

@@ -11,7 +11,7 @@ from sparsekit.config import LayerPatterns, ModelFacts
 from sparsekit.config.ranges import format_range
 from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import METER, LayerCounts
-from sparsekit.serve.vllm.settings import KEY, Settings
+from sparsekit.serve.vllm.settings import KEY, WRAPPED, Settings
 
 __all__ = ["Bound", "bind", "line"]
 
@@ -24,12 +24,14 @@ class Bound:
         patterns: by config, those of this process's heads, where a layer is not left to vLLM.
         group: layers of one group run the same, and share what is made for a step.
         dense_here: names of configs whose dense layers run here too.
+        longest: tokens of the longest prompt.
     """
 
     layer: int
     patterns: Mapping[str, LayerPatterns]
     group: int
-    dense_here: frozenset[str]
+    dense_here: frozenset[str] = frozenset()
+    longest: int = 0
 
 
 def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: int) -> list[str]:
@@ -67,7 +69,8 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
         if mine:
             key = tuple((name, p.patterns, p.pattern_of_head) for name, p in mine.items())
             here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
-            module.impl.sparsekit = Bound(index, mine, groups.setdefault(key, len(groups)), here)
+            longest = vllm_config.model_config.max_model_len
+            module.impl.sparsekit = Bound(index, mine, groups.setdefault(key, len(groups)), here, longest)
             said = " | ".join(f"{name}: {p}" if len(settings.configs) > 1 else str(p) for name, p in mine.items())
             METER.layers.setdefault(index, LayerCounts()).patterns = said
     backend = next(iter(found.values())).attn_backend.get_name()
@@ -103,11 +106,9 @@ def _facts(found: Mapping[int, Any], vllm_config: Any) -> ModelFacts:
 
 def _check(module: Any, patterns: LayerPatterns) -> None:
     """That a layer may run sparse."""
-    from sparsekit.serve.vllm.backend import WRAPPED, is_ours
-
     impl, backend = module.impl, module.attn_backend.get_name()
     where = f"layer {patterns.layer} is to run {patterns}, but"
-    if not is_ours(impl):
+    if not hasattr(type(impl), "sparsekit"):
         raise SparsekitError(
             f"{where} vLLM chose the backend {backend} for it; sparsekit serves {', '.join(WRAPPED)}: start the server "
             f"with --attention-backend {WRAPPED[0]}."

@@ -6,8 +6,10 @@ API server's collector reads the files when Prometheus asks. `report()` has the 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -186,12 +188,9 @@ def expose() -> None:
     """Show the workers' counts beside this process's Prometheus metrics; once."""
     if os.environ.get(FOLDER):
         return
-    _expose_once.folder = tempfile.TemporaryDirectory(prefix="sparsekit-metrics-")  # type: ignore[attr-defined]
-    os.environ[FOLDER] = _expose_once.folder.name  # type: ignore[attr-defined]
-    _expose_once()
-
-
-def _expose_once() -> None:
     from prometheus_client import REGISTRY
 
+    folder = tempfile.mkdtemp(prefix="sparsekit-metrics-")
+    os.environ[FOLDER] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     REGISTRY.register(_Collector())

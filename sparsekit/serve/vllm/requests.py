@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import expose
 from sparsekit.serve.vllm.settings import Settings, facts_of, refuse, settings_of, source_of
 from sparsekit.serve.vllm.steps import check_hooks, hook
@@ -54,7 +55,12 @@ def _check_request(process: Callable[..., Any]) -> Callable[..., Any]:
         settings: Settings | None = self.sparsekit
         if settings is not None:
             params = request.sampling_params
-            served = settings.choose(None if params is None else params.extra_args)
+            try:
+                served = settings.choose(None if params is None else params.extra_args)
+            except SparsekitError as error:
+                from vllm.exceptions import VLLMValidationError  # which the HTTP server answers with a 400
+
+                raise VLLMValidationError(str(error)) from None
             request.cache_salt = settings.salt(served, _prompt_tokens(request), request.cache_salt)
         return request
 

@@ -22,6 +22,7 @@ __all__ = [
     "KEY",
     "OFF",
     "TESTED",
+    "WRAPPED",
     "Served",
     "Settings",
     "refuse",
@@ -36,6 +37,7 @@ DEFAULT = "default"  # what a single config is called
 ENV = "SPARSEKIT_CONFIG"  # the same as the key, for containers
 ANY_VERSION = "SPARSEKIT_ANY_VLLM"
 TESTED = ((0, 26), (0, 33))  # first and last release, both included
+WRAPPED = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")  # backends, each a file of that name
 FIELDS = ("config", "configs", "default", "exact_prefix")
 TAIL_TOKENS = 1 << 20  # a prompt long enough that its dense last rows are a part of it
 
@@ -58,11 +60,15 @@ class Served:
     def config(self) -> SparseConfig:
         return self.resolved.config
 
-    def why_dense(self, queries: int, prompt: int, *, exact: bool) -> str:
-        """Why a chunk of a prompt is vLLM's in every layer, or nothing. Exactly: not for its length."""
+    def why_dense(self, queries: int, prompt: int) -> str:
+        """Why a chunk of a prompt is vLLM's in every layer, or nothing.
+
+        vLLM says itself what is decoding, so static patterns run in chunks of any size, and a prompt's result does not
+        depend on how it was cut. From fewer than `min_queries` queries, dynamic ones would estimate little.
+        """
         if prompt < self.config.dense_below_tokens:
             return "the prompt is below dense_below_tokens"
-        return "a chunk below min_queries" if queries < self.config.min_queries and not exact else ""
+        return "a chunk below min_queries" if self.tail is None and queries < self.config.min_queries else ""
 
 
 @dataclass(frozen=True)

@@ -275,10 +275,11 @@ def timed(out: str, parts: list[str]) -> None:
     if "load" in parts:
         pick = random.Random(1)
         mix = [[min(int(2048 * 32 ** pick.random()), LONGEST // 2), i] for i in range(32)]
-        for engine, config in [*arms, (ours, "block_topk")]:
-            engine("set_chunk", tokens=CHUNK)
-            got = engine("load", requests=mix, clients=16, out_tokens=128, config=config)
-            note(out, part="load", engine=engine.kind, config=config, **got)
+        for turn in range(2):
+            for engine, config in [*arms, (ours, "block_topk")]:
+                engine("set_chunk", tokens=CHUNK)
+                got = engine("load", requests=mix, clients=16, out_tokens=128, config=config)
+                note(out, part="load", turn=turn, engine=engine.kind, config=config, **got)
     note(out, part="report", report=ours("report"))
     for one in engines.values():
         one.process.stdin.close()  # type: ignore[union-attr]

@@ -25,8 +25,12 @@ def test_configs_do_not_share_pages(start: Callable[..., Any], reference: Refere
 
 
 def test_a_name_that_the_server_does_not_have_is_refused(start: Callable[..., Any]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     llm = start({"configs": CONFIGS, "default": "triangle"}, enable_prefix_caching=True)
-    with pytest.raises(ValueError, match="sparsekit='triangel': this server has off, dense, triangle") as error:
+    with pytest.raises(
+        VLLMValidationError, match="sparsekit='triangel': this server has off, dense, triangle"
+    ) as error:
         _ask(llm, prompt(50), "triangel")
     assert "Did you mean 'triangle'?" in str(error.value)
     assert "\n" not in str(error.value)
@@ -90,9 +94,9 @@ def test_refused_at_start(start: Callable[..., Any], monkeypatch: pytest.MonkeyP
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8"):
         start(CONFIGS["triangle"], kv_cache_dtype="fp8")
-    from sparsekit.serve.vllm import backend
+    from sparsekit.serve.vllm import settings
 
-    monkeypatch.setattr(backend, "WRAPPED", ("FLASH_ATTN",))
+    monkeypatch.setattr(settings, "WRAPPED", ("FLASH_ATTN",))
     with pytest.raises(Exception, match=r"layer 0 is to run triangle\(.*vLLM chose the backend CPU_ATTN"):
         start(CONFIGS["triangle"])
 

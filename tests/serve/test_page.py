@@ -1,0 +1,62 @@
+"""docs/serving.md agrees with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsekit.config import ModelFacts
+from sparsekit.serve.vllm import meter, steps
+from sparsekit.serve.vllm.settings import FIELDS, TESTED, WRAPPED, settings_of
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+
+
+def _cells(section: str) -> list[list[str]]:
+    lines = PAGE[PAGE.index(f"## {section}") :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_fields_backends_and_releases() -> None:
+    assert [row[0].strip("`") for row in _cells("Several configs")] == list(FIELDS)
+    first, last = (".".join(map(str, end)) for end in TESTED)
+    assert f"Tested releases: vLLM {first} to {last}." in PAGE
+    heading = next(line for line in PAGE.splitlines() if line.startswith("| feature |"))
+    assert [re.sub(r"\[.*", "", cell.strip()) for cell in heading.strip("|").split("|")][1:] == list(WRAPPED)
+    notes = set(re.findall(r"\[\^(\w+)\]:", PAGE))
+    assert notes == set(re.findall(r"\[\^(\w+)\](?!:)", PAGE))
+
+
+def test_the_error_of_a_request_is_quoted() -> None:
+    text = "version: 1\ndefault: triangle\n"
+    found = settings_of(
+        {"configs": {"careful": text, "fast": text}, "default": "careful"}, ModelFacts(num_layers=2, num_heads=2)
+    )
+    with pytest.raises(ValueError, match="this server has") as error:
+        found.choose({"sparsekit": "fsat"})
+    assert f"\n{error.value}\n" in PAGE
+
+
+def test_every_metric_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prometheus_client", reason="comes with vLLM: `make test-vllm` runs this")
+    worker: dict[str, Any] = {
+        "rank": 1, "fallbacks": {"off": 2},
+        "layers": {"3": {**meter.LayerCounts("triangle", 1, 2, 3.0, 4.0, 5.0).to_dict()}},
+    }  # fmt: skip
+    monkeypatch.setattr(meter, "counts_of_workers", lambda: [worker])
+    found = {sample.name for family in meter._Collector().collect() for sample in family.samples}
+    assert found == {row[0].strip("`") for row in _cells("Seen from outside")}
+
+
+def test_hooks_are_counted() -> None:
+    source = Path(steps.__file__).read_text()
+    assert len(re.findall(r"^ +hook\(V[12], ", source, re.MULTILINE)) == 5
