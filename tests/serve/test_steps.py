@@ -165,4 +165,17 @@ def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pyte
     monkeypatch.setattr(backend, "attend_part", noted)
     backend.take_scratch(Bound(0, layers, 0, longest=4096), torch.zeros(256, 4, 16), 2, Softmax(1.0))
     assert read[:2] == [128 + 128 + 256, 4096]
-    assert len(read) == 2 * (1 + 4 * 3)
+    assert len(read) == 2 * 2 * 5
+
+
+def test_the_profiling_run_meets_every_size_of_table() -> None:
+    """Kernels are compiled for the power of two above a prompt's key blocks, and whether 16 divides their number."""
+    chunks = backend.warm_chunks(131_584, 8192)
+    assert chunks[0][:2] == (131_584 - 8192, 131_584)
+    for block in (64, 128):
+        columns = [-(-chunk.end // block) for chunk in chunks]
+        kinds = {(1 << (n - 1).bit_length(), n % 16 == 0) for n in columns}
+        sizes = [4096 * 2**i // block for i in range(6)]
+        assert kinds >= {(size, divides) for size in sizes for divides in (True, False)}
+    assert {chunk.first % 128 == 0 for chunk in chunks} == {True, False}
+    assert all(0 <= chunk.first < chunk.end <= min(131_584, chunk.prompt) for chunk in chunks)

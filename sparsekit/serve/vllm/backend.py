@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from itertools import product
+from itertools import count, product, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -306,22 +306,28 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
 
 _SCRATCHED: set[int] = set()
 WARM_TOKENS = 4096  # of a chunk that compiles kernels
+OFF_BLOCK = 200  # tokens: no multiple of a block, and more than one
+
+
+def warm_chunks(longest: int, rows: int) -> list[Chunk]:
+    """Chunks that have every kernel compiled which a prompt of up to `longest` tokens may ask for.
+
+    The largest one; then one that ends at each power of two, where tables of key blocks double, and one that neither
+    begins nor ends on a block, as where decoding shares its step.
+    """
+    few = min(rows, WARM_TOKENS)
+    doubled = takewhile(lambda end: end < longest, (few << power for power in count()))
+    ends = [end - off for end in (*doubled, longest) for off in (0, OFF_BLOCK)]
+    pairs = dict.fromkeys([(longest - rows, longest), *((max(end - few, 0), end) for end in ends if end > 0)])
+    return [Chunk(first, end, end + (1 << 20)) for first, end in pairs]
 
 
 def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
-    """Run the largest chunk of the longest prompt over keys of zeros, in each config; then shorter ones.
-
-    Kernels are compiled for what divides their lengths: a chunk that shares its step with decoding has an odd one, and
-    the first of its kind would wait for the compiler.
-    """
-    longest, rows = bound.longest, min(len(q), bound.longest)
-    few = min(rows, WARM_TOKENS)
-    chunks = [(longest - rows, rows)]
-    chunks += [(first, n) for first in (0, few, few + 8, few + 7) for n in (few, few - 8, few - 7) if n > 0]
-    for (first, n), (name, patterns) in product(chunks, bound.patterns.items()):
-        chunk = Chunk(first, first + n, max(longest, first + n) + (1 << 20))
+    """Run the largest chunk of the longest prompt over keys of zeros, in each config; then what compiles kernels."""
+    chunks = warm_chunks(bound.longest, min(len(q), bound.longest))
+    for chunk, (name, patterns) in product(chunks, bound.patterns.items()):
         part = part_of(patterns, chunk, q.device, dense_here=name in bound.dense_here)
-        if part is not None and first + n <= longest:
+        if part is not None:
             read = sum(end - begin for begin, end in part.reads)
             both = torch.zeros(read, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
             k, v = both.chunk(2, -1)
