@@ -29,7 +29,7 @@ lint: $(VENV)/.dev
 gpu-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu
 
-# A 1.5B model with 32K positions, for docs/evidence.md: 1.1 GB of packages, 3.6 GB de-quantised in the user's cache folder.
+# A 1.5B model with 32K positions: 1.1 GB of packages, 3.6 GB de-quantised in the user's cache folder.
 evidence: $(VENV)/.evidence
 	$(BIN)/sparsekit models
 
