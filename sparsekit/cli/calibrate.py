@@ -315,7 +315,7 @@ def _calibrate_layers(
 ) -> None:
     """Measure divergence with a pattern in one layer at a time, and how well the probe's gradient predicts it."""
     from sparsekit.lab.calibrate.probe import read_probe
-    from sparsekit.lab.single_layers import single_layers
+    from sparsekit.lab.calibrate.single_layers import single_layers
 
     found = single_layers(
         *load_weights(model, device, dtype, exact=True),

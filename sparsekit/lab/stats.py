@@ -1,4 +1,4 @@
-"""Means and shares with their 95% intervals, and quantiles."""
+"""Means and shares with their 95% intervals, quantiles, and rank correlation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from statistics import mean
 
 from sparsekit.errors import SparsekitError
 
-__all__ = ["Z95", "mean_interval", "mean_of_known", "quantile", "share_interval", "standard_error"]
+__all__ = [
+    "Z95",
+    "mean_interval",
+    "mean_of_known",
+    "quantile",
+    "rank_correlation",
+    "ranks",
+    "share_interval",
+    "standard_error",
+]
 
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
@@ -51,3 +60,17 @@ def _some(values: Sequence[float]) -> Sequence[float]:
     if not values:
         raise SparsekitError("there are no measurements to take a mean of.")
     return values
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 where one side is constant."""
+    x, y = ranks(a), ranks(b)
+    middle = (len(x) + 1) / 2
+    cov = sum((p - middle) * (q - middle) for p, q in zip(x, y, strict=True))
+    spread = sum((p - middle) ** 2 for p in x) * sum((q - middle) ** 2 for q in y)
+    return cov / spread**0.5 if spread else 0.0
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value, from 1 of the smallest; equal values share the mean of theirs."""
+    return [1 + sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.probe import Sections, probe
-from sparsekit.lab.calibrate.ranking import Head, head_scores, rank_correlation
+from sparsekit.lab.calibrate.ranking import Head, head_scores
 from sparsekit.lab.provenance import made_on
+from sparsekit.lab.stats import rank_correlation
 from sparsekit.lab.tasks import Task, task
 from sparsekit.models import facts
 
@@ -97,7 +98,8 @@ def compare(found: Mapping[Place, Mapping[Head, float]], share: float) -> list[d
         apart = [axis for axis in range(3) if one[axis] != other[axis]]
         if len(apart) == 1:
             scores = found[one], found[other]
-            agree = rank_correlation(*scores), dense_overlap(*scores, share)
+            ranked = rank_correlation(*([score[head] for head in found[one]] for score in scores))
+            agree = ranked, dense_overlap(*scores, share)
             pairs.setdefault((AXES[apart[0]], one[apart[0]], other[apart[0]]), []).append(agree)
     rows = []
     for (axis, one, other), values in pairs.items():

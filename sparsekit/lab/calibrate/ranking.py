@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean
 
 from sparsekit.config import ModelFacts
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.lab.calibrate.mixture import Chosen
 from sparsekit.lab.calibrate.probe import LayerProbe, Probe
 
-__all__ = ["SCORES", "Head", "chosen_of", "head_scores", "in_order", "rank_correlation"]
+__all__ = ["SCORES", "Head", "chosen_of", "head_scores", "in_order"]
 
 Head = tuple[int, int]  # layer, query head
 
@@ -74,20 +73,3 @@ def chosen_of(units: Sequence[Sequence[Head]]) -> Chosen:
     for layer, head in sorted(head for heads in units for head in heads):
         found.setdefault(layer, []).append(head)
     return {layer: tuple(heads) for layer, heads in found.items()}
-
-
-def rank_correlation(one: Mapping[Head, float], other: Mapping[Head, float]) -> float:
-    """Spearman's rank correlation of two scores of the same heads; equal scores share their mean rank."""
-    if one.keys() != other.keys() or len(one) < 2:
-        raise SparsekitError(f"scores of {len(one)} and {len(other)} heads: want the same heads in both, two or more.")
-    a, b = _ranks(one), _ranks(other)
-    centre = (len(one) - 1) / 2
-    products = [sum((x[head] - centre) * (y[head] - centre) for head in one) for x, y in ((a, b), (a, a), (b, b))]
-    return products[0] / math.sqrt(products[1] * products[2]) if products[1] and products[2] else math.nan
-
-
-def _ranks(scores: Mapping[Head, float]) -> dict[Head, float]:
-    places: dict[float, list[int]] = {}
-    for place, value in enumerate(sorted(scores.values())):
-        places.setdefault(value, []).append(place)
-    return {head: mean(places[value]) for head, value in scores.items()}

@@ -10,7 +10,8 @@ from sparsekit import SparsekitError, models
 from sparsekit.lab.calibrate.effects import Judge
 from sparsekit.lab.calibrate.probe import Sections, probe
 from sparsekit.lab.calibrate.prompts import make_prompts
-from sparsekit.lab.single_layers import rank_correlation, single_layers
+from sparsekit.lab.calibrate.single_layers import single_layers
+from sparsekit.lab.stats import rank_correlation
 from sparsekit.patterns import parse_pattern
 
 TRIANGLE = {"name": "triangle", "window_tokens": 32, "last_tokens": 16}
@@ -24,6 +25,7 @@ TRIANGLE = {"name": "triangle", "window_tokens": 32, "last_tokens": 16}
         ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),  # 1 - 6 * 2 / (4 * 15)
         ([1, 1, 2], [5, 5, 7], 1.0),
         ([1, 2, 3], [5, 5, 5], 0.0),
+        ([0, 1, 2, 3, 4], [0, 0, 2, 3, 4], 9.5 / 95**0.5),
     ],
 )
 def test_rank_correlation(a: list[float], b: list[float], expected: float) -> None:

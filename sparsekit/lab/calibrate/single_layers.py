@@ -19,7 +19,7 @@ from sparsekit.lab.calibrate.probe import Probe, own_layers
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import made_on
-from sparsekit.lab.stats import mean_interval, quantile, share_interval
+from sparsekit.lab.stats import mean_interval, quantile, rank_correlation, ranks, share_interval
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patterns import Pattern, parse_pattern
@@ -27,7 +27,7 @@ from sparsekit.patterns import Pattern, parse_pattern
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SingleLayers", "rank_correlation", "single_layers"]
+__all__ = ["SingleLayers", "single_layers"]
 
 RESAMPLES = 2000  # of the prompts, for the interval of the correlation
 
@@ -67,7 +67,7 @@ class SingleLayers:
     def summary(self) -> str:
         """The correlation, and the layer that it misjudges most, in a sentence."""
         value, low, high = self.correlation
-        by_gradient, by_kl = (_ranks([row[name] for row in self.rows]) for name in ("gradient", "kl"))
+        by_gradient, by_kl = (ranks([row[name] for row in self.rows]) for name in ("gradient", "kl"))
         off = [b - a for a, b in zip(by_gradient, by_kl, strict=True)]
         worst = max(range(len(off)), key=lambda i: off[i])
         return (
@@ -137,17 +137,3 @@ def _correlation(gradient: Sequence[float], kls: Sequence[Sequence[float]], seed
         drawn.append(rank_correlation(gradient, [mean(kl[i] for i in some) for kl in kls]))
     value = rank_correlation(gradient, [mean(kl) for kl in kls])
     return (value, quantile(drawn, 0.025), quantile(drawn, 0.975)) if drawn else (value, -1.0, 1.0)
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks. 0 where one side is constant."""
-    x, y = _ranks(a), _ranks(b)
-    middle = (len(x) + 1) / 2
-    cov = sum((p - middle) * (q - middle) for p, q in zip(x, y, strict=True))
-    spread = sum((p - middle) ** 2 for p in x) * sum((q - middle) ** 2 for q in y)
-    return cov / spread**0.5 if spread else 0.0
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """From 1, of the smallest."""
-    return [1 + sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]
