@@ -110,7 +110,7 @@ def _same_plan(one: BlockPlan, two: BlockPlan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [*((name, 0.02) for name in LONG), ("chunk", 0.0), ("700", 0.3), ("700", 1.0)]
+    ("name", "share"), [*((name, 0.02) for name in LONG), ("chunk", 0.0), ("700", 0.3), ("300", 1.0)]
 )
 def test_vertical_slash_plans(name: str, share: float) -> None:
     geometry = LONG[name]
@@ -167,7 +167,7 @@ def test_flexprefill_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = tensors(geometry, torch.float32)
     q[:, 1] *= 5
     cases = (Softmax(0.25), 0.0, 1 << 29), (Softmax(0.25), 1.0, 1 << 29), (Softmax(0.5, softcap=2.0), 0.3, 1)
-    for softmax, tau, group in cases:
+    for softmax, tau, group in cases if name in ("700", "padded", "chunk") else cases[:1]:
         monkeypatch.setattr(
             "sparsekit.kernels.select.block_scores.SCRATCH_BYTES", group
         )  # all rows at once, and row by row

@@ -156,7 +156,7 @@ def test_long_rows(columns: int) -> None:
     scores = rows_of(9, columns)
     scores[8] = scores[8].round(decimals=1)
     each = torch.arange(9, dtype=torch.int32) * columns // 8
-    for k in (100, columns + 9, each) if columns == 100 else (100, each):
+    for k in (100, columns + 9, each) if columns == 100 else (each,):
         one, two = (topk_indices_mask(scores, k, impl=impl) for impl in ("torch", "triton"))
         assert torch.equal(one, two), k
 
