@@ -144,6 +144,9 @@ def answer_together(
     for sample in samples:
         ids, truth, first, cache, seconds, layers = _prefilled(model, tokenizer, sample, handle)
         if not can_shorten(cache):
+            if waiting:  # answers are in the samples' order
+                decode()
+                used = 0
             found.append(answer(model, tokenizer, task, sample, handle=handle, stop_when_found=True))
             continue
         with nullcontext() if handle is None else handle.pause():

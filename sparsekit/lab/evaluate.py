@@ -187,7 +187,7 @@ class Evaluator:
         }
 
     def _answered(self, kind: Task, handle: Handle | None = None) -> list[Answer]:
-        """On a GPU decoded together, which is up to 20 times faster; on a CPU alone, which is exact."""
+        """On a GPU decoded together, a step of all costing what one costs; on a CPU each alone, which is exact."""
         model, tokenizer = self.model, self.tokenizer
         if model.device.type == "cuda":
             return answer_together(model, tokenizer, kind, self._samples, handle=handle)

@@ -126,6 +126,21 @@ def test_a_cache_that_cannot_be_shortened_is_decoded_alone(
     assert [one.text for one in together] == [one.text for one in alone]
 
 
+def test_answers_keep_the_order_of_their_samples(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt longer than a window has a cache that cannot be shortened, and a shorter one before it can be."""
+    model, kind = models.tiny("llama", vocab_size=49152), replace(task("passkey"), max_new_tokens=2)
+    samples = [
+        kind.samples(smollm2[1], tokens=tokens, count=n + 1, seed=1)[n] for n, tokens in enumerate((200, 260, 230))
+    ]
+    monkeypatch.setattr("sparsekit.lab.answers.can_shorten", lambda cache: not 245 < cache.get_seq_length() < 270)
+    together = answer_together(model, smollm2[1], kind, samples)
+    lengths = [answer(model, smollm2[1], kind, one).tokens for one in samples]
+    assert [one.tokens for one in together] == lengths
+    assert 245 < lengths[1] < 270 and max(lengths[0], lengths[2]) <= 245
+
+
 def test_layers_with_a_window_of_their_own_have_no_density(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
