@@ -53,7 +53,7 @@ class LowestK(LayerRule):
 
 
 class Listed(LayerRule):
-    """Yours."""
+    """The layers that you name."""
 
     name: Literal["list"] = "list"
     layers: str = Field(description="the layers, such as `5,7,10-20`")
