@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from sparsekit.config import ModelFacts
 from sparsekit.serve.vllm import backend
 from sparsekit.serve.vllm.backend import Step, chunks_of, rows_of, uncut
 from sparsekit.serve.vllm.layers import Bound
-from sparsekit.serve.vllm.meter import METER
+from sparsekit.serve.vllm.meter import METER, LayerCounts, Meter
 from sparsekit.serve.vllm.settings import Settings, settings_of
 from sparsekit.serve.vllm.steps import Told
 
@@ -179,3 +181,23 @@ def test_the_profiling_run_meets_every_size_of_table() -> None:
         assert kinds >= {(size, divides) for size in sizes for divides in (True, False)}
     assert {chunk.first % 128 == 0 for chunk in chunks} == {True, False}
     assert all(0 <= chunk.first < chunk.end <= min(131_584, chunk.prompt) for chunk in chunks)
+
+
+def test_reading_the_counts_does_not_hold_up_who_starts_kernels() -> None:
+    """A number on a GPU is waited for without the lock; what is counted meanwhile is added to it."""
+    meter, begun, done = Meter(), threading.Event(), threading.Event()
+    counts = meter.layers.setdefault(0, LayerCounts())
+    counts.on_device = torch.tensor(3.0)
+    counts.summed = SimpleNamespace(synchronize=lambda: (begun.set(), done.wait(10)))
+    found: list[dict[str, Any]] = []
+    reader = threading.Thread(target=lambda: found.append(meter.report(wait=False)))
+    reader.start()
+    assert begun.wait(10)
+    adding = threading.Thread(target=lambda: meter.keep(counts, None, 5, 1))  # type: ignore[arg-type]
+    adding.start()
+    adding.join(10)
+    assert not adding.is_alive() and reader.is_alive()
+    done.set()
+    reader.join(10)
+    assert found[0]["layers"]["0"]["kept_pairs"] == 8
+    assert counts.on_device is None and meter.report()["layers"]["0"]["kept_pairs"] == 8

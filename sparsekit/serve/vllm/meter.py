@@ -27,7 +27,7 @@ from sparsekit.plan import BlockPlan
 __all__ = ["FOLDER", "METER", "LayerCounts", "Meter", "counts_of_workers"]
 
 FOLDER = "SPARSEKIT_METRICS_DIR"  # set by the API server, inherited by its workers
-PENDING = 4096  # intervals whose end is not known yet
+PENDING = 256  # intervals of a layer that may wait to be read
 
 
 @dataclass
@@ -43,19 +43,15 @@ class LayerCounts:
     kept_pairs: float = 0
     causal_pairs: float = 0
     seconds: float = 0
-    pending: deque[Any] = field(default_factory=lambda: deque(maxlen=PENDING))
+    pending: deque[Any] = field(default_factory=deque)
     on_device: torch.Tensor | None = None
+    summed: Any = None  # the event after which `on_device` is there
 
-    def settle(self, *, wait: bool) -> None:
-        """Add what devices have finished; with `wait`, all."""
-        while self.pending and (wait or self.pending[0][1].query()):
+    def settle(self) -> None:
+        """Add the times that devices have finished."""
+        while self.pending and self.pending[0][1].query():
             start, end = self.pending.popleft()
-            if wait:
-                end.synchronize()
             self.seconds += start.elapsed_time(end) / 1000
-        if self.on_device is not None:
-            sums, self.on_device = self.on_device, None
-            self.kept_pairs += float(sums)
 
     def to_dict(self) -> dict[str, Any]:
         density = self.kept_pairs / self.causal_pairs if self.causal_pairs else None
@@ -94,7 +90,10 @@ class Meter:
             events[0].record()
             yield counts
             events[1].record()
-            counts.pending.append(events)
+            with self.lock:
+                counts.pending.append(events)
+                if len(counts.pending) > PENDING:
+                    counts.settle()
         else:
             start = time.perf_counter()
             yield counts
@@ -104,18 +103,32 @@ class Meter:
 
     def keep(self, counts: LayerCounts, plan: BlockPlan, pairs: int | None, heads: int) -> None:
         """Add the pairs that a chunk kept: as they were told, or as its plan says, counted where it lies."""
-        if pairs is not None:
-            counts.kept_pairs += pairs
-            return
-        sums = plan.sums()[0].double() * (heads / plan.heads)
         with self.lock:
+            if pairs is not None:
+                counts.kept_pairs += pairs
+                return
+            sums = plan.sums()[0].double() * (heads / plan.heads)
             counts.on_device = sums if counts.on_device is None else counts.on_device + sums
+            if sums.is_cuda:  # another thread reads it, on another stream
+                counts.summed = torch.cuda.Event()
+                counts.summed.record()
 
     def report(self, *, wait: bool = True) -> dict[str, Any]:
-        """What is known of this worker, in plain numbers."""
+        """What is known of this worker, in plain numbers; with `wait`, of all that was started."""
         with self.lock:
+            taken = [(counts, counts.on_device, counts.summed) for counts in self.layers.values()]
+            last = [counts.pending[-1][1] for counts in self.layers.values() if counts.pending]
             for counts in self.layers.values():
-                counts.settle(wait=wait)
+                counts.on_device = counts.summed = None
+        # Reading a number waits for the device: without the lock, which the thread that starts the kernels takes.
+        for end in [*(summed for *_, summed in taken if summed is not None), *(last if wait else ())]:
+            end.synchronize()
+        read = [(counts, float(sums)) for counts, sums, _ in taken if sums is not None]
+        with self.lock:
+            for counts, kept in read:
+                counts.kept_pairs += kept
+            for counts in self.layers.values():
+                counts.settle()
             layers = {str(i): counts.to_dict() for i, counts in sorted(self.layers.items())}
             return {**self.about, "layers": layers, "fallbacks": dict(self.fallbacks)}
 
