@@ -13,9 +13,10 @@ SOURCES := pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/sparsekit demo
 
-# A worker a core. A file's tests stay with one worker, so that what they share is made once.
+# A worker a core. A file's tests stay with one worker, so that what they share is made once. Files come in their own order:
+# those with few tests are the long ones, and would come last.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # Real engines of vLLM on a CPU, in an environment of their own: vLLM takes other releases than the project.
 test-vllm: $(VLLM)/.installed

@@ -89,8 +89,10 @@ def test_caches_that_cannot_be_shortened(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["passkey", "needle4"])
-@pytest.mark.parametrize("config", [None, {"layers": {"15-29": {"name": "triangle", "window_tokens": 64}}}])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("passkey", None), ("needle4", {"layers": {"15-29": {"name": "triangle", "window_tokens": 64}}})],
+)
 def test_prompts_decoded_together_are_answered_as_alone(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     monkeypatch: pytest.MonkeyPatch,

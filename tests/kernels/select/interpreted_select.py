@@ -337,12 +337,15 @@ def everything_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("everything_on_triton")
-@pytest.mark.parametrize("fill", [torch.nan, torch.inf, -torch.inf, 0.0], ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "fill"),
+    [*product(PATTERNS, (torch.nan, torch.inf)), *product(PATTERNS[:2], (-torch.inf, 0.0))],
+    ids=str,
+)
 def test_plans_stay_valid_whatever_comes(pattern: Pattern, fill: float) -> None:
     """NaN and inf in a query and a key, and in all of them: causal, every query keeps itself."""
-    geometry = Geometry.of(300, block_q=64)
-    own = torch.eye(300, dtype=torch.bool)
+    geometry = Geometry.of(260, block_q=64)
+    own = torch.eye(260, dtype=torch.bool)
     for spoil in (slice(70, 71), slice(None)):
         q, k, _ = inputs_for(geometry)
         q[:, 0, spoil] = fill
@@ -350,7 +353,7 @@ def test_plans_stay_valid_whatever_comes(pattern: Pattern, fill: float) -> None:
         plan = pattern.select(q, k, geometry, Softmax(0.25))  # type: ignore[attr-defined]
         often = plan.multiplicity()
         assert int(often.max()) == 1
-        assert not (often.bool() & ~torch.ones(300, 300, dtype=torch.bool).tril()).any()
+        assert not (often.bool() & ~torch.ones(260, 260, dtype=torch.bool).tril()).any()
         assert (often.bool() | ~own).all()
 
 
@@ -358,7 +361,7 @@ def test_plans_stay_valid_whatever_comes(pattern: Pattern, fill: float) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_groups_of_rows_are_the_whole(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that do not fit the scratch memory at once give the same plan."""
-    geometry = Geometry.of(700, block_q=128)
+    geometry = Geometry.of(450, block_q=128)
     q, k, _ = inputs_for(geometry)
     whole = pattern.select(q, k, geometry, Softmax(0.25))  # type: ignore[attr-defined]
     monkeypatch.setattr("sparsekit.kernels.select.block_scores.SCRATCH_BYTES", 1)
