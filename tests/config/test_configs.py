@@ -18,7 +18,7 @@ TRIANGLEMIX = {
     "llama-3.1-8b": ("16-31", 32, 4096),
     "llama-3-8b-262k": ("16-31", 32, 4096),
     "qwen2.5-7b": ("20-27", 28, 4096),
-    "qwen2.5-coder-1.5b": ("20-27", 28, 4096),
+    "qwen2.5-coder-1.5b": ("21-27", 28, 4096),
     "smollm2-135m": ("21-29", 30, 1024),
 }
 # TriangleMix with another pattern below the triangle.

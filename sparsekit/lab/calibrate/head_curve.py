@@ -129,8 +129,15 @@ def head_curve(
                     where = {"task": name, "tokens": length, "share": share, "by": by, "heads_share": count}
                     rows.append({**where, **_row(effect, beside[share] if by != BY_LAYER else None)})
                     step(1)
-    described = {"probe": {"samples": found.samples, **found.prompts}, "samples": samples, "seed": seed}
-    return HeadCurve(arch.name, {**described, "pattern": runs.to_yaml(), **constants}, made_on(model), tuple(rows))
+    described = {
+        "probe": {"samples": found.samples, **found.prompts},
+        "samples": samples,
+        "seed": seed,
+        "pattern": runs.to_yaml(),
+        "whole_groups": whole_groups,
+        "rank_prompts": dict(rank_prompts or {}),
+    }
+    return HeadCurve(arch.name, described, made_on(model), tuple(rows))
 
 
 def _ways(
