@@ -2,7 +2,7 @@
 """vLLM with CUDA kernels on one GPU: correctness over each backend with graphs, then stock and sparsekit in turns.
 
     python tests/serve/vllm/card.py check OUT.jsonl [BACKEND ...]   explicit masks, per-request configs, graphs
-    python tests/serve/vllm/card.py time OUT.jsonl [PART ...]       parts: chunked whole load decode; two engines in turns
+    python tests/serve/vllm/card.py time OUT.jsonl [PART ...]       parts: chunked whole decode load load-uniform; two engines in turns
 
 Each line of OUT.jsonl is one record. Two engines share the GPU, and only one of them computes at any moment.
 """
@@ -238,6 +238,23 @@ class Engine:
         return self.wait("DONE")
 
 
+def bounds(stock: Engine, mix: list[int]) -> dict[str, float]:
+    """The most that a mix of prompts can gain in requests a second, if half of attention, or all of it, cost nothing.
+
+    Stock's time to a first token is a*n + b*n**2, from two lengths. Decoding, which neither changes, is not counted.
+    """
+    n, m = LONGEST // 16, LONGEST // 2
+    for tokens in (n, m):
+        stock("set_chunk", tokens=CHUNK)
+        stock("first_token", tokens=tokens, seed=0, config=None)
+    at_n, at_m = (stock("first_token", tokens=tokens, seed=1, config=None)["seconds"] for tokens in (n, m))
+    b = (at_m / m - at_n / n) / (m - n)
+    a = at_n / n - b * n
+    linear, attention = sum(a * tokens for tokens in mix), sum(b * tokens**2 for tokens in mix)
+    both = linear + attention
+    return {"prefill_seconds": both, "bound_half": both / (linear + attention / 2), "bound_all": both / linear}
+
+
 def timed(out: str, parts: list[str]) -> None:
     import random
 
@@ -272,14 +289,18 @@ def timed(out: str, parts: list[str]) -> None:
                 engine("set_chunk", tokens=CHUNK)
                 got = engine("load", requests=[[2048, i] for i in range(16)], clients=16, out_tokens=256, config=config)
                 note(out, part="decode", turn=turn, engine=engine.kind, config=config, **got)
-    if "load" in parts:
+    for part, spread in (("load", "log-uniform"), ("load-uniform", "uniform")):
+        if part not in parts:
+            continue
         pick = random.Random(1)
-        mix = [[min(int(2048 * 32 ** pick.random()), LONGEST // 2), i] for i in range(32)]
-        for turn in range(2):
-            for engine, config in [*arms, (ours, "block_topk")]:
-                engine("set_chunk", tokens=CHUNK)
-                got = engine("load", requests=mix, clients=16, out_tokens=128, config=config)
-                note(out, part="load", turn=turn, engine=engine.kind, config=config, **got)
+        drawn = [pick.random() for _ in range(32 if spread == "log-uniform" else 24)]
+        sizes = [2048 * 32**x if spread == "log-uniform" else 2048 + x * (65536 - 2048) for x in drawn]
+        mix = [[min(int(n), LONGEST // 2), i] for i, n in enumerate(sizes)]
+        note(out, part=part, spread=spread, requests=len(mix), **bounds(stock, [n for n, _ in mix]))
+        for engine, config in [*arms, (ours, "block_topk")]:
+            engine("set_chunk", tokens=CHUNK)
+            got = engine("load", requests=mix, clients=16, out_tokens=128, config=config)
+            note(out, part=part, spread=spread, engine=engine.kind, config=config, **got)
     note(out, part="report", report=ours("report"))
     for one in engines.values():
         one.process.stdin.close()  # type: ignore[union-attr]
@@ -297,4 +318,4 @@ if __name__ == "__main__":
             else:
                 subprocess.run([sys.executable, __file__, "check", rest[0], backend], check=False, timeout=280)
     else:
-        timed(rest[0], rest[1:] or ["chunked", "whole", "decode", "load"])
+        timed(rest[0], rest[1:] or ["chunked", "whole", "decode", "load", "load-uniform"])
