@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli.options import Dtype, Json, JsonFile, Length, Picture, Samples, Seeds, Tasks, Weights, load_weights
+from sparsekit.cli.options import (
+    ExactDtype,
+    Json,
+    JsonFile,
+    Length,
+    Picture,
+    Samples,
+    Seeds,
+    Tasks,
+    Weights,
+    load_weights,
+)
 from sparsekit.cli.printing import print_table, show
 from sparsekit.lab.options import Device, numbers_of, words_of
 
@@ -27,14 +38,14 @@ def inspect(
     output: JsonFile = None,
     picture: Picture = None,
     device: Device = "auto",
-    dtype: Dtype = None,
+    dtype: ExactDtype = None,
     as_json: Json = False,
 ) -> None:
     """Measure attention sinks: where and how strong they are, what they do, and how many sink tokens a model needs."""
     from sparsekit.lab.calibrate.sinks import inspect_model
 
     found = inspect_model(
-        *load_weights(model, device, dtype),
+        *load_weights(model, device, dtype, exact=True),
         config,
         samples=samples,
         tokens=tokens,

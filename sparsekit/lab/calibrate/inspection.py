@@ -1,15 +1,22 @@
-"""What `sparsekit inspect` found: by layer, in sentences and in tables."""
+"""What `sparsekit inspect` found: by layer, in sentences and in tables.
+
+`python -m sparsekit.lab.calibrate.inspection FILE` prints the Markdown of what `sparsekit inspect -o FILE` wrote.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from sparsekit.config import format_range
+from sparsekit.errors import SparsekitError, read_text
 
-__all__ = ["IDLE_MASS", "INITIAL", "Inspection", "LayerSinks"]
+__all__ = ["IDLE_MASS", "INITIAL", "Inspection", "LayerSinks", "read_inspection"]
 
 INITIAL = 64  # columns before this one can be kept as `sink_tokens`
 IDLE_MASS = 0.9  # of a head's attention on sinks, above which it does nothing
@@ -273,6 +280,17 @@ class Inspection:
             rows.append(row + [_mean(x.dropped_gradient)] * gradient)
         return head, rows
 
+    def markdown(self) -> str:
+        """The answer as a list, and the tables of heads that do nothing and of KL by sinks kept."""
+        made = f"{self.made['device']}, torch {self.made['versions']['torch']}, {self.made['dtype']}"
+        lines = [f"{self.samples} prompts of {self.prompts['tokens']:,} tokens ({made}):", ""]
+        lines += [f"- {line}" for line in self.answer()]
+        for title, (head, rows) in self.more_tables():
+            if not title.startswith("Sink mass"):  # a line a layer; its means are in the answer
+                lines += ["", f"{title}:", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+                lines += [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join(lines) + "\n"
+
     def more_tables(self) -> list[tuple[str, Table]]:
         """(title, table) of the heads that do nothing, of sink mass by length, and of KL by sinks kept."""
         found: list[tuple[str, Table]] = []
@@ -285,7 +303,7 @@ class Inspection:
                 mass = _mean([x.sink_mass[h] for h in x.idle])
                 rows.append([str(x.layer), format_range(x.idle), mass, _mean(mine), _mean(others)])
             head = ["layer", "heads", "sink mass", "their output", "the others'"]
-            found.append((f"Heads that do nothing: sink mass above {IDLE_MASS}", (head, rows)))
+            found.append((f"Heads that do nothing (sink mass above {IDLE_MASS})", (head, rows)))
         if by_length := self._by_length():
             layers = next(iter(by_length.values()))
             rows = [[str(layer), *(_mean(by_length[n][layer]) for n in by_length)] for layer in layers]
@@ -304,6 +322,25 @@ class Inspection:
             )
             found.append((title, (["pattern in all layers", *map(str, counts)], rows)))
         return found
+
+
+def read_inspection(path: str | Path) -> Inspection:
+    """The inspection that `sparsekit inspect MODEL -o FILE` wrote."""
+    text = read_text(path, "inspection")
+    try:
+        found = json.loads(text)
+        if found["kind"] != "inspection":
+            raise ValueError("kind")
+        layers = []
+        for layer in found["layers"]:
+            one = {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}
+            one["sinks"] = {int(at): share for at, share in layer["sinks"].items()}
+            one["mass_by_length"] = {int(n): tuple(masses) for n, masses in layer["mass_by_length"].items()}
+            layers.append(LayerSinks(**one))
+        given = {one.name: found[one.name] for one in fields(Inspection)}
+        return Inspection(**{**given, "layers": tuple(layers), "kept": tuple(found["kept"])})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SparsekitError(f"inspection {str(path)!r}: not a file of `sparsekit inspect -o` ({error}).") from None
 
 
 def _layers_by(layers: Iterable[LayerSinks], key: Callable[[LayerSinks], Any]) -> dict[Any, list[int]]:
@@ -327,3 +364,7 @@ def _at(values: Sequence[float], at: int) -> float | None:
 
 def _mean(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" if values else "-"
+
+
+if __name__ == "__main__":
+    print(read_inspection(sys.argv[1]).markdown(), end="")

@@ -12,6 +12,7 @@ from sparsekit import SparsekitError, models
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.lab.calibrate.columns import columns, sink_scores
+from sparsekit.lab.calibrate.inspection import read_inspection
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.sinks import inspect_model
 from sparsekit.patch.capture import wrap_attention
@@ -303,6 +304,18 @@ def test_a_model_with_learned_sinks_and_sliding_layers(tiny) -> None:
     assert found.answer()[0].startswith("Needs no sink tokens")
     assert "Learned sink logits take up to 1.00" in " ".join(found.answer())
     assert "Sink mitigation: sink logits in layers 0-3." in found.answer()
+
+
+def test_what_is_written_is_read(built, tmp_path) -> None:
+    model, tokenizer, _ = built
+    found = inspect_model(model, tokenizer, samples=2, tokens=300, kept_sinks=(1,), quiet=True)
+    (tmp_path / "found.json").write_text(json.dumps(found.to_dict()))
+    assert json.dumps(read_inspection(tmp_path / "found.json").to_dict()) == json.dumps(found.to_dict())
+    said = found.markdown()
+    assert "- 1 of 16 heads do nothing" in said and "| a_shape | 0.0000 ± 0.0000 |" in said
+    (tmp_path / "other.json").write_text('{"kind": "probe"}')
+    with pytest.raises(SparsekitError, match=r"other\.json': not a file of `sparsekit inspect -o`"):
+        read_inspection(tmp_path / "other.json")
 
 
 def test_what_is_refused(tiny) -> None:
