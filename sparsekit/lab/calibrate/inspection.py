@@ -333,7 +333,9 @@ def read_inspection(path: str | Path) -> Inspection:
             raise ValueError("kind")
         layers = []
         for layer in found["layers"]:
-            one = {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}
+            one: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()
+            }
             one["sinks"] = {int(at): share for at, share in layer["sinks"].items()}
             one["mass_by_length"] = {int(n): tuple(masses) for n, masses in layer["mass_by_length"].items()}
             layers.append(LayerSinks(**one))
