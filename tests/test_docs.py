@@ -14,6 +14,7 @@ import yaml
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.cli import app, describe_patterns
 from sparsekit.config import ModelFacts
+from sparsekit.lab.calibrate.inspection import read_inspection
 from sparsekit.lab.calibrate.rules import RULES
 from sparsekit.lab.report import markdown_report
 from sparsekit.lab.sweep import load_question, read_results
@@ -207,6 +208,17 @@ def test_shipped_sweeps_have_their_results_and_their_page(file: Path) -> None:
     page = (DOCS / "sweeps.md").read_text()
     [shown] = re.findall(rf"<!-- sweep-{file.stem} -->\n(.*?)<!-- end -->", page, re.DOTALL)
     assert shown == markdown_report(records)
+
+
+def test_sections_of_inspected_models_are_their_records() -> None:
+    """`python -m sparsekit.lab.calibrate.inspection docs/results/inspect-NAME.json` prints what stands there."""
+    page = (DOCS / "sinks.md").read_text()
+    shown = dict(re.findall(r"<!-- inspect-(\S+) -->\n(.*?)<!-- end -->", page, re.DOTALL))
+    records = {file.stem.removeprefix("inspect-"): file for file in (DOCS / "results").glob("inspect-*.json")}
+    assert "smollm2-135m" in records and records.keys() <= shown.keys()
+    for name, text in shown.items():
+        known = read_inspection(records[name]).markdown() if name in records else "No record of it is committed.\n"
+        assert text == known, name
 
 
 def test_a_page_can_fail() -> None:

@@ -6,8 +6,19 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli.options import Dtype, Json, JsonFile, Length, Picture, Samples, Seeds, Tasks, Weights, load_weights
-from sparsekit.cli.printing import show
+from sparsekit.cli.options import (
+    ExactDtype,
+    Json,
+    JsonFile,
+    Length,
+    Picture,
+    Samples,
+    Seeds,
+    Tasks,
+    Weights,
+    load_weights,
+)
+from sparsekit.cli.printing import print_table, show
 from sparsekit.lab.options import Device, numbers_of, words_of
 
 
@@ -20,17 +31,21 @@ def inspect(
     seeds: Seeds = "0,1",
     tasks: Tasks = "needle4,passkey",
     epsilon: Annotated[float, typer.Option("--epsilon", help="Sink score above which a token is a sink.")] = 0.3,
+    kept_sinks: Annotated[
+        str,
+        typer.Option("--kept-sinks", help="Sink tokens kept while KL is measured, comma-separated; empty: it is not."),
+    ] = "0,1,4,8",
     output: JsonFile = None,
     picture: Picture = None,
     device: Device = "auto",
-    dtype: Dtype = None,
+    dtype: ExactDtype = None,
     as_json: Json = False,
 ) -> None:
-    """Measure attention sinks: where they are, how strong, and how many sink tokens the model needs."""
+    """Measure attention sinks: where and how strong they are, what they do, and how many sink tokens a model needs."""
     from sparsekit.lab.calibrate.sinks import inspect_model
 
     found = inspect_model(
-        *load_weights(model, device, dtype),
+        *load_weights(model, device, dtype, exact=True),
         config,
         samples=samples,
         tokens=tokens,
@@ -38,6 +53,7 @@ def inspect(
         tasks=words_of(tasks),
         epsilon=epsilon,
         gradient=gradient,
+        kept_sinks=numbers_of(kept_sinks, "--kept-sinks") if kept_sinks else (),
     )
     said = {**found.to_dict(), "model": model}
     if picture is not None:
@@ -45,5 +61,9 @@ def inspect(
 
         draw_sinks(said, picture)
     show(said, found.table(), as_json, output)
-    if not as_json:
-        typer.echo("\n".join(found.answer()))
+    if as_json:
+        return
+    for title, (head, rows) in found.more_tables():
+        typer.echo(title)
+        print_table(head, rows, right=frozenset(range(1, len(head))))
+    typer.echo("\n".join(found.answer()))

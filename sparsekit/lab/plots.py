@@ -182,7 +182,9 @@ def sinks_figure(inspection: Mapping[str, Any]) -> Figure:
     names = {
         "score": f"sink score of key 0, {inspection['score_tokens']} tokens",
         "first": "attention to key 0",
+        "sink_mass": "attention to all sinks",
         "learned": "attention to the learned sink",
+        "output": "what the head adds, of its layer's",
         "dropped_mass": "attention that the config drops",
         "dropped_gradient": "gradient that the config drops",
     }

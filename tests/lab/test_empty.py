@@ -23,9 +23,10 @@ from sparsekit.lab.calibrate.curve import start_layer_curve
 from sparsekit.lab.calibrate.effects import Effect, Judge
 from sparsekit.lab.calibrate.gate import GateReport, gate
 from sparsekit.lab.calibrate.heads import search_heads
+from sparsekit.lab.calibrate.inspection import Inspection, LayerSinks
 from sparsekit.lab.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections, probe
 from sparsekit.lab.calibrate.rules import Given, parse_rule
-from sparsekit.lab.calibrate.sinks import Inspection, LayerSinks, inspect_model
+from sparsekit.lab.calibrate.sinks import inspect_model
 from sparsekit.lab.calibrate.tune import summary, tune
 from sparsekit.lab.evaluate import evaluate, read_on
 from sparsekit.lab.report import markdown_report, write_report
@@ -75,7 +76,7 @@ def test_what_an_inspection_says_of_layers_that_were_not_measured() -> None:
     assert inspection.sink_tokens is None and inspection.to_dict()["sink_tokens"] is None
     some = replace(inspection, layers=(*own, LayerSinks(2, score=(0.1,))))
     assert some.sink_tokens == 0
-    assert some.answer()[1] == "Layers 0-1 keep their own attention and were not measured."
+    assert some.answer()[-1] == "Layers 0-1 keep their own attention and were not measured."
 
 
 @pytest.mark.parametrize("gradients", [(), (0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (None, None)])

@@ -162,10 +162,16 @@ def test_inspect(tiny) -> None:
     common = ["--samples", "1", "--tokens", "300"]
     said = out("inspect", "m", "--config", "c.yaml", "--gradient", *common, "--picture", "s.png", "-o", "s.json")
     assert "sink tokens" in said and "c.yaml drops at most" in said and "gradient" in said
+    assert "Sink mass in the second half" in said and "KL from dense by sink tokens kept" in said
     assert Path("s.png").stat().st_size > 10_000
-    found = json.loads(out("inspect", "m", *common, "--json"))
-    assert len(found["layers"]) == 4 and found["sink_tokens"] == 0
-    assert json.loads(Path("s.json").read_text())["layers"][3]["dropped_gradient"]
+    written = json.loads(Path("s.json").read_text())
+    assert written["layers"][3]["dropped_gradient"] and written["layers"][3]["output"] and written["idle_heads"] == []
+    assert [(row["name"], row["sink_tokens"]) for row in written["kept"]] == [
+        (name, n) for name in ("a_shape", "triangle") for n in (0, 1, 4, 8)
+    ]
+    found = json.loads(out("inspect", "m", *common, "--kept-sinks", "", "--json"))
+    assert len(found["layers"]) == 4 and found["sink_tokens"] == 0 and found["kept"] == []
+    assert "--kept-sinks 'x'" in out("inspect", "m", *common, "--kept-sinks", "x", code=1)
 
 
 @pytest.mark.parametrize(
