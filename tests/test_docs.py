@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -219,6 +220,38 @@ def test_sections_of_inspected_models_are_their_records() -> None:
     for name, text in shown.items():
         known = read_inspection(records[name]).markdown() if name in records else "No record of it is committed.\n"
         assert text == known, name
+
+
+def _curve_table(records: list[dict[str, Any]]) -> str:
+    """By head in the order of the gradient, beside by layer, from rows of `calibrate head-curve`."""
+    lines = [
+        "| prompts | share | KL by head | KL by layer | difference | score by head | score by layer | dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    layers = {(row["command"], row["task"], row["share"]): row for row in records if row["by"] == "layer"}
+    probe = records[0]["probe"]
+    for row in records:
+        if row["by"] != "gradient" or row["probe"] != probe:
+            continue
+        beside = layers[row["command"], row["task"], row["share"]]
+        kls = [f"{mean:.5f} ± {width:.5f}" for mean, width in (
+            (row["kl"], row["kl_half_width"]), (beside["kl"], beside["kl_half_width"]), row["kl_below_layer"]
+        )]  # fmt: skip
+        scores = [f"{one[0]:.2f}" for one in (row["score"], beside["score"], row["dense_score"])]
+        prompts = f"{row['samples']} of {row['task']}, {row['tokens']:,} tokens"
+        no_answer = row["task"] == "perplexity"
+        lines.append(
+            " | ".join(["| " + prompts, f"{row['share']:.0%}", *kls, *([""] * 3 if no_answer else scores)]) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ["head-curve-qwen2.5-coder-1.5b", "head-curve-smollm2"])
+def test_tables_of_head_choice_are_those_of_the_records(name: str) -> None:
+    records = [json.loads(line) for line in (DOCS / "results" / f"{name}.jsonl").read_text().splitlines()]
+    page = (DOCS / "head-choice.md").read_text()
+    [shown] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert shown == _curve_table(records)
 
 
 def test_a_page_can_fail() -> None:

@@ -83,6 +83,7 @@ def _calibrate_probe(
 ) -> None:
     """Measure how much the answer depends on each section of each layer's attention (TriangleMix's gradient probe)."""
     from sparsekit.lab.calibrate.probe import Sections, probe
+    from sparsekit.lab.plots import draw_probe
 
     found = probe(
         *load_weights(model, device, dtype),
@@ -96,8 +97,6 @@ def _calibrate_probe(
     )
     said = {**found.to_dict(), "model": model}
     if picture is not None:
-        from sparsekit.lab.plots import draw_probe
-
         draw_probe(said, picture)
     show(said, found.table(), as_json, output)
 
@@ -349,6 +348,7 @@ def _calibrate_head_curve(
     corpus: Corpus = None,
     records: RecordFile = None,
     output: JsonFile = None,
+    picture: Picture = None,
     device: Device = "auto",
     dtype: ExactDtype = None,
     as_json: Json = False,
@@ -356,6 +356,7 @@ def _calibrate_head_curve(
     """Measure divergence from dense and scores by share of sparse heads, chosen by head and by layer."""
     from sparsekit.lab.calibrate.head_curve import head_curve
     from sparsekit.lab.calibrate.probe import read_probe
+    from sparsekit.lab.curve_plot import draw_head_curve
 
     lengths = numbers_of(tokens, "--tokens")
     found = head_curve(
@@ -372,6 +373,8 @@ def _calibrate_head_curve(
         tasks=tasks_of(tasks, corpus),
         records=records,
     )
+    if picture is not None:
+        draw_head_curve(found.rows, model, picture)
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
 
 
@@ -407,12 +410,7 @@ def _calibrate_agreement(
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
 
 
-def _gate_and_write(
-    loaded: tuple[Any, Any],
-    config: Any,
-    output: Path | None,
-    options: Gate,
-) -> None:
+def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, options: Gate) -> None:
     from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
 
     lengths = numbers_of(options.gate_tokens, "--gate-tokens")

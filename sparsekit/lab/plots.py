@@ -94,7 +94,7 @@ def mask_figure(
     Raises:
         SparsekitError: matplotlib is not installed, the config is wrong, or tokens is out of range.
     """
-    _need_matplotlib()
+    need_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -129,7 +129,7 @@ def draw_masks(
     Raises:
         SparsekitError: as `mask_figure`; or a suffix that is not one of these, or a folder that cannot be written.
     """
-    return _save(out, lambda: mask_figure(config, tokens, title=title, also=also), dpi)
+    return save(out, lambda: mask_figure(config, tokens, title=title, also=also), dpi)
 
 
 def probe_figure(probe: Mapping[str, Any]) -> Figure:
@@ -138,7 +138,7 @@ def probe_figure(probe: Mapping[str, Any]) -> Figure:
     Args:
         probe: what `sparsekit calibrate probe` found, `Probe.to_dict()`; bars are standard errors over the samples.
     """
-    _need_matplotlib()
+    need_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), facecolor="white", layout="constrained")
@@ -171,12 +171,12 @@ def probe_figure(probe: Mapping[str, Any]) -> Figure:
 
 def draw_probe(probe: Mapping[str, Any], out: str | Path, *, dpi: int = 160) -> Path:
     """Write `probe_figure` to `out` (.png, .svg or .pdf), and return the path."""
-    return _save(out, lambda: probe_figure(probe), dpi)
+    return save(out, lambda: probe_figure(probe), dpi)
 
 
 def sinks_figure(inspection: Mapping[str, Any]) -> Figure:
     """Heat maps over layers and heads of what `sparsekit inspect` found, `Inspection.to_dict()`."""
-    _need_matplotlib()
+    need_matplotlib()
     from matplotlib.figure import Figure
 
     names = {
@@ -210,10 +210,10 @@ def sinks_figure(inspection: Mapping[str, Any]) -> Figure:
 
 def draw_sinks(inspection: Mapping[str, Any], out: str | Path, *, dpi: int = 160) -> Path:
     """Write `sinks_figure` to `out` (.png, .svg or .pdf), and return the path."""
-    return _save(out, lambda: sinks_figure(inspection), dpi)
+    return save(out, lambda: sinks_figure(inspection), dpi)
 
 
-def _save(out: str | Path, make: Callable[[], Figure], dpi: int) -> Path:
+def save(out: str | Path, make: Callable[[], Figure], dpi: int) -> Path:
     path = Path(out)
     if path.suffix.lower() not in FORMATS:
         raise SparsekitError(f"output {str(path)!r}: the name must end in {', '.join(FORMATS)}.")
@@ -422,7 +422,7 @@ def _label(
     )
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
