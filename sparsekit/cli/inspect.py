@@ -16,6 +16,7 @@ from sparsekit.cli.options import (
     Seeds,
     Tasks,
     Weights,
+    command_line,
     load_weights,
 )
 from sparsekit.cli.printing import print_table, show
@@ -55,7 +56,7 @@ def inspect(
         gradient=gradient,
         kept_sinks=numbers_of(kept_sinks, "--kept-sinks") if kept_sinks else (),
     )
-    said = {**found.to_dict(), "model": model}
+    said = {**found.to_dict(), "model": model, "command": command_line()}
     if picture is not None:
         from sparsekit.lab.plots import draw_sinks
 

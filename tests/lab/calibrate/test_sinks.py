@@ -13,6 +13,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.lab.calibrate.columns import columns, sink_scores
 from sparsekit.lab.calibrate.inspection import read_inspection
+from sparsekit.lab.calibrate.outputs import _layers
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.sinks import inspect_model
 from sparsekit.patch.capture import wrap_attention
@@ -209,6 +210,7 @@ def test_a_massive_activation_is_found_in_its_layer_and_channel(built) -> None:
     most = found.layers[1].massive[0]
     assert (most["channel"], most["position"], most["token"]) == (50, 0, "<|im_start|>")
     assert most["value"] == pytest.approx(blown, rel=1e-3) and most["ratio"] == pytest.approx(blown, rel=1e-3)
+    assert found.layers[3].massive[0]["value"] == pytest.approx(30.0)  # before the model's last norm
     [line] = [line for line in found.answer() if line.startswith("Massive")]
     assert "channel 50 after layers 1, the most" in line
 
@@ -258,6 +260,23 @@ def test_outputs_are_those_of_the_projections_columns(tiny) -> None:
     parts = torch.einsum("nhd,fhd->hnf", given[0], project.weight.unflatten(1, (4, 16)))
     expected = parts.flatten(1).norm(dim=1) / parts.sum(0).norm()
     assert found.layers[2].output == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_layers_are_found_by_the_attention_that_they_hold() -> None:
+    """One attention each, beside a layer without; two each, as LongCat-Flash has them; and none in a list."""
+
+    def attention(number: int) -> torch.nn.Module:
+        module = torch.nn.Linear(1, 1)
+        module.layer_idx = number
+        return module
+
+    a, b, c, d = map(attention, range(4))
+    mixed = torch.nn.ModuleList([torch.nn.Sequential(a), torch.nn.Identity(), torch.nn.Sequential(c)])
+    assert _layers(torch.nn.Sequential(mixed), [a, c]) == dict(enumerate(mixed))
+    pairs = torch.nn.ModuleList([torch.nn.ModuleList([a, b]), torch.nn.ModuleList([c, d])])
+    assert _layers(torch.nn.Sequential(pairs), [a, b, c, d]) == {0: pairs[0], 1: pairs[0], 2: pairs[1], 3: pairs[1]}
+    with pytest.raises(SparsekitError, match="no list holds its attention layers"):
+        _layers(torch.nn.Sequential(a, b), [a, b])
 
 
 def test_output_gates(tiny) -> None:
