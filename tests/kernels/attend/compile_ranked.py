@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
+from ptxas_log import ptxas_log
 from test_compile import SHARED, Driver
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from sparsekit.call.geometry import Geometry
@@ -29,18 +26,13 @@ def _compile(
     kernel: Any, form: object, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     """In place of a launch."""
-    made = kernel.warmup(*args, grid=grid, **options, **flags)
-    ptx, capability = made.asm["ptx"], Driver.capability
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = f"--gpu-name=sm_{capability}" + ("a" if capability == 90 else "")
-        command = [get_ptxas(capability).path, "-v", target, str(source), "-o", str(source.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    with ptxas_log() as log:
+        made = kernel.warmup(*args, grid=grid, **options, **flags)
+    ptx, said = made.asm["ptx"], log.getvalue()
     MADE.append(
         {
             "kernel": kernel.__name__,
-            "capability": capability,
+            "capability": Driver.capability,
             **FACTS,
             "shared": made.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
