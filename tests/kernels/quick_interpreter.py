@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 def install() -> None:
     _no_idle_checks()
     _types_once()
+    _shapes_once()
     _builtins_once()
 
 
@@ -38,6 +39,28 @@ def _types_once() -> None:
         return known[name]
 
     interpreter._get_np_dtype = numpy_type
+
+
+def _shapes_once() -> None:
+    """What a block's type and a tensor know of their shape: every operation counts and checks it again."""
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[Any, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = dict(self.__dict__)
+        self.__dict__.update(tensors[type.name], handle=handle)
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
 
 
 def _builtins_once() -> None:

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ptxas_log import ptxas_log
-from test_compile import Driver
+from test_compile import offline, ptxas
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
@@ -38,9 +36,9 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
         tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(plan.rows, 4, dtype=torch.int32)
         plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
     softmax = Softmax(0.1, None, torch.zeros(8) if sinks else None)
-    with ptxas_log() as said:
-        kernel = host.compile_form(q, k, k, plan, softmax, bool(lse))
-    sass = _disassembled(kernel.asm["cubin"])
+    kernel = host.compile_form(q, k, k, plan, softmax, bool(lse))
+    said, cubin = ptxas(kernel.asm["ptx"], 90)
+    sass = _disassembled(cubin)
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]
     jumps = [(int(to[1], 16), at) for at, what in code if (to := re.search("BRA.*?0x([0-9a-f]+)", what))]
     ends = [(to, at) for to, at in jumps if to < at]
@@ -51,7 +49,7 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
         "hgmma": sass.count("HGMMA"),
         "steps": len(steps),
         "spilled": sum(bool(re.search(r"STL|LDL", what)) for loop in steps for what in loop),
-        "said": said.getvalue(),
+        "said": said,
     }
 
 
@@ -65,7 +63,7 @@ def _disassembled(cubin: bytes) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    driver.set_active(Driver())
+    offline()
     print(json.dumps([_compile(*case) for case in json.loads(sys.argv[1])]))
 
 

@@ -8,9 +8,7 @@ import re
 from typing import Any
 
 import torch
-from ptxas_log import ptxas_log
-from test_compile import SHARED, Driver
-from triton.runtime import driver
+from test_compile import SHARED, Driver, offline, ptxas
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
@@ -26,13 +24,13 @@ def _compile(
     kernel: Any, form: object, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     """In place of a launch."""
-    with ptxas_log() as log:
-        made = kernel.warmup(*args, grid=grid, **options, **flags)
-    ptx, said = made.asm["ptx"], log.getvalue()
+    made = kernel.warmup(*args, grid=grid, **options, **flags)
+    ptx, capability = made.asm["ptx"], Driver.capability
+    said, _ = ptxas(ptx, capability)
     MADE.append(
         {
             "kernel": kernel.__name__,
-            "capability": Driver.capability,
+            "capability": capability,
             **FACTS,
             "shared": made.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
@@ -45,7 +43,7 @@ def _compile(
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    offline()
     triton_ranked._start = ranking_triton._start = _compile  # type: ignore[assignment]
     geometry = Geometry.of(2048)
     for capability, limit in SHARED.items():

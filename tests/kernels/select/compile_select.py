@@ -8,9 +8,7 @@ import re
 from typing import Any
 
 import torch
-from ptxas_log import ptxas_log
-from test_compile import Driver
-from triton.runtime import driver
+from test_compile import offline, ptxas
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
@@ -26,9 +24,9 @@ def _compile(
     kernel: Any, form: object, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     """In place of a launch."""
-    with ptxas_log() as log:
-        made = kernel.warmup(*args, grid=grid, **options, **flags)
-    ptx, said = made.asm["ptx"], log.getvalue()
+    made = kernel.warmup(*args, grid=grid, **options, **flags)
+    ptx = made.asm["ptx"]
+    said, _ = ptxas(ptx, 90)
     MADE.append(
         {
             "kernel": kernel.__name__,
@@ -47,7 +45,7 @@ def _inputs(geometry: Geometry, dtype: torch.dtype, dim: int) -> tuple[torch.Ten
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    offline()
     launch._start = _compile  # type: ignore[assignment]
     mean_keys_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
     block_scores_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
