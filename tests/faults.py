@@ -266,7 +266,7 @@ def _() -> str:
 
     thread = threading.Thread(target=forwards)
     thread.start()
-    end = time.monotonic() + 3
+    end = time.monotonic() + 1
     while time.monotonic() < end:
         try:
             with sparsekit.apply(model, TRI):

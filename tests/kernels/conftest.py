@@ -1,10 +1,15 @@
-"""Shares the interpreter's tests out among its processes."""
+"""Shares the interpreter's tests out among its processes, and makes the interpreter quick."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
+if os.environ.get("TRITON_INTERPRET"):
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

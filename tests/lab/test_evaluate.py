@@ -103,9 +103,9 @@ def test_prompts_decoded_together_are_answered_as_alone(
     model, tokenizer = smollm2
     kind = replace(task(name), max_new_tokens=12)
     samples = [
-        kind.samples(tokenizer, tokens=tokens, count=n + 1, seed=1)[n] for n, tokens in enumerate((600, 900, 700))
+        kind.samples(tokenizer, tokens=tokens, count=n + 1, seed=1)[n] for n, tokens in enumerate((300, 450, 350))
     ]
-    longest = 2 * 30 * 3 * 64 * 450 * model.dtype.itemsize
+    longest = 2 * 30 * 3 * 64 * 225 * model.dtype.itemsize
     monkeypatch.setattr("sparsekit.lab.answers.TOGETHER_BYTES", 2 * longest)
     with apply(model, config) if config is not None else nullcontext() as handle:
         alone = [answer(model, tokenizer, kind, one, handle=handle, stop_when_found=True) for one in samples]

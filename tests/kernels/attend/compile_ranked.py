@@ -5,15 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from test_compile import SHARED, Driver
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
+from test_compile import SHARED, Driver, offline, ptxas
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
@@ -31,12 +26,7 @@ def _compile(
     """In place of a launch."""
     made = kernel.warmup(*args, grid=grid, **options, **flags)
     ptx, capability = made.asm["ptx"], Driver.capability
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = f"--gpu-name=sm_{capability}" + ("a" if capability == 90 else "")
-        command = [get_ptxas(capability).path, "-v", target, str(source), "-o", str(source.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said, _ = ptxas(ptx, capability)
     MADE.append(
         {
             "kernel": kernel.__name__,
@@ -53,7 +43,7 @@ def _compile(
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    offline()
     triton_ranked._start = ranking_triton._start = _compile  # type: ignore[assignment]
     geometry = Geometry.of(2048)
     for capability, limit in SHARED.items():

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from children import interpret
+from children import compiled, interpret
 from kernel_cases import loose_plan
 from torch import Tensor
 
@@ -464,93 +461,37 @@ def test_a_launch_is_kept_for_the_calls_it_was_made_for(monkeypatch: pytest.Monk
 
 # ---- the device code compiles for sm_90, without a card
 
-OFFLINE = """
-import re, subprocess, sys, tempfile, warnings
-from dataclasses import replace
-from pathlib import Path
-warnings.simplefilter("ignore")
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
+COMPILED = [
+    (128, "bfloat16", "", "", 128, ""),
+    (64, "float16", "", "", 128, ""),
+    (256, "bfloat16", "", "", 128, ""),
+    (128, "bfloat16", "sinks", "lse", 128, ""),
+    (128, "bfloat16", "", "", 64, "columns"),
+    (128, "float16", "", "", 32, ""),
+    (128, "bfloat16", "", "", 64, "columns halves"),
+    (64, "float16", "", "lse", 64, "halves"),
+]
 
-class Offline:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_device_interface(self): return None
 
-driver.set_active(Offline())
-from sparsekit.call.geometry import Geometry
-from sparsekit.call.softmax import Softmax
-from sparsekit.kernels.attend.hopper import host
-from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
-dim, dtype, sinks, lse = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "sinks", sys.argv[4] == "lse"
-block_kv, columns, halves = int(sys.argv[5]), "columns" in sys.argv[6], "halves" in sys.argv[6]
-q, k = torch.empty(1, 8, 2048, dim, dtype=dtype), torch.empty(1, 2, 2048, dim, dtype=dtype)
-plan = plan_from_rule(TokenRule(8, 512, 1920), Geometry.of(2048, block_q=128, block_kv=block_kv))
-if halves:
-    plan = plan_from_block_mask(torch.ones(1, 1, 32, 32, dtype=torch.bool), Geometry.of(2048, block_q=64, block_kv=64))
-if columns:
-    tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(plan.rows, 4, dtype=torch.int32)
-    plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
-kernel = host.compile_form(q, k, k, plan, Softmax(0.1, None, torch.zeros(8) if sinks else None), lse)
-with tempfile.TemporaryDirectory() as folder:
-    ptx, cubin = Path(folder, "x.ptx"), Path(folder, "x.cubin")
-    ptx.write_text(kernel.asm["ptx"])
-    ptxas = get_ptxas(90).path
-    said = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin], capture_output=True, text=True)
-    dump = Path(ptxas).with_name("cuobjdump")
-    sass = subprocess.run([dump, "--dump-sass", cubin], capture_output=True, text=True).stdout
-code = [(int(at, 16), what) for at, what in re.findall(r"/\\*([0-9a-f]{4,})\\*/ +(.*?);", sass)]
-jumps = [(int(to[1], 16), at) for at, what in code if (to := re.search("BRA.*?0x([0-9a-f]+)", what))]
-ends = [(to, at) for to, at in jumps if to < at]
-loops = [[what for at, what in code if first <= at <= last] for first, last in ends]
-per_step = {64: 12, 128: 16, 256: 20}[dim]  # instructions of Q K^T and P V, 16 deep each
-steps = [loop for loop in loops if sum("HGMMA" in what for what in loop) == per_step]
-spilled = sum(bool(re.search(r"STL|LDL", what)) for loop in steps for what in loop)
-print(said.stdout + said.stderr)
-print("SHARED", kernel.metadata.shared, "HGMMA", sass.count("HGMMA"), "STEPS", len(steps), "SPILLED", spilled)
-"""
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of them takes; one child process compiles them all."""
+    return compiled("attend/compile_hopper.py", tmp_path_factory.mktemp("triton"), json.dumps(COMPILED))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dim", "dtype", "sinks", "lse", "block_kv", "more"),
-    [
-        (128, "bfloat16", "", "", 128, ""),
-        (64, "float16", "", "", 128, ""),
-        (256, "bfloat16", "", "", 128, ""),
-        (128, "bfloat16", "sinks", "lse", 128, ""),
-        (128, "bfloat16", "", "", 64, "columns"),
-        (128, "float16", "", "", 32, ""),
-        (128, "bfloat16", "", "", 64, "columns halves"),
-        (64, "float16", "", "lse", 64, "halves"),
-    ],
-)
-def test_compiles_for_sm_90(
-    dim: int, dtype: str, sinks: str, lse: str, block_kv: int, more: str, tmp_path: Path
-) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(dim), dtype, sinks, lse, str(block_kv), more],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = done.stdout
-    shared, hgmma, steps, spilled = (
-        int(said.split(f"{name} ")[1].split()[0]) for name in ("SHARED", "HGMMA", "STEPS", "SPILLED")
-    )
-    assert shared <= SHARED_MEMORY
-    assert hgmma >= 48
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiles_for_sm_90(case: tuple[int, str, str, str, int, str], offline: list[dict[str, Any]]) -> None:
+    dim, *_, more = case
+    made = offline[COMPILED.index(case)]
+    assert made["shared"] <= SHARED_MEMORY
+    assert made["hgmma"] >= 48
     columns, halves = "columns" in more, "halves" in more
-    assert steps == (4 if columns else 2)  # the step loops of the two consumers
-    assert spilled <= (16 if columns else 0)  # 0 with Triton 3.6, 9 with 3.9, in the loop over columns
+    assert made["steps"] == (4 if columns else 2)  # the step loops of the two consumers
+    assert made["spilled"] <= (16 if columns else 0)  # 0 with Triton 3.6, 9 with 3.9, in the loop over columns
     if dim < 256 and not columns and not halves:
-        assert "0 bytes spill stores, 0 bytes spill loads" in said
-    assert "C75" not in said  # ptxas: wgmma serialised, or register reallocation ignored
+        assert "0 bytes spill stores, 0 bytes spill loads" in made["said"]
+    assert "C75" not in made["said"]  # ptxas: wgmma serialised, or register reallocation ignored
 
 
 # ---- on a card

@@ -7,8 +7,7 @@ import json
 
 import compile_select
 from join_cases import CASES
-from test_compile import Driver
-from triton.runtime import driver
+from test_compile import offline
 
 from sparsekit.kernels import launch
 from sparsekit.kernels.select import join_triton, totals_triton
@@ -17,7 +16,7 @@ from sparsekit.plan import row_bounds
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    offline()
     launch._start = compile_select._compile  # type: ignore[assignment]
     for case in CASES:
         a, b = [plan for plan in case.plans() if plan.row_ptr is not None][:1] * 2

@@ -5,15 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from test_compile import Driver
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
+from test_compile import offline, ptxas
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
@@ -31,11 +26,7 @@ def _compile(
     """In place of a launch."""
     made = kernel.warmup(*args, grid=grid, **options, **flags)
     ptx = made.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said, _ = ptxas(ptx, 90)
     MADE.append(
         {
             "kernel": kernel.__name__,
@@ -54,7 +45,7 @@ def _inputs(geometry: Geometry, dtype: torch.dtype, dim: int) -> tuple[torch.Ten
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    offline()
     launch._start = _compile  # type: ignore[assignment]
     mean_keys_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
     block_scores_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]

@@ -331,19 +331,26 @@ PATTERNS = [
 
 
 @pytest.fixture
-def everything_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("topk", "blocks", "block_scores", "mean_keys"):
+def choices_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From q and k to the bits that are chosen."""
+    for module in ("topk", "block_scores", "mean_keys"):
         monkeypatch.setattr(f"sparsekit.kernels.select.{module}.runs_triton", lambda device, impl=None: impl != "torch")
 
 
-@pytest.mark.usefixtures("everything_on_triton")
+@pytest.fixture
+def everything_on_triton(choices_on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsekit.kernels.select.blocks.runs_triton", lambda device, impl=None: impl != "torch")
+
+
+@pytest.mark.usefixtures("choices_on_triton")
 @pytest.mark.parametrize(
     ("pattern", "fill"),
     [*product(PATTERNS, (torch.nan, torch.inf)), *product(PATTERNS[:2], (-torch.inf, 0.0))],
     ids=str,
 )
 def test_plans_stay_valid_whatever_comes(pattern: Pattern, fill: float) -> None:
-    """NaN and inf in a query and a key, and in all of them: causal, every query keeps itself."""
+    """NaN and inf in a query and a key, and in all of them: causal, every query keeps itself. Torch makes the plan of
+    the bits: these hold no NaN, and `test_plans` has the kernel that makes it."""
     geometry = Geometry.of(260, block_q=64)
     own = torch.eye(260, dtype=torch.bool)
     for spoil in (slice(70, 71), slice(None)):
