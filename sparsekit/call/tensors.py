@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.errors import SparsekitError
 
-__all__ = ["DTYPES", "check_fits", "check_tensors", "refuse_transforms"]
+__all__ = ["DTYPES", "check_fits", "check_out", "check_tensors", "output", "refuse_transforms"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -48,6 +48,38 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
         raise SparsekitError(f"sink_logits {tuple(sink_logits.shape)}: want one logit a query head, ({heads},).")
     if k.shape[2] > MAX_TOKENS:
         raise SparsekitError(f"{k.shape[2]} keys: a plan's entries hold positions below {MAX_TOKENS}.")
+
+
+def check_out(out: Tensor, q: Tensor) -> None:
+    """What a call is to write into: as q (B, H, Q, D), with any strides by which each element has its own place.
+
+    Raises:
+        SparsekitError: what does not fit.
+    """
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        dtypes = [str(x.dtype).removeprefix("torch.") for x in (out, q)]
+        raise SparsekitError(
+            f"out {tuple(out.shape)} {dtypes[0]} on {out.device}: want q's {tuple(q.shape)} {dtypes[1]} on {q.device}."
+        )
+    reach = 1
+    for step, n in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
+        if step < reach:
+            raise SparsekitError(f"out with strides {out.stride()}: each element needs a place of its own.")
+        reach += step * (n - 1)
+    if out.shape[3] > 1 and out.stride(3) != 1:
+        raise SparsekitError(f"out with strides {out.stride()}: the last one is to be 1.")
+
+
+def output(q: Tensor, out: Tensor | None, padded: bool) -> Tensor:
+    """Where the result of q (B, H, Q, D) goes: `out`, or a new tensor laid out (B, Q, H, D).
+
+    padded: not every row is written, and those that are not are to be 0.
+    """
+    if out is None:
+        batch, heads, tokens, dim = q.shape
+        make = q.new_zeros if padded else q.new_empty
+        return make((batch, tokens, heads, dim)).transpose(1, 2)
+    return out.zero_() if padded else out
 
 
 def refuse_transforms() -> None:

@@ -100,7 +100,7 @@ def _run(
         )
         note_planned()
         run, choice = prepare(q, k, v, plan, softmax)
-        out, _ = run(q, k, v, plan, softmax, False)
+        out, _ = run(q, k, v, plan, softmax, False, None)
     layer.ran, layer.why = "dense" if layer.patterns.dense else "sparse", ""
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice
     return out.transpose(1, 2).contiguous(), None

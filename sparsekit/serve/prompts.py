@@ -150,11 +150,10 @@ def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, soft
         plan = _plan(part.rules, patterns.pattern_of_head, part.geometry, q.device)
     else:
         plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, part.geometry, softmax)
-    result = attend(
-        q, k, v, plan, scale=softmax.scale, softcap=softmax.softcap, sink_logits=softmax.sink_logits
+    attend(
+        q, k, v, plan, scale=softmax.scale, softcap=softmax.softcap, sink_logits=softmax.sink_logits,
+        out=out.transpose(0, 1)[None],
     )  # fmt: skip
-    assert isinstance(result, Tensor)
-    out.copy_(result[0].transpose(0, 1))
     return plan
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.torch_ranked import attend_ranked
 from sparsekit.plan import CAUSAL, RULE, BlockPlan, unpack
 from sparsekit.plan.memo import MASKS
@@ -43,7 +44,7 @@ class _Batch:
 
 
 def attend_torch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pairs of `plan`.
 
@@ -54,12 +55,11 @@ def attend_torch(
         out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
     if plan.ranked is not None:
-        return attend_ranked(q, k, v, plan, plan.ranked, softmax, return_lse)
-    batch, heads, q_len, dim = q.shape
+        return attend_ranked(q, k, v, plan, plan.ranked, softmax, return_lse, out)
+    batch, heads, q_len, _ = q.shape
     g = plan.geometry
     padded = any(span.q_end - span.q_first != q_len for span in g.spans)
-    make = q.new_zeros if padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
+    out = output(q, out, padded)
     lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=torch.float32) if return_lse else None
     for b in range(batch):
         span = g.spans[b]

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.tiles import SHORT_ROW_STEPS, Tile, tile_for
 from sparsekit.kernels.device import capability_of, processors_of
 from sparsekit.kernels.launch import (
@@ -250,15 +251,15 @@ STRIP = 16
 
 
 def attend_triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pairs of `plan`. No host synchronisation; what is derived from the plan stays with it.
 
     Args:
-        q: (B, H, Q, D), D out of `HEAD_SIZES`, any strides with the last one 1. k, v: (B, G, K, D).
+        q: (B, H, Q, D), D out of `HEAD_SIZES`, any strides with the last one 1. k, v: (B, G, K, D). out: as q.
 
     Returns:
-        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+        `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
 
     Raises:
         SparsekitError: a dtype, head size or stride that the kernel does not take.
@@ -267,11 +268,10 @@ def attend_triton(
     if plan.ranked is not None:
         from sparsekit.kernels.attend.triton_ranked import attend_ranked_triton
 
-        return attend_ranked_triton(q, k, v, plan, plan.ranked, softmax, return_lse)
+        return attend_ranked_triton(q, k, v, plan, plan.ranked, softmax, return_lse, out)
     launch = _launch_for(q, k, v, plan)
-    batch, heads, q_len, dim = q.shape
-    make = q.new_zeros if launch.padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
+    batch, heads, q_len, _ = q.shape
+    out = output(q, out, launch.padded)
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
@@ -331,7 +331,7 @@ class _Launch:
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
         """What `_attend` is compiled for, its arguments, and the options that the call decides."""
         spans, row_ptr, entries, rule, dense, tokens, bits, order = self.plan
-        strides = q.stride(), k.stride(), v.stride()
+        strides = q.stride(), k.stride(), v.stride(), out.stride()
         layout = self.layouts.get(strides)
         if layout is None:
             layout = self.layouts[strides] = self._layout(q, k, v, out)

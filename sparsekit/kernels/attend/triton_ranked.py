@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.attend.tiles import Tile, tile_for
 from sparsekit.kernels.device import capability_of
@@ -164,7 +165,8 @@ def tile_of(capability: tuple[int, int], dim: int, dtype: torch.dtype, plan: Blo
 
 
 def attend_ranked_triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax, return_lse: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`torch_ranked.attend_ranked` on a CUDA device, for tensors that `attend_triton` has checked. The host does not
     wait."""
@@ -177,8 +179,7 @@ def attend_ranked_triton(
             f"heads, {heads}."
         )
     padded = any(span.q_end - span.q_first != q_len for span in g.spans)
-    make = q.new_zeros if padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
+    out = output(q, out, padded)
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)

@@ -421,6 +421,9 @@ def test_covers_names_the_reason() -> None:
 
     assert form(q) == ""
     assert form(q.transpose(1, 2).contiguous().transpose(1, 2)) == ""
+    engine = torch.empty(300, 4, 128, dtype=q.dtype)
+    assert host.covers(q, q, q, plan, softmax, False, engine[3:259].transpose(0, 1)[None]) == []
+    assert "out with strides" in host.covers(q, q, q, plan, softmax, False, torch.empty_like(q))[0]
     assert "float32" in form(q.float())
     assert "head size 96" in form(q[..., :96])
     assert form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=64))) == ""
@@ -543,8 +546,12 @@ def _agrees(
         patched.setattr(Tensor, "new_empty", _poisoned)
         out, lse = host.attend_hopper(*dirty, on_card, softmax, True)
         again, _ = host.attend_hopper(*dirty, on_card, softmax, True)
+        engine = out.new_full((out.shape[0], out.shape[2], HEADS, dim), float("nan")).transpose(1, 2)
+        into, _ = host.attend_hopper(*dirty, on_card, softmax, True, engine)
     assert lse is not None
     assert torch.equal(out, again)
+    assert into is engine
+    assert torch.equal(out, into)
     assert out.transpose(1, 2).is_contiguous()
     whole, worst = BUDGETS[dtype]
     error = out.double() - expected

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
 from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
 from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
@@ -54,7 +55,9 @@ def tile(q: Tensor | None, narrow: bool) -> tuple[int, int]:
     return (HALF, HALF) if halves else (BLOCK_Q, 128)
 
 
-def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> list[str]:
+def covers(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
+) -> list[str]:
     """Why this call must go to another implementation, each reason in a clause; none where the Hopper form runs it.
 
     On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap,
@@ -64,9 +67,18 @@ def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, r
     reasons: list[str] | None = plan.memo.get(key)
     if reasons is None:
         reasons = plan.memo[key] = list(_against(q, k, v, plan))
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        return [*reasons, "q, k or v not on a 16-byte boundary, as TMA wants them"]
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | (0 if out is None else out.data_ptr())) % 16:
+        reasons = [*reasons, "q, k, v or out not on a 16-byte boundary, as TMA wants them"]
+    if out is not None and not _rows_first(out):
+        reasons = [*reasons, f"out with strides {out.stride()}: (B, Q, H, D) without gaps"]
     return reasons
+
+
+def _rows_first(out: Tensor) -> bool:
+    """Whether (B, H, Q, D) is laid out (B, Q, H, D), as the device code's stores have it."""
+    _, heads, tokens, dim = out.shape
+    wanted = (tokens * heads * dim, dim, heads * dim, 1)
+    return all(n == 1 or s == want for n, s, want in zip(out.shape, out.stride(), wanted, strict=True))
 
 
 def _against(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[str]:
@@ -100,19 +112,20 @@ def _driver() -> Any:
 
 
 def attend_hopper(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pairs of `plan`, for calls that `covers` has no word against.
 
     Args:
         q: (B, H, Q, D). k, v: (B, G, K, D), float16 or bfloat16, laid out (B, H, Q, D) or (B, Q, H, D); never copied.
+        out: (B, H, Q, D), laid out (B, Q, H, D).
 
     Returns:
-        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+        `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return attend_hopper(q, k, v, plan, softmax, return_lse)
+            return attend_hopper(q, k, v, plan, softmax, return_lse, out)
     sinks = softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
@@ -122,9 +135,9 @@ def attend_hopper(
     launches: _Launches | None = plan.memo.get(key)
     if launches is None:
         launches = plan.memo.keep(key, _prepare(q, k, v, plan, softmax, return_lse, stream))
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, _ = q.shape
     padded = launches.padded
-    out = (q.new_zeros if padded else q.new_empty)((batch, q_len, heads, dim)).transpose(1, 2)
+    out = output(q, out, padded)
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
     if padded and lse is not None:
         lse.fill_(float("-inf"))
