@@ -13,8 +13,14 @@ __all__ = ["DTYPES", "check_fits", "check_out", "check_tensors", "output", "refu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Tensor | None = None) -> None:
-    """q (B, H, Q, D), k and v (B, G, K, D), sink_logits (H,): of one device and dtype, and of sizes that fit.
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    table: Tensor | None = None,
+) -> None:
+    """q (B, H, Q, D), sink_logits (H,), k, v and table as `Keys` has them: of one device and dtype, and sizes that fit.
 
     Raises:
         SparsekitError: what does not.
@@ -31,7 +37,16 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
     if v is not None and k.shape != v.shape:
         raise SparsekitError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape (value size = key size).")
     batch, heads, _, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
+    if table is not None and (table.ndim != 2 or table.shape[0] != batch or table.dtype != torch.int32):
+        raise SparsekitError(
+            f"table {tuple(table.shape)} {str(table.dtype).removeprefix('torch.')}: want int32 ({batch}, pages), a row "
+            "for each sample."
+        )
+    if table is not None and (table.device != q.device or table.stride(1) != 1):
+        raise SparsekitError(
+            f"table with strides {table.stride()} on {table.device}: want the last one 1, on {q.device} like q."
+        )
+    if (k.shape[0] != batch and table is None) or k.shape[3] != dim or heads % k.shape[1]:
         raise SparsekitError(
             f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}: same batch and head size, H a multiple of G."
         )
@@ -46,8 +61,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
         raise SparsekitError(f"{', '.join(named)} of one dtype out of {allowed}, got {got}.")
     if sink_logits is not None and sink_logits.shape != (heads,):
         raise SparsekitError(f"sink_logits {tuple(sink_logits.shape)}: want one logit a query head, ({heads},).")
-    if k.shape[2] > MAX_TOKENS:
-        raise SparsekitError(f"{k.shape[2]} keys: a plan's entries hold positions below {MAX_TOKENS}.")
+    tokens = k.shape[2] * (1 if table is None else table.shape[1])
+    if tokens > MAX_TOKENS:
+        raise SparsekitError(f"{tokens} keys: a plan's entries hold positions below {MAX_TOKENS}.")
 
 
 def check_out(out: Tensor, q: Tensor) -> None:
@@ -90,9 +106,18 @@ def refuse_transforms() -> None:
         raise SparsekitError("sparse attention is forward only: torch.func's vmap, grad and jvp do not go through it.")
 
 
-def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str) -> None:
+def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str, table: Tensor | None = None) -> None:
     """An error unless q and k are of the geometry's lengths; `what` was made for them."""
     g = geometry
+    if table is not None:
+        if (g.batch, g.q_len) != (q.shape[0], q.shape[2]) or g.kv_len > table.shape[1] * k.shape[2]:
+            raise SparsekitError(
+                f"{what} for batch {g.batch}, {g.q_len} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, and "
+                f"{table.shape[1]} pages of {k.shape[2]}."
+            )
+        if any(g.kv_start):
+            raise SparsekitError(f"{what} with kv_start={g.kv_start}: in pages each sample's keys begin at 0.")
+        return
     if (g.batch, g.q_len, g.kv_len) != (q.shape[0], q.shape[2], k.shape[2]):
         raise SparsekitError(
             f"{what} for batch {g.batch}, {g.q_len} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.plan import (
@@ -136,6 +137,29 @@ def tensors(
     return one(geometry.q_len, heads), one(geometry.kv_len, key_heads), one(geometry.kv_len, key_heads)
 
 
+def in_pages(k: Tensor, v: Tensor, geometry: Geometry, page: int, *, heads_first: bool = False, spare: int = 3) -> Keys:
+    """The valid keys of k, v (B, G, K, D) in shuffled pages of one cache, a token's key beside its value.
+
+    All else in the pages is NaN, and table entries behind a sample's last page are addresses of nothing. heads_first:
+    of a page the heads lie behind each other in memory, else the tokens.
+    """
+    batch, heads, tokens, dim = k.shape
+    used = [-(-end // page) for end in geometry.kv_end]
+    count = sum(used) + spare
+    free = torch.randperm(count, generator=torch.Generator().manual_seed(page)).to(k.device)
+    table = torch.full((batch, -(-tokens // page) + 1), 2**30, dtype=torch.int32, device=k.device)
+    shape = (count, heads, page, 2 * dim) if heads_first else (count, page, heads, 2 * dim)
+    cache = k.new_full(shape, float("nan"))
+    pages = cache if heads_first else cache.transpose(1, 2)
+    both = torch.cat([k, v], -1)
+    for b, (end, n) in enumerate(zip(geometry.kv_end, used, strict=True)):
+        table[b, :n], free = free[:n].int(), free[n:]
+        for i in range(n):
+            some = both[b, :, i * page : min((i + 1) * page, end)]
+            pages[table[b, i], :, : some.shape[1]] = some
+    return Keys(*pages.split(dim, -1), table)
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN inside, so that an element that a kernel forgets shows."""
@@ -175,9 +199,10 @@ def check(
     sink_logits: Tensor | None = None,
     scale: float | None = None,
     twice: bool = False,
+    page: int = 0,
 ) -> None:
     """`impl` is as close to float64 as twice plain low-precision attention is; `twice`: also without lse, into rows of
-    a larger tensor."""
+    a larger tensor; `page`: over keys in pages."""
     q, k, v = inputs
     device, dtype = q.device, q.dtype
     wide = [x.cpu().double() for x in inputs]
@@ -188,6 +213,8 @@ def check(
     out_expected, lse_expected = expected
     budget = 2 * float((plain(q, k, v, plan, softmax).cpu().double() - out_expected).abs().max()) + 2e-6
     options = {"softcap": softcap, "sink_logits": sink_logits, "scale": scale}
+    if page:
+        k, v, options["table"] = in_pages(k, v, plan.geometry, page, heads_first=page % 32 == 0)
     with poisoned_memory():
         out, lse = attend(q, k, v, plan_there, impl=impl, return_lse=True, **options)
         alone = within_rows(q, k, v, plan_there, impl, **options) if twice else out

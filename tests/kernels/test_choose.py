@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import Geometry, SparsekitError, attention
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend, choose, choose_call, choose_device, geometry_for
 from sparsekit.kernels.choose import Implementation, narrow_tile
@@ -26,13 +27,13 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> list[BlockPlan]:
     ran: list[BlockPlan] = []
 
     def covers(
-        q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
+        q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
     ) -> list[str]:
         reasons = [] if q.dtype == torch.float32 else [f"dtype {q.dtype}: float32"]
         return reasons + (["a soft-cap"] if softmax.softcap is not None else [])
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
+        q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ran.append(plan)
         return torch.ones_like(q), q.new_zeros(q.shape[:3]) if return_lse else None

@@ -22,7 +22,13 @@ UNSEEN = -1.0e30  # a finite running maximum of a row without keys: no NaN
 
 
 def attend_ranked(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax, return_lse: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    ranked: Ranked,
+    softmax: Softmax,
+    return_lse: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as a ranked plan says; what it visited is `plan.visited` afterwards.

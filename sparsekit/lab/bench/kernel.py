@@ -196,7 +196,7 @@ def _random_plan(geometry: Geometry, heads: int) -> BlockPlan:
     ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     entries = pack(column, flags).int().expand_as(mask)[mask]
     order = torch.argsort(counts.view(heads, rows).sum(0), descending=True, stable=True).int()
-    return BlockPlan(geometry, heads=heads, row_ptr=ptr, entries=entries, order=order)
+    return BlockPlan(geometry, heads=heads, row_ptr=ptr, entries=entries, order=order, on_grid=True)
 
 
 def _with_columns(plan: BlockPlan, heads: int) -> BlockPlan:
