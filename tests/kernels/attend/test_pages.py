@@ -158,23 +158,38 @@ def _on_card(geometry: Geometry, dtype: torch.dtype, dim: int) -> tuple[Tensor, 
     return q.cuda(), k.cuda(), v.cuda()
 
 
+# All page sizes where sinks, a window and the diagonal are; others where boxes or steps are cut otherwise.
+CARD = [
+    *(("triangle chunk", page) for page in PAGES),
+    *(("dense, ragged", page) for page in (16, 256)),
+    ("dense", 32),
+    ("dense chunk", 64),
+    ("triangle", 64),
+    ("triangle, ragged", 32),
+    ("mixed heads", 16),
+    *(("columns", page) for page in (16, 128)),
+    *(("tiles of 64", page) for page in (16, 256)),
+    ("tiles of 32", 64),
+    *(("rows of 64", page) for page in (16, 128)),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("name", "page"), CARD)
 @pytest.mark.parametrize("impl", ["hopper", "triton"])
 def test_card(impl: str, name: str, page: int) -> None:
     plan = PLANS[name]()
-    check(plan, _on_card(plan.geometry, torch.bfloat16, 128), impl, page=page, twice=True)
+    check(plan, _on_card(plan.geometry, torch.bfloat16, 128), impl, page=page)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", [16, 64, 256])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("dim", [64, 256])
 @pytest.mark.parametrize("impl", ["hopper", "triton"])
 def test_card_head_sizes(impl: str, dim: int, page: int) -> None:
     options = {"softcap": 5.0, "sink_logits": SINKS.cuda()}
-    for plan in (rule_plan("triangle", MIDDLE, 200), rule_plan("dense", RAGGED)):
-        check(plan, _on_card(plan.geometry, torch.float16, dim), impl, page=page, **options)  # type: ignore[arg-type]
+    plan = rule_plan("triangle", RAGGED, 200)
+    check(plan, _on_card(plan.geometry, torch.float16, dim), impl, page=page, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
