@@ -4,7 +4,8 @@ One persistent kernel, three roles a block: a producer warp (work counter, TMA l
 warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
 i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, half of one, or
 PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the 128-byte swizzle stores a
-tile: pieces of several entries in the right order are one tile.
+tile: pieces of several entries in the right order are one tile. Keys in pages (PAGE tokens each, else 0) come in boxes
+that end with their page; the producer looks pages up, and nobody else knows of them.
 
 A work item is 8 int32, by the names in items.py:
     ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.

@@ -63,7 +63,7 @@ def covers(
     """Why this call must go to another implementation, each reason in a clause; none where the Hopper form runs it.
 
     On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap,
-    padding and chunks are covered.
+    padding, chunks and pages are covered.
     """
     k, v, table = keys
     key = (COVERED, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), table is None)
