@@ -117,6 +117,8 @@ def _check_ascending(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inpu
             start = torch.cat([key.new_tensor([before[1]]), key])
             same = owner.diff() == 0
             assert (start.diff()[same] > 0).all(), f"{pattern}: a row's tiles do not ascend, {geometry}"
+            off = plan.on_grid and bool((key % plan.block_kv).any())
+            assert not off, f"{pattern}: a tile off the grid, of a plan that says on_grid, {geometry}"
             before = int(owner[-1]), int(start[-1])
 
 

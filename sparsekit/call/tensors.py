@@ -8,13 +8,19 @@ from torch import Tensor
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.errors import SparsekitError
 
-__all__ = ["DTYPES", "check_fits", "check_tensors", "refuse_transforms"]
+__all__ = ["DTYPES", "check_fits", "check_out", "check_tensors", "output", "refuse_transforms"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Tensor | None = None) -> None:
-    """q (B, H, Q, D), k and v (B, G, K, D), sink_logits (H,): of one device and dtype, and of sizes that fit.
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    table: Tensor | None = None,
+) -> None:
+    """q (B, H, Q, D), sink_logits (H,), k, v and table as `Keys` has them: of one device and dtype, and sizes that fit.
 
     Raises:
         SparsekitError: what does not.
@@ -31,7 +37,16 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
     if v is not None and k.shape != v.shape:
         raise SparsekitError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape (value size = key size).")
     batch, heads, _, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
+    if table is not None and (table.ndim != 2 or table.shape[0] != batch or table.dtype != torch.int32):
+        raise SparsekitError(
+            f"table {tuple(table.shape)} {str(table.dtype).removeprefix('torch.')}: want int32 ({batch}, pages), a row "
+            "for each sample."
+        )
+    if table is not None and (table.device != q.device or table.stride(1) != 1):
+        raise SparsekitError(
+            f"table with strides {table.stride()} on {table.device}: want the last one 1, on {q.device} like q."
+        )
+    if (k.shape[0] != batch and table is None) or k.shape[3] != dim or heads % k.shape[1]:
         raise SparsekitError(
             f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}: same batch and head size, H a multiple of G."
         )
@@ -46,8 +61,41 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None, sink_logits: Te
         raise SparsekitError(f"{', '.join(named)} of one dtype out of {allowed}, got {got}.")
     if sink_logits is not None and sink_logits.shape != (heads,):
         raise SparsekitError(f"sink_logits {tuple(sink_logits.shape)}: want one logit a query head, ({heads},).")
-    if k.shape[2] > MAX_TOKENS:
-        raise SparsekitError(f"{k.shape[2]} keys: a plan's entries hold positions below {MAX_TOKENS}.")
+    tokens = k.shape[2] * (1 if table is None else table.shape[1])
+    if tokens > MAX_TOKENS:
+        raise SparsekitError(f"{tokens} keys: a plan's entries hold positions below {MAX_TOKENS}.")
+
+
+def check_out(out: Tensor, q: Tensor) -> None:
+    """What a call is to write into: as q (B, H, Q, D), with any strides by which each element has its own place.
+
+    Raises:
+        SparsekitError: what does not fit.
+    """
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        dtypes = [str(x.dtype).removeprefix("torch.") for x in (out, q)]
+        raise SparsekitError(
+            f"out {tuple(out.shape)} {dtypes[0]} on {out.device}: want q's {tuple(q.shape)} {dtypes[1]} on {q.device}."
+        )
+    reach = 1
+    for step, n in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
+        if step < reach:
+            raise SparsekitError(f"out with strides {out.stride()}: each element needs a place of its own.")
+        reach += step * (n - 1)
+    if out.shape[3] > 1 and out.stride(3) != 1:
+        raise SparsekitError(f"out with strides {out.stride()}: the last one is to be 1.")
+
+
+def output(q: Tensor, out: Tensor | None, padded: bool) -> Tensor:
+    """Where the result of q (B, H, Q, D) goes: `out`, or a new tensor laid out (B, Q, H, D).
+
+    padded: not every row is written, and those that are not are to be 0.
+    """
+    if out is None:
+        batch, heads, tokens, dim = q.shape
+        make = q.new_zeros if padded else q.new_empty
+        return make((batch, tokens, heads, dim)).transpose(1, 2)
+    return out.zero_() if padded else out
 
 
 def refuse_transforms() -> None:
@@ -58,9 +106,18 @@ def refuse_transforms() -> None:
         raise SparsekitError("sparse attention is forward only: torch.func's vmap, grad and jvp do not go through it.")
 
 
-def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str) -> None:
+def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str, table: Tensor | None = None) -> None:
     """An error unless q and k are of the geometry's lengths; `what` was made for them."""
     g = geometry
+    if table is not None:
+        if (g.batch, g.q_len) != (q.shape[0], q.shape[2]) or g.kv_len > table.shape[1] * k.shape[2]:
+            raise SparsekitError(
+                f"{what} for batch {g.batch}, {g.q_len} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, and "
+                f"{table.shape[1]} pages of {k.shape[2]}."
+            )
+        if any(g.kv_start):
+            raise SparsekitError(f"{what} with kv_start={g.kv_start}: in pages each sample's keys begin at 0.")
+        return
     if (g.batch, g.q_len, g.kv_len) != (q.shape[0], q.shape[2], k.shape[2]):
         raise SparsekitError(
             f"{what} for batch {g.batch}, {g.q_len} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, "

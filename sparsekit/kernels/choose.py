@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.kernels.attend.hopper import host as hopper
@@ -37,7 +38,7 @@ __all__ = [
     "runs_triton",
 ]
 
-Attend = Callable[[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool], "tuple[Tensor, Tensor | None]"]
+Attend = Callable[[Tensor, Keys, BlockPlan, Softmax, bool, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 
 
 class Implementation(NamedTuple):
@@ -47,13 +48,13 @@ class Implementation(NamedTuple):
         missing: (device, asked for by name?) -> why it cannot run there, in a clause, or "".
         covers: what `attend` takes -> why it cannot run such a call, each reason a clause.
         tile: (q or None, for rows that keep less when they are narrow?) -> (block_q, block_kv) of its plans.
-        run: q, k, v, plan, softmax, with lse? -> out, lse.
+        run: q, keys, plan, softmax, with lse?, where to or None -> out, lse.
         selects_in_triton: whether patterns estimate in Triton where it runs.
     """
 
     name: str
     missing: Callable[[torch.device, bool], str]
-    covers: Callable[[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool], list[str]]
+    covers: Callable[[Tensor, Keys, BlockPlan, Softmax, bool, Tensor | None], list[str]]
     tile: Callable[[Tensor | None, bool], tuple[int, int]]
     run: Attend
     selects_in_triton: bool = False
@@ -89,17 +90,18 @@ def _triton_broken() -> str:
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     from sparsekit.kernels.attend.triton_blocks import attend_triton
 
-    return attend_triton(q, k, v, plan, softmax, return_lse)
+    return attend_triton(q, keys, plan, softmax, return_lse, out)
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    return attend_reference(q, k, v, plan, softmax)
+    made, lse = attend_reference(q, *keys.gathered(plan.geometry)[:2], plan, softmax)
+    return (made if out is None else out.copy_(made)), lse
 
 
 def _anywhere(device: torch.device, asked: bool) -> str:
@@ -142,7 +144,7 @@ def choose_device(device: torch.device | str, impl: str | None = None) -> Choice
 def choose_row(
     device: torch.device,
     impl: str | None = None,
-    call: tuple[Tensor, Tensor, Tensor, BlockPlan, Softmax, bool] | None = None,
+    call: tuple[Tensor, Keys, BlockPlan, Softmax, bool, Tensor | None] | None = None,
 ) -> tuple[Implementation, Choice]:
     """The first row of the table, or the one named `impl`, that can run on the device, and the call if there is one.
 

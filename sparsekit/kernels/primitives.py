@@ -25,9 +25,28 @@ def _offset(i_batch, i_head, row, batch_step, head_step, row_step):
 
 @triton.jit
 @no_type_check
+def _in_pages(p_table, key, inside, nowhere, PAGE: tl.constexpr):
+    """(page, place in it) of key positions in pages of PAGE keys; page `nowhere` of those that are not inside."""
+    return tl.load(p_table + key // PAGE, mask=inside, other=nowhere), key % PAGE
+
+
+@triton.jit
+@no_type_check
+def _address(p_base, stride, first, lane, inside, p_table, page_stride, PAGE: tl.constexpr):
+    """Pointers to rows `first + lane` of one head: in one piece, or, of PAGE keys a page, where the table says."""
+    if PAGE == 0:
+        return p_base + tl.cast(first, tl.int64) * stride + lane * stride
+    else:  # noqa: RET505  (Triton compiles one branch only, and types what follows a return)
+        page, place = _in_pages(p_table, first + lane, inside, 0, PAGE)
+        return p_base + page.to(tl.int64) * page_stride + place * stride
+
+
+@triton.jit
+@no_type_check
 def _load_rows(
     desc, p_base, stride, i_batch, i_head, i_first, row, limit,
     ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+    p_table=None, page_stride=None, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
     """(ROWS, DP): rows `row ..` of one head; zeros outside [0, limit) and past the true head size."""
     if TMA:
@@ -36,18 +55,21 @@ def _load_rows(
         lane = tl.arange(0, ROWS)
         column = tl.arange(0, DP)
         inside = ((row + lane >= 0) & (row + lane < limit))[:, None]
+        p_tile = _address(p_base, stride, row, lane[:, None], inside, p_table, page_stride, PAGE) + column[None, :]
         if DP != D:
             inside = inside & (column < D)[None, :]
-        p_tile = p_base + tl.cast(row, tl.int64) * stride + lane[:, None] * stride + column[None, :]
         return tl.load(p_tile, mask=inside, other=0.0)
 
 
 @triton.jit
 @no_type_check
-def _gather_rows(p_base, stride, b_row, D: tl.constexpr, DP: tl.constexpr):
+def _gather_rows(
+    p_base, stride, b_row, D: tl.constexpr, DP: tl.constexpr, p_table=None, page_stride=None, PAGE: tl.constexpr = 0
+):  # fmt: skip
     """(len(b_row), DP): rows of one head, by number."""
     column = tl.arange(0, DP)
-    p_tile = p_base + b_row.to(tl.int64)[:, None] * stride + column[None, :]
+    b_row = b_row.to(tl.int64)[:, None]
+    p_tile = _address(p_base, stride, 0, b_row, b_row >= 0, p_table, page_stride, PAGE) + column[None, :]
     if DP != D:
         return tl.load(p_tile, mask=(column < D)[None, :], other=0.0)
     else:  # noqa: RET505

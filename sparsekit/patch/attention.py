@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import preferred_tile, prepare
@@ -99,8 +100,9 @@ def _run(
             softmax,
         )
         note_planned()
-        run, choice = prepare(q, k, v, plan, softmax)
-        out, _ = run(q, k, v, plan, softmax, False)
+        keys = Keys(k, v)
+        run, choice = prepare(q, keys, plan, softmax)
+        out, _ = run(q, keys, plan, softmax, False, None)
     layer.ran, layer.why = "dense" if layer.patterns.dense else "sparse", ""
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice
     return out.transpose(1, 2).contiguous(), None

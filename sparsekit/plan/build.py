@@ -22,7 +22,7 @@ LONG = 8
 
 def dense_plan(geometry: Geometry) -> BlockPlan:
     """All causal pairs. No tensor."""
-    return BlockPlan(geometry, samples=1 if geometry.uniform else geometry.batch)
+    return BlockPlan(geometry, samples=1 if geometry.uniform else geometry.batch, on_grid=True)
 
 
 def plan_from_rule(
@@ -56,6 +56,7 @@ def plan_from_rule(
         dense_rows=dense,
         order=torch.argsort(work, descending=True, stable=True).to(torch.int32),
         long_rows=int((work > LONG * int(work.sum()) / len(work)).sum()),
+        on_grid=True,
     )
     return plan if torch.device(device).type == "cpu" else plan.to(device)
 
@@ -195,4 +196,5 @@ def plan_from_block_mask(mask: Tensor, geometry: Geometry) -> BlockPlan:
         row_ptr=pointers(counts.flatten()),
         entries=pack(key, flags).expand_as(kept)[kept].to(torch.int32),
         order=heaviest_first(counts),
+        on_grid=True,
     )

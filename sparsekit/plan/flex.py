@@ -136,6 +136,7 @@ def from_flex(mask: BlockMask, *, rule: TokenRule | None = None, geometry: Geome
         entries=entries | needs_rule.int() * RULE,
         rule=limits,
         order=base.order,
+        on_grid=True,
     )
 
 

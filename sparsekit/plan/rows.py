@@ -90,6 +90,7 @@ class PlanRows:
         order: int32 (S*R,): launch order of (sample, tile) = s * R + r, heaviest first, the heads of a row together.
         long_rows: host count of rows, the first of `order`, that visit more than `LONG` times the mean: on few heads
             they alone decide the finish, so kernels may cut them over keys. 0 where not known.
+        on_grid: whether the host knows that each tile starts at a multiple of `block_kv`.
         ranked: keys in order of importance with an early stop, in place of rows; one plan sample a sample.
         memo: what executions derived from this plan and learnt of it, by the names in memo.py. Nothing above changes.
 
@@ -109,6 +110,7 @@ class PlanRows:
     token_bits: Tensor | None = None
     order: Tensor | None = None
     long_rows: int = 0
+    on_grid: bool = False
     ranked: Ranked | None = None
     memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
@@ -180,7 +182,8 @@ class PlanRows:
     def to(self: Plan, device: torch.device | str) -> Plan:
         moved: dict[str, Any] = {name: upload(t, device) for name, t in self._row_tensors.items()}
         ranked = None if self.ranked is None else self.ranked.to(device)
-        plan = type(self)(self.geometry, self.samples, self.heads, long_rows=self.long_rows, ranked=ranked, **moved)
+        known: dict[str, Any] = {"long_rows": self.long_rows, "on_grid": self.on_grid}
+        plan = type(self)(self.geometry, self.samples, self.heads, ranked=ranked, **known, **moved)
         if self.visited is not None:
             plan.memo[VISITED] = upload(self.visited, device)
         return plan

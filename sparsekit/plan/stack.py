@@ -59,6 +59,7 @@ def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> Bloc
         token_bits=bits,
         order=heaviest_first(work),
         long_rows=max(part.long_rows for part in parts),
+        on_grid=all(part.on_grid for part in parts),
     )
 
 

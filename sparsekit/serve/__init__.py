@@ -1,1 +1,1 @@
-"""sparsekit inside serving engines: a prompt's chunk over keys in pages (`pages`, `prompts`), and vLLM (`vllm`)."""
+"""sparsekit inside serving engines: a prompt's chunk over keys in pages (`prompts`), and vLLM (`vllm`)."""

@@ -7,16 +7,19 @@ window, dense last rows) and make a chunk cheap:
   kernel reads pages where they are. So are the rows behind the prompt, which an engine computes again after preemption.
 - **Keys that no row keeps are not read.** The rows before keep sinks, and a window behind the chunk's first query. What
   lies between is left out, and the others move together: of a query and a key that is kept by its window, the distance
-  stays; sinks stay below `sink`; and since the gap is only made smaller by whole tiles, a plan for a chunk in the
-  middle of a prompt serves all of its size.
+  stays; sinks stay below `sink`; and since the gap is only made smaller by whole tiles and pages, a plan for a chunk
+  in the middle of a prompt serves all of its size.
 
-Patterns without a rule, or whose heads differ in their dense rows, read all keys so far.
+Patterns without a rule, or whose heads differ in their dense rows, need all keys so far. Keys in pages are read where
+they are, but for two copies: dynamic patterns estimate from keys in one piece; and where their plan's tiles start
+anywhere, which no form of the kernel reads at full speed in pages, the values are copied beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry, Span
+from sparsekit.call.keys import Keys, Ranges
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
@@ -32,11 +36,10 @@ from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern
 from sparsekit.patterns.attention import plan_heads
 from sparsekit.patterns.base import rule_of
 from sparsekit.plan import BlockPlan, TokenRule, plan_from_rule, stack_heads
-from sparsekit.serve.pages import Keys, Ranges
 
 __all__ = ["Chunk", "Part", "attend_part", "dense_tail", "part_of", "why_dense"]
 
-GRID = 128  # what is left out is whole tiles of the largest form
+GRID = 128  # what is left out is whole tiles of the largest form, and whole pages
 NEVER = 1 << 30  # a dense row that no prompt has
 
 
@@ -57,7 +60,7 @@ class Part:
 
     Attributes:
         end: one past the last query here; the others are the engine's.
-        reads: the positions whose keys and values are needed.
+        reads: the positions whose keys and values are needed: whole pages.
         geometry: of these queries over these keys.
         rules: one a pattern, in positions of what is read; None: the patterns plan by themselves.
         pairs: query-key pairs kept by all heads together, or None where that follows from q and k.
@@ -88,10 +91,13 @@ def dense_tail(patterns: Sequence[Pattern], tokens: int) -> int | None:
     return max((tokens - min(r.dense_from, tokens) for r in exact), default=0) if len(exact) == len(rules) else None
 
 
-def part_of(patterns: LayerPatterns, chunk: Chunk, device: torch.device, *, dense_here: bool = False) -> Part | None:
+def part_of(
+    patterns: LayerPatterns, chunk: Chunk, device: torch.device, *, page: int = 1, dense_here: bool = False
+) -> Part | None:
     """What sparsekit runs of a chunk, or None: all of it is the engine's dense attention.
 
     Args:
+        page: tokens of the pages that keys lie in.
         dense_here: a layer whose heads are all dense runs here too.
     """
     end = min(chunk.end, chunk.prompt)
@@ -108,7 +114,7 @@ def part_of(patterns: LayerPatterns, chunk: Chunk, device: torch.device, *, dens
             return None
     span = span._replace(q_end=end, keys=end)
     pairs = sum(rules[i].pairs(span) for i in patterns.pattern_of_head)
-    reads, left_out = _needed(rules, span)
+    reads, left_out = _needed(rules, span, page)
     if min(rule.dense_from for rule in rules) >= end:
         rules = tuple(rule._replace(dense_from=NEVER) for rule in rules)
     geometry = Geometry.of(end - chunk.first, end - left_out).with_tile(*tile)
@@ -122,19 +128,23 @@ def _rules(patterns: Sequence[Pattern], span: Span) -> tuple[TokenRule, ...] | N
     return tuple(exact) if len(exact) == len(rules) else None
 
 
-def _needed(rules: Sequence[TokenRule], span: Span) -> tuple[Ranges, int]:
-    """The positions that the queries keep by the rules, in whole tiles; how many before them are left out."""
+def _needed(rules: Sequence[TokenRule], span: Span, page: int) -> tuple[Ranges, int]:
+    """The positions that the queries keep by the rules, in whole tiles and pages; how many before them are left out."""
     if min(rule.dense_from for rule in rules) < span.q_end:
         return ((0, span.q_end),), 0
-    head = -(-max(rule.sink for rule in rules) // GRID) * GRID
-    tail = max(span.q_first - max(rule.window for rule in rules) + 1, 0) // GRID * GRID
+    grid = lcm(GRID, page)
+    head = -(-max(rule.sink for rule in rules) // grid) * grid
+    tail = max(span.q_first - max(rule.window for rule in rules) + 1, 0) // grid * grid
     if tail <= head:
         return ((0, span.q_end),), 0
     return (((0, head), (tail, span.q_end)) if head else ((tail, span.q_end),)), tail - head
 
 
 def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, softmax: Softmax, out: Tensor) -> BlockPlan:
-    """Run a part: the attention of q (n, H, D) over the request's keys, into `out` (n, H, D). The host does not wait.
+    """Run a part: the attention of q (n, H, D) into `out` (n, H, D). The host does not wait.
+
+    Args:
+        keys: of one request, those that the part reads: `keys.at(part.reads)`.
 
     Returns:
         The plan that ran.
@@ -144,17 +154,18 @@ def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, soft
     """
     if q.shape[0] != part.geometry.q_len or out.shape != q.shape:
         raise SparsekitError(f"q {tuple(q.shape)}, out {tuple(out.shape)}: {part.geometry.q_len} queries are due.")
-    k, v = keys.read(part.reads)
     q = q.transpose(0, 1)[None]
     if part.rules is not None:
         plan = _plan(part.rules, patterns.pattern_of_head, part.geometry, q.device)
     else:
+        k = keys.gathered_k(part.geometry)
         plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, part.geometry, softmax)
-    result = attend(
-        q, k, v, plan, scale=softmax.scale, softcap=softmax.softcap, sink_logits=softmax.sink_logits
+        if plan.row_ptr is not None and not plan.on_grid:
+            keys = Keys(k, keys.gathered(part.geometry).v)
+    attend(
+        q, keys.k, keys.v, plan, table=keys.table, scale=softmax.scale, softcap=softmax.softcap,
+        sink_logits=softmax.sink_logits, out=out.transpose(0, 1)[None],
     )  # fmt: skip
-    assert isinstance(result, Tensor)
-    out.copy_(result[0].transpose(0, 1))
     return plan
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.plan import (
@@ -135,6 +137,29 @@ def tensors(
     return one(geometry.q_len, heads), one(geometry.kv_len, key_heads), one(geometry.kv_len, key_heads)
 
 
+def in_pages(k: Tensor, v: Tensor, geometry: Geometry, page: int, *, heads_first: bool = False, spare: int = 3) -> Keys:
+    """The valid keys of k, v (B, G, K, D) in shuffled pages of one cache, a token's key beside its value.
+
+    All else in the pages is NaN, and table entries behind a sample's last page are addresses of nothing. heads_first:
+    of a page the heads lie behind each other in memory, else the tokens.
+    """
+    batch, heads, tokens, dim = k.shape
+    used = [-(-end // page) for end in geometry.kv_end]
+    count = sum(used) + spare
+    free = torch.randperm(count, generator=torch.Generator().manual_seed(page)).to(k.device)
+    table = torch.full((batch, -(-tokens // page) + 1), 2**30, dtype=torch.int32, device=k.device)
+    shape = (count, heads, page, 2 * dim) if heads_first else (count, page, heads, 2 * dim)
+    cache = k.new_full(shape, float("nan"))
+    pages = cache if heads_first else cache.transpose(1, 2)
+    both = torch.cat([k, v], -1)
+    for b, (end, n) in enumerate(zip(geometry.kv_end, used, strict=True)):
+        table[b, :n], free = free[:n].int(), free[n:]
+        for i in range(n):
+            some = both[b, :, i * page : min((i + 1) * page, end)]
+            pages[table[b, i], :, : some.shape[1]] = some
+    return Keys(*pages.split(dim, -1), table)
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN inside, so that an element that a kernel forgets shows."""
@@ -174,8 +199,10 @@ def check(
     sink_logits: Tensor | None = None,
     scale: float | None = None,
     twice: bool = False,
+    page: int = 0,
 ) -> None:
-    """`impl` is as close to float64 as twice plain low-precision attention is; `twice`: also without lse."""
+    """`impl` is as close to float64 as twice plain low-precision attention is; `twice`: also without lse, into rows of
+    a larger tensor; `page`: over keys in pages."""
     q, k, v = inputs
     device, dtype = q.device, q.dtype
     wide = [x.cpu().double() for x in inputs]
@@ -186,9 +213,11 @@ def check(
     out_expected, lse_expected = expected
     budget = 2 * float((plain(q, k, v, plan, softmax).cpu().double() - out_expected).abs().max()) + 2e-6
     options = {"softcap": softcap, "sink_logits": sink_logits, "scale": scale}
+    if page:
+        k, v, options["table"] = in_pages(k, v, plan.geometry, page, heads_first=page % 32 == 0)
     with poisoned_memory():
         out, lse = attend(q, k, v, plan_there, impl=impl, return_lse=True, **options)
-        alone = attend(q, k, v, plan_there, impl=impl, **options) if twice else out
+        alone = within_rows(q, k, v, plan_there, impl, **options) if twice else out
     for name, got in (("out", out), ("out without lse", alone)):
         assert got.dtype == dtype
         assert got.shape == q.shape
@@ -201,6 +230,19 @@ def check(
     # Logits are float32 sums of D exact products: a few units in the last place of the largest.
     close = 1e-5 * (1 + lse_expected[seen].abs().max()) if seen.any() else 1
     assert seen.sum() == 0 or float((lse[seen].double() - lse_expected[seen]).abs().max()) < close
+
+
+def within_rows(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str, **options: Any) -> Any:
+    """`attend(out=)` into some rows of a tensor (B, tokens, H, D), as an engine's output is; the others keep what they
+    hold. Of a batch the samples lie behind each other."""
+    batch, heads, tokens, dim = q.shape
+    memory = q.new_full((batch * tokens + 5, heads, dim), 7)
+    place = memory[2:-3].unflatten(0, (batch, tokens)).transpose(1, 2)
+    place.fill_(float("nan"))
+    got: Any = attend(q, k, v, plan, impl=impl, out=place, **options)
+    assert (got[0] if isinstance(got, tuple) else got) is place
+    assert bool((memory[:2] == 7).all() and (memory[-3:] == 7).all())
+    return got
 
 
 GEOMETRIES = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import Geometry, SparsekitError, attention
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend, choose, choose_call, choose_device, geometry_for
 from sparsekit.kernels.choose import Implementation, narrow_tile
@@ -25,12 +26,14 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> list[BlockPlan]:
     """A form for this machine that covers float32 without soft-cap, and answers ones."""
     ran: list[BlockPlan] = []
 
-    def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> list[str]:
+    def covers(
+        q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
+    ) -> list[str]:
         reasons = [] if q.dtype == torch.float32 else [f"dtype {q.dtype}: float32"]
         return reasons + (["a soft-cap"] if softmax.softcap is not None else [])
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+        q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ran.append(plan)
         return torch.ones_like(q), q.new_zeros(q.shape[:3]) if return_lse else None
@@ -131,6 +134,30 @@ def test_tensors_that_do_not_fit_are_one_line(pattern: Any, change: dict[str, An
     }
     with pytest.raises(SparsekitError, match=message):
         attention(pattern=pattern, **{**call, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((1, 4, 99, 16), r"out \(1, 4, 99, 16\) float32 on cpu: want q's \(1, 4, 100, 16\) float32 on cpu"),
+        (torch.float16, r"out .* float16 on cpu: want q's"),
+        ("meta", r"on meta: want q's"),
+        ("expanded", r"out with strides \(.*\): each element needs a place of its own"),
+        ("transposed", r"out with strides \(.*\): the last one is to be 1"),
+    ],
+)
+def test_an_out_that_does_not_fit_is_one_line(change: Any, message: str) -> None:
+    q, out = torch.zeros(1, 4, 100, 16), torch.zeros(1, 4, 100, 16)
+    if isinstance(change, tuple):
+        out = torch.zeros(change)
+    elif change == "expanded":
+        out = out[:, :1].expand(-1, 4, -1, -1)
+    elif change == "transposed":
+        out = out.transpose(2, 3).contiguous().transpose(2, 3)
+    else:
+        out = out.to(change)
+    with pytest.raises(SparsekitError, match=message):
+        attend(q, q, q, dense_plan(Geometry.of(100)), out=out)
 
 
 @pytest.mark.parametrize("name", ["xattention", "flexprefill", "vertical_slash", "s2o"])

@@ -22,6 +22,7 @@ CASES = [
         *(((9, 0), kind, 128, "bfloat16") for kind in ("chunk", "cut")),
         *(((9, 0), "dense", dim, "float32") for dim in (64, 128, 256)),
         *(((8, 0), kind, 128, "bfloat16") for kind in ("dense", "triangle", "columns")),
+        *((capability, "pages", 128, "bfloat16") for capability in ((9, 0), (8, 0))),
         *(((8, 9), "triangle", dim, dtype) for dim in (128, 256) for dtype in ("bfloat16", "float32")),
     )
 ]
@@ -47,7 +48,7 @@ def test_it_compiles_and_fits(case: tuple[tuple[int, int], str, int, str], compi
     made = compiled[json.dumps([[major, minor], kind, dim, dtype])]
     assert made["shared"] <= SHARED[major, minor]
     if (major, minor) == (9, 0):
-        assert made["tma"] > 0
+        assert (made["tma"] > 0) == (kind != "pages")  # a tile of several pages is no box
     assert (made["wgmma"] if major == 9 else made["mma"]) > 0
     if dtype != "float32":
         # ptxas warns C75xx where it takes matrix instructions one by one; the speed rests on its silence.
@@ -59,6 +60,7 @@ def _compile(case: list[object]) -> dict[str, int]:
     import torch
 
     from sparsekit.call.geometry import Geometry
+    from sparsekit.call.keys import Keys
     from sparsekit.call.softmax import Softmax
     from sparsekit.kernels.attend import triton_blocks as kernel
     from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
@@ -81,8 +83,12 @@ def _compile(case: list[object]) -> dict[str, int]:
     k = torch.empty(1, tokens, 8, dim, dtype=dtype).transpose(1, 2)
     lse = torch.empty(1, 32, geometry.q_len)
     tile = kernel.tile_for(capability, dim, dtype, kernel._rows_are_short(plan))  # type: ignore[arg-type]
-    launch = kernel._make_launch(q, k, plan, tile, capability)  # type: ignore[arg-type]
-    _, args, flags = launch.arguments(q, k, k, torch.empty_like(q), lse, Softmax(dim**-0.5))  # type: ignore[operator]
+    keys = Keys(k, k)
+    if kind == "pages":
+        pages = torch.empty(300, 8, 16, 2 * dim, dtype=dtype)
+        keys = Keys(*pages.split(dim, -1), torch.zeros(1, tokens // 16, dtype=torch.int32))
+    launch = kernel._make_launch(q, keys, plan, tile, capability)  # type: ignore[arg-type]
+    _, args, flags = launch.arguments(q, keys, torch.empty_like(q), lse, Softmax(dim**-0.5))  # type: ignore[operator]
     made = kernel._attend.warmup(*args, grid=(1,), **launch.options, **flags)
     if kind == "cut":
         assert launch.merge_grid[0] > 0

@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel, Trainer, TrainingArgumen
 
 import sparsekit
 from sparsekit import SparsekitError
+from sparsekit.call.keys import Keys
 from sparsekit.kernels import prepare
 from sparsekit.models import tiny
 from sparsekit.patch.state import DOORS, LAYERS
@@ -71,9 +72,9 @@ def test_autocast(model: PreTrainedModel, name: str, cached: bool, monkeypatch: 
     """
     got: list[Any] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
-        got.append((q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu")))
-        return prepare(q, k, v, *args)
+    def spy(q: Tensor, keys: Keys, *args: Any) -> Any:
+        got.append((q.dtype, keys.k.dtype, keys.v.dtype, torch.is_autocast_enabled("cpu")))
+        return prepare(q, keys, *args)
 
     monkeypatch.setattr(sparsekit.patch.attention, "prepare", spy)
     ids = _ids(tokens=LONG)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.patterns import parse_pattern
-from sparsekit.serve.pages import Keys, Places
 from sparsekit.serve.prompts import Chunk, attend_part, dense_tail, part_of, why_dense
 
 CPU = torch.device("cpu")
@@ -32,15 +32,17 @@ def _inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _paged(k: Tensor, v: Tensor, size: int, *, joint: bool, poison: bool = True) -> Keys:
+def _paged(k: Tensor, v: Tensor, size: int, *, joint: bool = True) -> Keys:
     """k and v scattered over pages in random order; everything else in them is NaN."""
     count = -(-k.shape[0] // size)
     row = torch.randperm(count + 5, generator=torch.Generator().manual_seed(1))[:count]
-    pages = torch.full((count + 5, size, KEY_HEADS, 2 * DIM), torch.nan if poison else 0.0)
+    pages = torch.full((count + 5, size, KEY_HEADS, 2 * DIM), torch.nan)
     position = torch.arange(k.shape[0])
     pages[row[position // size], position % size] = torch.cat([k, v], -1)
-    tensors = (pages,) if joint else pages.split(DIM, -1)
-    return Keys(tuple(tensors), Places(row.int(), size))
+    both = pages.transpose(1, 2).split(DIM, -1)
+    if not joint:  # keys with their tokens innermost, as vLLM has them on a CPU
+        both = both[0].transpose(2, 3).contiguous().transpose(2, 3), both[1].contiguous()
+    return Keys(*both, row.int()[None])
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, layer: LayerPatterns, prompt: int, softmax: Softmax) -> Tensor:
@@ -71,7 +73,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("chunk_tokens", [2000, 300, 256, 1])
-@pytest.mark.parametrize(("size", "joint"), [(16, True), (64, False)])
+@pytest.mark.parametrize(("size", "joint"), [(16, True), (256, False)])
 def test_chunks_over_pages_are_the_whole_prompt(name: str, chunk_tokens: int, size: int, joint: bool) -> None:
     layer, prompt, softmax = LAYERS[name], 1100, Softmax(0.4, 5.0, torch.tensor([0.0, 1.0, -torch.inf, 3.0]))
     total = prompt + 40  # an engine that resumes a request computes generated tokens again
@@ -82,12 +84,12 @@ def test_chunks_over_pages_are_the_whole_prompt(name: str, chunk_tokens: int, si
     ran = 0
     for first in first_rows:
         chunk = Chunk(first, min(first + chunk_tokens, total), prompt)
-        part = part_of(layer, chunk, CPU, dense_here=True)
+        part = part_of(layer, chunk, CPU, page=size, dense_here=True)
         if part is None:
             continue
         rows = slice(first, part.end)
         out = torch.full_like(q[rows], torch.nan)
-        attend_part(part, layer, q[rows], keys, softmax, out)
+        attend_part(part, layer, q[rows], keys.at(part.reads), softmax, out)
         torch.testing.assert_close(out, whole[rows], atol=2e-5, rtol=2e-5)
         ran += part.end - first
     if chunk_tokens > 1:  # nothing behind the prompt, and no dense last row where all heads have them
@@ -108,13 +110,13 @@ def test_what_is_not_needed_is_not_read() -> None:
     """Poison between the sinks and the window, and a table that does not know those pages."""
     q, k, v = _inputs(1024)
     whole = _explicit(q, k, v, _layer(TRIANGLE), 5000, Softmax(0.25))
-    keys = _paged(k, v, 64, joint=True)
-    assert keys.places is not None
-    keys.places.row[2:10] = 10**6  # an address outside: reading it raises
+    keys = _paged(k, v, 64)
+    assert keys.table is not None
+    keys.table[0, 2:10] = 10**6  # an address outside: reading it raises
     part = part_of(_layer(TRIANGLE), Chunk(768, 1024, 5000), CPU)
     assert part is not None
     out = torch.empty_like(q[768:])
-    attend_part(part, _layer(TRIANGLE), q[768:], keys, Softmax(0.25), out)
+    attend_part(part, _layer(TRIANGLE), q[768:], keys.at(part.reads), Softmax(0.25), out)
     torch.testing.assert_close(out, whole[768:], atol=2e-5, rtol=2e-5)
 
 
@@ -156,9 +158,9 @@ def test_dynamic_patterns_read_all_keys_so_far(name: str) -> None:
     assert part.reads == ((0, 900),)
     assert part.pairs is None
     out = torch.empty_like(q[500:])
-    attend_part(part, layer, q[500:], _paged(k, v, 16, joint=True), Softmax(0.25), out)
+    attend_part(part, layer, q[500:], _paged(k, v, 16).at(part.reads), Softmax(0.25), out)
     contiguous = torch.empty_like(out)
-    attend_part(part, layer, q[500:], Keys((k, v)), Softmax(0.25), contiguous)
+    attend_part(part, layer, q[500:], Keys(k.transpose(0, 1)[None], v.transpose(0, 1)[None]), Softmax(0.25), contiguous)
     assert torch.equal(out, contiguous)
     geometry = sparsekit.Geometry.of(400, 900, prompt_len=2000).with_tile(*preferred_tile(CPU))
     alone = sparsekit.attention(
@@ -183,21 +185,35 @@ def test_the_tail_of_a_prompt_is_told_from_its_rules() -> None:
     assert dense_tail(_layer(TRIANGLE, "block_topk").patterns, 10**5) is None
 
 
-def test_keys_are_checked() -> None:
-    k = torch.zeros(10, 2, 16)
-    for build in (
-        lambda: Keys((k,)),
-        lambda: Keys((k, k[:5])),
-        lambda: Keys((torch.zeros(4, 16, 2, 32), torch.zeros(4, 16, 2, 16)), Places(torch.zeros(4).int(), 16)),
-        lambda: Keys((torch.zeros(4, 16, 2, 32),), Places(torch.zeros(4).int(), 32)),
-        lambda: Places(torch.zeros(4), 16),
-        lambda: Keys((k, k)).read(((0, 11),)),
-        lambda: Keys((torch.zeros(4, 16, 2, 32),), Places(torch.zeros(2).int(), 16)).read(((0, 33),)),
-    ):
-        with pytest.raises(SparsekitError) as error:
-            build()
-        assert "\n" not in str(error.value)
+def test_pages_are_read_whole() -> None:
+    """What is left out is whole pages too, so that the rest is a shorter table."""
+    part = part_of(_layer(TRIANGLE), Chunk(8192, 16384, 131072), CPU, page=256)
+    assert part is not None
+    assert part.reads == ((0, 256), (7936, 16384))
+    assert part.geometry.kv_len == 256 + 256 + 8192
+    odd = part_of(_layer(TRIANGLE), Chunk(8192, 16384, 131072), CPU, page=48)
+    assert odd is not None
+    assert odd.reads == ((0, 384), (8064, 16384))
+
+
+def test_values_are_copied_only_where_tiles_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = _inputs(900)
+    slashes = {"name": "vertical_slash", "vertical_tokens": 8, "slash_tokens": 4, "dense_below_tokens": 0}
+    blocks = {"name": "block_topk", "top_k": 2, "dense_below_tokens": 0}
+    tables: list[Tensor | None] = []
+    monkeypatch.setattr("sparsekit.serve.prompts.attend", lambda *_, table, **__: tables.append(table))
+    for pattern in (TRIANGLE, blocks, slashes):
+        layer = _layer(pattern)
+        part = part_of(layer, Chunk(500, 900, 2000), CPU, page=16)
+        assert part is not None
+        keys = _paged(k, v, 16).at(part.reads)
+        attend_part(part, layer, q[500:], keys, Softmax(0.25), torch.empty_like(q[500:]))
+    assert [table is not None for table in tables] == [True, True, False]
+
+
+def test_queries_are_checked() -> None:
     part = part_of(_layer(A_SHAPE), Chunk(0, 10, 10), CPU)
     assert part is not None
+    keys = Keys(*(torch.zeros(1, 2, 10, 16),) * 2)
     with pytest.raises(SparsekitError, match="10 queries are due"):
-        attend_part(part, _layer(A_SHAPE), torch.zeros(9, 4, 16), Keys((k, k)), Softmax(1.0), torch.zeros(9, 4, 16))
+        attend_part(part, _layer(A_SHAPE), torch.zeros(9, 4, 16), keys, Softmax(1.0), torch.zeros(9, 4, 16))

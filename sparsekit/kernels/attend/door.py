@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
-from sparsekit.call.tensors import check_fits, check_tensors, refuse_transforms
+from sparsekit.call.tensors import check_fits, check_out, check_tensors, refuse_transforms
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import Attend, Choice, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
@@ -23,35 +24,41 @@ def attend(
     v: Tensor,
     plan: BlockPlan,
     *,
+    table: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     impl: str | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the query-key pairs of `plan`. Forward only.
 
     Args:
         q: (B, H, Q, D) float32, float16, bfloat16 (float64 on `torch` and `reference`).
-        k, v: (B, G, K, D), H a multiple of G; never repeated in memory.
+        k, v: (B, G, K, D), H a multiple of G; never repeated in memory. With `table`: pages (pages, G, size, D).
         plan: made for these lengths; 1, G or H plan heads.
+        table: int32 (B, n): the pages of each sample's keys (`Keys`), which are read where they are.
         scale: factor on q.k, above 0; default `1 / sqrt(D)`.
         softcap: `softcap * tanh(z / softcap)` on the scaled logits; None or 0: none.
         sink_logits: (H,) a learned logit per head that joins the softmax with value 0; -inf: none for that head.
         impl: `None` (the best for the device and call, see `choose_call`), "triton", "hopper", "torch" or "reference".
         return_lse: also return the logarithm of the softmax denominator.
+        out: (B, H, Q, D), written and returned, of any layout with D innermost; not in the memory of q, k or v.
 
     Returns:
-        out (B, H, Q, D) in q's dtype, laid out as (B, Q, H, D); with `return_lse` also lse (B, H, Q) float32, natural
-        logarithm, sink logit included. Padding queries, and any that a plan lets keep nothing, give 0 and -inf.
+        `out`, or a new (B, H, Q, D) in q's dtype, laid out as (B, Q, H, D); with `return_lse` also lse (B, H, Q)
+        float32, natural logarithm, sink logit included. Padding queries, and any that a plan lets keep nothing, give 0
+        and -inf.
 
     Raises:
         SparsekitError: shapes, dtypes, devices or a plan that do not fit together, gradients asked for, or an `impl`
             that cannot run this call.
     """
     softmax = softmax_of(q, k, v, scale, softcap, sink_logits)
-    run, _ = prepare(q, k, v, plan, softmax, impl=impl, return_lse=return_lse)
-    out, lse = run(q, k, v, plan, softmax, return_lse)
+    keys = Keys(k, v, table)
+    run, _ = prepare(q, keys, plan, softmax, impl=impl, return_lse=return_lse, out=out)
+    out, lse = run(q, keys, plan, softmax, return_lse, out)
     if not return_lse:
         return out
     assert lse is not None
@@ -76,28 +83,30 @@ def choose_call(
     plan: BlockPlan,
     softmax: Softmax,
     *,
+    table: Tensor | None = None,
     impl: str | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> Choice:
     """What `attend` runs: the first implementation of the table that the device has and that covers the call.
 
     Raises:
         SparsekitError: `impl` cannot run on this device, or does not cover this call; what does not fit together.
     """
-    return prepare(q, k, v, plan, softmax, impl=impl, return_lse=return_lse)[1]
+    return prepare(q, Keys(k, v, table), plan, softmax, impl=impl, return_lse=return_lse, out=out)[1]
 
 
 def prepare(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Keys,
     plan: BlockPlan,
     softmax: Softmax,
     *,
     impl: str | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Attend, Choice]:
-    """What runs a checked call, and why: `run(q, k, v, plan, softmax, return_lse)` gives (out, lse or None).
+    """What runs a checked call, and why: `run(q, keys, plan, softmax, return_lse, out)` gives (out, lse or None).
 
     `attend` in two steps, for who wants to know what ran. A decoder's layers call alike, and each call counts in
     microseconds: the plan remembers what was decided.
@@ -105,6 +114,7 @@ def prepare(
     Raises:
         SparsekitError: as `attend`.
     """
+    k, v, table = keys
     _check_gradients(q, k, v, softmax.sink_logits)
     refuse_transforms()
     sinks = softmax.sink_logits
@@ -112,17 +122,21 @@ def prepare(
         RUN, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
         k.device, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16, impl, return_lse,
         None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
+        None if table is None else (table.shape, table.stride(), table.dtype, table.device),
+        None if out is None else (out.shape, out.stride(), out.dtype, out.device, out.data_ptr() % 16),
     )  # fmt: skip
     found: tuple[Attend, Choice] | None = plan.memo.get(call)
     if found is None:
-        check_tensors(q, k, v, sinks)
-        check_fits(q, k, plan.geometry, "plan")
+        check_tensors(q, k, v, sinks, table)
+        check_fits(q, k, plan.geometry, "plan", table)
+        if out is not None:
+            check_out(out, q)
         heads, key_heads = q.shape[1], k.shape[1]
         if plan.heads not in (1, key_heads, heads):
             raise SparsekitError(
                 f"plan with {plan.heads} heads: want 1, {key_heads} (key heads) or {heads} (query heads)."
             )
-        row, choice = choose_row(q.device, impl, (q, k, v, plan, softmax, return_lse))
+        row, choice = choose_row(q.device, impl, (q, keys, plan, softmax, return_lse, out))
         if row.name != "reference":
             _check_plan_device(q, plan)
         if wrong := out_of_range(plan):

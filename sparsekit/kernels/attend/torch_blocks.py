@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.torch_ranked import attend_ranked
 from sparsekit.plan import CAUSAL, RULE, BlockPlan, unpack
 from sparsekit.plan.memo import MASKS
@@ -43,23 +45,24 @@ class _Batch:
 
 
 def attend_torch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pairs of `plan`.
 
     Args:
-        q: (B, H, Q, D). k, v: (B, G, K, D). Any strides; K and V are never repeated.
+        q: (B, H, Q, D), any strides. keys: K and V are never repeated; those in pages are copied together.
+        out: (B, H, Q, D), any strides.
 
     Returns:
-        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+        `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
+    k, v, _ = keys.gathered(plan.geometry)
     if plan.ranked is not None:
-        return attend_ranked(q, k, v, plan, plan.ranked, softmax, return_lse)
-    batch, heads, q_len, dim = q.shape
+        return attend_ranked(q, k, v, plan, plan.ranked, softmax, return_lse, out)
+    batch, heads, q_len, _ = q.shape
     g = plan.geometry
     padded = any(span.q_end - span.q_first != q_len for span in g.spans)
-    make = q.new_zeros if padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
+    out = output(q, out, padded)
     lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=torch.float32) if return_lse else None
     for b in range(batch):
         span = g.spans[b]

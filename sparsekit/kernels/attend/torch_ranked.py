@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.plan import BlockPlan, Ranked, segment_bounds
 from sparsekit.plan.memo import VISITED
 from sparsekit.plan.rows import nothing_visited
@@ -21,7 +22,14 @@ UNSEEN = -1.0e30  # a finite running maximum of a row without keys: no NaN
 
 
 def attend_ranked(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    ranked: Ranked,
+    softmax: Softmax,
+    return_lse: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as a ranked plan says; what it visited is `plan.visited` afterwards.
 
@@ -31,8 +39,8 @@ def attend_ranked(
     Returns:
         out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
-    batch, heads, q_len, dim = q.shape
-    out = q.new_zeros(batch, q_len, heads, dim).transpose(1, 2)
+    batch, heads, q_len, _ = q.shape
+    out = output(q, out, True)
     lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=torch.float32)
     visited = nothing_visited(plan, ranked)
     bounds = segment_bounds(plan.geometry, plan.samples, ranked.segment_tokens, torch.device("cpu"))

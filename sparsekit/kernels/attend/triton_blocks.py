@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.tiles import SHORT_ROW_STEPS, Tile, tile_for
 from sparsekit.kernels.device import capability_of, processors_of
 from sparsekit.kernels.launch import (
@@ -51,20 +53,21 @@ __all__ = ["attend_triton"]
 
 # Numbers that differ from call to call must not compile a kernel each.
 _UNSPECIALIZED = ["scale", "cap", "q_offset", "q_len", "rows", "samples", "batch_per", "rule_sample", "rule_head",
-                  "n_tokens", "n_words", "long_rows", "chunks"]  # fmt: skip
+                  "n_tokens", "n_words", "long_rows", "chunks", "table_sample"]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=["p_table"])
 @no_type_check
 def _attend(
     d_q, d_k, d_v, d_out, p_q, p_k, p_v, p_out, p_lse, p_sink, p_part, p_span,
-    p_row, p_entry, p_rule, p_dense, p_token, p_bit, p_order,
+    p_row, p_entry, p_rule, p_dense, p_token, p_bit, p_order, p_table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     scale, cap, q_offset, q_len, rows, samples, batch_per, rule_sample, rule_head, n_tokens, n_words, long_rows, chunks,
+    table_sample,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PLAN_HEADS: tl.constexpr, AT_ONCE: tl.constexpr, SUB_Q: tl.constexpr,
     SUB_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, COLUMN_GROUPS: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one head. Pointers that a call does not need are None, and their code is not compiled."""
     # Consecutive programs walk the query heads of one row, so that the heads of a key head share K and V in L2.
@@ -119,7 +122,11 @@ def _attend(
 
     if p_q is not None:
         p_q += _offset(i_batch, i_head, 0, q_batch, q_head, q_token)
-    if p_k is not None:
+    if p_table is not None:  # a step in `k_batch` is one to the next page
+        p_table += tl.cast(i_batch, tl.int64) * table_sample
+        p_k += _offset(0, i_key_head, 0, k_batch, k_head, k_token)
+        p_v += _offset(0, i_key_head, 0, v_batch, v_head, v_token)
+    elif p_k is not None:
         p_k += _offset(i_batch, i_key_head, start, k_batch, k_head, k_token)
         p_v += _offset(i_batch, i_key_head, start, v_batch, v_head, v_token)
     b_q = _load_rows(d_q, p_q, q_token, i_batch, i_head, 0, row0, q_len, BM, D, DP, TMA)
@@ -146,10 +153,10 @@ def _attend(
             bits = tl.load(p_bits + at // 32, mask=at < n_tokens, other=0)
             needed = (((bits >> (at % 32)) & 1) != 0) & (key < keys)
             key = tl.where(needed, key, 0)
-            b_k = _gather_rows(p_k, k_token, key, D, DP)
+            b_k = _gather_rows(p_k, k_token, key, D, DP, p_table, k_batch, PAGE)
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             b_s = tl.where(needed[None, :] & (key[None, :] <= q_pos[:, None]), b_s, MASKED)
-            b_v = _gather_rows(p_v, v_token, key, D, DP)
+            b_v = _gather_rows(p_v, v_token, key, D, DP, p_table, v_batch, PAGE)
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
 
     if p_row is None:  # dense everywhere: no index memory, and the tiles below the diagonal in a loop without a mask
@@ -157,15 +164,27 @@ def _attend(
         high_step = causal_steps * (i_chunk + 1) // n_chunks
         whole = tl.minimum(tl.maximum((q_low + 1) // BN, low_step), high_step)
         for i in tl.range(low_step, whole, num_stages=STAGES):
-            b_k = _load_rows(d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_k = _load_rows(
+                d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
+                p_table, k_batch, PAGE,
+            )  # fmt: skip
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
-            b_v = _load_rows(d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_v = _load_rows(
+                d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
+                p_table, v_batch, PAGE,
+            )  # fmt: skip
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
         for i in tl.range(whole, high_step, num_stages=STAGES):
-            b_k = _load_rows(d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_k = _load_rows(
+                d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
+                p_table, k_batch, PAGE,
+            )  # fmt: skip
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             b_s = _mask_tile(b_s, q_pos, q_pos, i * BN, 1, 0, False)
-            b_v = _load_rows(d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA)
+            b_v = _load_rows(
+                d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
+                p_table, v_batch, PAGE,
+            )  # fmt: skip
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
     else:
         low_step = steps * i_chunk // n_chunks
@@ -179,11 +198,17 @@ def _attend(
                 pos = (entry >> 2) + i % SUB_K * BN
             # The flag speaks for the plan's tile; a part of it that ends at the first query needs no causal mask.
             flags = tl.where(pos + BN - 1 > q_low, entry & 3, entry & 2)
-            b_k = _load_rows(d_k, p_k, k_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
+            b_k = _load_rows(
+                d_k, p_k, k_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA,
+                p_table, k_batch, PAGE,
+            )  # fmt: skip
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             if flags != 0:
                 b_s = _mask_tile(b_s, q_pos, low, pos, flags, sink, p_rule is not None)
-            b_v = _load_rows(d_v, p_v, v_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA)
+            b_v = _load_rows(
+                d_v, p_v, v_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA,
+                p_table, v_batch, PAGE,
+            )  # fmt: skip
             m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
 
     whole_row = True
@@ -250,28 +275,27 @@ STRIP = 16
 
 
 def attend_triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pairs of `plan`. No host synchronisation; what is derived from the plan stays with it.
 
     Args:
-        q: (B, H, Q, D), D out of `HEAD_SIZES`, any strides with the last one 1. k, v: (B, G, K, D).
+        q: (B, H, Q, D), D out of `HEAD_SIZES`, any strides with the last one 1; likewise keys, and out.
 
     Returns:
-        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+        `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
 
     Raises:
         SparsekitError: a dtype, head size or stride that the kernel does not take.
     """
-    _check(q, k, v)
+    _check(q, keys.k, keys.v)
     if plan.ranked is not None:
         from sparsekit.kernels.attend.triton_ranked import attend_ranked_triton
 
-        return attend_ranked_triton(q, k, v, plan, plan.ranked, softmax, return_lse)
-    launch = _launch_for(q, k, v, plan)
-    batch, heads, q_len, dim = q.shape
-    make = q.new_zeros if launch.padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
+        return attend_ranked_triton(q, keys, plan, plan.ranked, softmax, return_lse, out)
+    launch = _launch_for(q, keys, plan)
+    batch, heads, q_len, _ = q.shape
+    out = output(q, out, launch.padded)
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
@@ -279,9 +303,9 @@ def attend_triton(
             lse.fill_(float("-inf"))
     if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            launch.run(q, k, v, out, lse, softmax)
+            launch.run(q, keys, out, lse, softmax)
     else:
-        launch.run(q, k, v, out, lse, softmax)
+        launch.run(q, keys, out, lse, softmax)
     return out, lse
 
 
@@ -314,8 +338,8 @@ class _Launch:
     merge_options: dict[str, Any]
     layouts: dict[Any, _Layout] = field(default_factory=dict)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax) -> None:
-        form, args, flags = self.arguments(q, k, v, out, lse, softmax)
+    def run(self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, softmax: Softmax) -> None:
+        form, args, flags = self.arguments(q, keys, out, lse, softmax)
         _start(_attend, form, self.grid, args, self.options, flags)
         if self.merge_grid[0]:
             spans, order, sinks = self.plan[0], self.plan[7], softmax.sink_logits
@@ -327,11 +351,12 @@ class _Launch:
             _start(_merge, merge_form, self.merge_grid, merge_args, self.merge_options, {})
 
     def arguments(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, softmax: Softmax
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, softmax: Softmax
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
         """What `_attend` is compiled for, its arguments, and the options that the call decides."""
         spans, row_ptr, entries, rule, dense, tokens, bits, order = self.plan
-        strides = q.stride(), k.stride(), v.stride()
+        k, v, table = keys
+        strides = q.stride(), k.stride(), v.stride(), out.stride()
         layout = self.layouts.get(strides)
         if layout is None:
             layout = self.layouts[strides] = self._layout(q, k, v, out)
@@ -350,9 +375,10 @@ class _Launch:
         sinks, capped = softmax.sink_logits, softmax.softcap is not None
         args = (
             *descriptors, *pointers, lse, sinks, part, spans, row_ptr, entries, rule, dense, tokens, bits, order,
-            *steps, float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
+            table, *steps, float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
+            None if table is None else table.stride(0),
         )  # fmt: skip
-        form = (self.form, tma, capped, lse is None, _pointer_form(sinks), *map(_pointer_form, pointers), steps)
+        form = (self.form, tma, capped, lse is None, *map(_pointer_form, (sinks, *pointers)), steps)
         return form, args, {"TMA": tma, "SOFTCAP": capped}
 
     def _layout(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> _Layout:
@@ -369,13 +395,13 @@ class _Launch:
         )
 
 
-def _launch_for(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> _Launch:
-    key = (TRITON, q.shape[1], k.shape[1], q.shape[3], q.dtype, q.device)
+def _launch_for(q: Tensor, keys: Keys, plan: BlockPlan) -> _Launch:
+    key = (TRITON, q.shape[1], keys.k.shape[1], keys.page, q.shape[3], q.dtype, q.device)
     launch: _Launch | None = plan.memo.get(key)
     if launch is None:
         capability = capability_of(q.device)
         tile = tile_for(capability, q.shape[3], q.dtype, _rows_are_short(plan))
-        launch = plan.memo.keep(key, _make_launch(q, k, plan, tile, capability))
+        launch = plan.memo.keep(key, _make_launch(q, keys, plan, tile, capability))
     return launch
 
 
@@ -386,14 +412,14 @@ def _rows_are_short(plan: BlockPlan) -> bool:
     return plan.entries.numel() <= SHORT_ROW_STEPS * plan.samples * plan.heads * plan.rows
 
 
-def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: tuple[int, int]) -> _Launch:
+def _make_launch(q: Tensor, keys: Keys, plan: BlockPlan, tile: Tile, capability: tuple[int, int]) -> _Launch:
     batch, heads, q_len, dim = q.shape
-    key_heads, g = k.shape[1], plan.geometry
+    key_heads, g = keys.k.shape[1], plan.geometry
     tile = tile._replace(block_m=min(tile.block_m, plan.block_q), block_n=min(tile.block_n, plan.block_kv))
     sub_q, sub_k = plan.block_q // tile.block_m, plan.block_kv // tile.block_n
     padded_dim, batch_per = _padded(dim), batch // plan.samples
     per_row = batch_per * sub_q
-    long_rows, chunks = _cut(q, k, plan, tile)
+    long_rows, chunks = _cut(q, key_heads, plan, tile)
     items = plan.samples * plan.rows * per_row + long_rows * per_row * (chunks - 1)
     rule_sample, rule_head, n_tokens, n_words, groups = 0, 0, 0, 0, 1
     if plan.rule is not None:
@@ -410,6 +436,7 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
         "AT_ONCE": heads if plan.heads == 1 and not plan.all_dense else heads // key_heads,
         "SUB_K": sub_k,
         "BN": tile.block_n,
+        "PAGE": keys.page,
         "BC": COLUMN_BLOCK,
         "COLUMN_GROUPS": groups,
         "STAGES": tile.stages,
@@ -429,7 +456,7 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
         device=q.device,
         padded=any(span.q_end - span.q_first != q_len for span in g.spans),
         early=any(g.q_index(b, span.q_first // plan.block_q * plan.block_q) < 0 for b, span in enumerate(g.spans)),
-        tma=_has_tma(q.device),
+        tma=_has_tma(q.device) and not keys.page,
         grid=(items * heads,),
         merge_grid=(long_rows * per_row * heads * (tile.block_m // STRIP) if chunks > 1 else 0,),
         tile=tile,
@@ -443,7 +470,7 @@ def _make_launch(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile, capability: 
     )  # fmt: skip
 
 
-def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
+def _cut(q: Tensor, key_heads: int, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
     """(long plan rows, chunks each): cut over keys so that none runs longer than a quarter of the whole launch.
 
     Host arithmetic on shapes. Triangle's last rows at 128K are a chain of 2048 tiles: with 32 heads the rest hides it,
@@ -464,6 +491,7 @@ def _cut(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> tuple[int, int]:
     if longest <= share:
         return whole
     partial = known * per_row * heads * tile.block_m * (_padded(q.shape[3]) + 2) * 4
-    budget = max(PARTIAL_BYTES, (2 * q.nbytes + 2 * k.nbytes) // 64)
+    key_bytes = batch * key_heads * g.kv_len * q.shape[3] * q.element_size()
+    budget = max(PARTIAL_BYTES, (2 * q.nbytes + 2 * key_bytes) // 64)
     chunks = min(math.ceil(4 * longest / share), longest // MIN_CHUNK_STEPS, MAX_CHUNKS, budget // partial)
     return (known, chunks) if chunks > 1 else whole

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.attend.tiles import Tile, tile_for
 from sparsekit.kernels.device import capability_of
@@ -54,18 +56,19 @@ def _walk_step(b_s, b_v, m, norm, acc, total, factor, PRECISION: tl.constexpr):
 
 
 _UNSPECIALIZED = ["scale", "cap", "tau", "patience", "q_offset", "q_len", "samples", "segments", "segment_tokens",
-                  "head_keys"]  # fmt: skip
+                  "head_keys", "table_sample"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 @no_type_check
 def _attend_ranked(
     p_q, p_k, p_v, p_out, p_lse, p_sink, p_span, p_index, p_key, p_ptr, p_visited,
+    p_table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
-    scale, cap, tau, patience, q_offset, q_len, samples, segments, segment_tokens, head_keys,
+    scale, cap, tau, patience, q_offset, q_len, samples, segments, segment_tokens, head_keys, table_sample,
     HEADS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SUB: tl.constexpr, CHECK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SUB: tl.constexpr, CHECK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+    SOFTCAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one segment and head. SUB steps of BN keys are one key tile of the plan."""
     # The query tiles of a segment share their key list, hence its keys, in L2; the last segments may walk farthest.
@@ -92,8 +95,13 @@ def _attend_ranked(
     factor = LOG2E if SOFTCAP else scale * LOG2E
 
     p_q += _offset(i_sample, i_head, 0, q_batch, q_head, q_token)
-    p_k += _offset(i_sample, i_key_head, start, k_batch, k_head, k_token)
-    p_v += _offset(i_sample, i_key_head, start, v_batch, v_head, v_token)
+    if p_table is not None:  # a step in `k_batch` is one to the next page
+        p_table += tl.cast(i_sample, tl.int64) * table_sample
+        p_k += _offset(0, i_key_head, 0, k_batch, k_head, k_token)
+        p_v += _offset(0, i_key_head, 0, v_batch, v_head, v_token)
+    else:
+        p_k += _offset(i_sample, i_key_head, start, k_batch, k_head, k_token)
+        p_v += _offset(i_sample, i_key_head, start, v_batch, v_head, v_token)
     b_q = _gather_rows(p_q, q_token, row, D, DP)
     m = tl.full([BM], MASKED, tl.float32)
     norm = tl.zeros([BM], tl.float32)
@@ -106,16 +114,24 @@ def _attend_ranked(
     own_steps = tl.where(last >= 0, (last - first) // BN + 1, 0)
     for i in tl.range(0, own_steps, num_stages=STAGES):
         pos = first + i * BN
-        b_k = _load_rows(None, p_k, k_token, 0, 0, 0, pos, keys, BN, D, DP, False)
+        b_k = _load_rows(
+            None, p_k, k_token, 0, 0, 0, pos, keys, BN, D, DP, False, p_table, k_batch, PAGE
+        )  # fmt: skip
         b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
         b_s = _mask_tile(b_s, q_pos, q_pos, pos, 1, 0, False)
-        b_v = _load_rows(None, p_v, v_token, 0, 0, 0, pos, keys, BN, D, DP, False)
+        b_v = _load_rows(
+            None, p_v, v_token, 0, 0, 0, pos, keys, BN, D, DP, False, p_table, v_batch, PAGE
+        )  # fmt: skip
         m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
     sink_steps = tl.where((last >= 0) & (first > 0), SUB, 0)
     for i in tl.range(0, sink_steps, num_stages=STAGES):
-        b_k = _load_rows(None, p_k, k_token, 0, 0, 0, i * BN, keys, BN, D, DP, False)
+        b_k = _load_rows(
+            None, p_k, k_token, 0, 0, 0, i * BN, keys, BN, D, DP, False, p_table, k_batch, PAGE
+        )  # fmt: skip
         b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
-        b_v = _load_rows(None, p_v, v_token, 0, 0, 0, i * BN, keys, BN, D, DP, False)
+        b_v = _load_rows(
+            None, p_v, v_token, 0, 0, 0, i * BN, keys, BN, D, DP, False, p_table, v_batch, PAGE
+        )  # fmt: skip
         m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
 
     total = tl.zeros([BM], tl.float32)
@@ -129,10 +145,10 @@ def _attend_ranked(
             exists = at < listed
             going = (quiet < patience) & (i_key < tiles)
             key = tl.load(p_keys + at, mask=exists, other=0)
-            b_k = _gather_rows(p_k, k_token, key, D, DP)
+            b_k = _gather_rows(p_k, k_token, key, D, DP, p_table, k_batch, PAGE)
             b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
             b_s = tl.where((exists & going)[None, :], b_s, MASKED)
-            b_v = _gather_rows(p_v, v_token, key, D, DP)
+            b_v = _gather_rows(p_v, v_token, key, D, DP, p_table, v_batch, PAGE)
             total = tl.where(i % SUB == 0, 0.0, total)
             m, norm, acc, total = _walk_step(b_s, b_v, m, norm, acc, total, factor, PRECISION)
             ends = going & (i % SUB == SUB - 1)
@@ -164,7 +180,13 @@ def tile_of(capability: tuple[int, int], dim: int, dtype: torch.dtype, plan: Blo
 
 
 def attend_ranked_triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ranked: Ranked, softmax: Softmax, return_lse: bool
+    q: Tensor,
+    keys: Keys,
+    plan: BlockPlan,
+    ranked: Ranked,
+    softmax: Softmax,
+    return_lse: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`torch_ranked.attend_ranked` on a CUDA device, for tensors that `attend_triton` has checked. The host does not
     wait."""
@@ -177,8 +199,7 @@ def attend_ranked_triton(
             f"heads, {heads}."
         )
     padded = any(span.q_end - span.q_first != q_len for span in g.spans)
-    make = q.new_zeros if padded else q.new_empty
-    out = make(batch, q_len, heads, dim).transpose(1, 2)
+    out = output(q, out, padded)
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
@@ -187,15 +208,17 @@ def attend_ranked_triton(
     capability = capability_of(q.device)
     tile = tile_of(capability, dim, q.dtype, plan)
     spans, sinks = span_numbers(g, batch, q.device), softmax.sink_logits
-    tensors = (q, k, v, out, lse, sinks, spans, ranked.q_index, ranked.keys, ranked.key_ptr, visited)
+    k, v, table = keys
+    tensors = (q, k, v, out, lse, sinks, spans, ranked.q_index, ranked.keys, ranked.key_ptr, visited, table)
     steps = tuple(step for x in (q, k, v, out) for step in x.stride()[:3])
     args = (
         *tensors, *steps, float(softmax.scale), float(softmax.softcap or 1.0), float(ranked.stop_tau), ranked.patience,
         g.q_offset, q_len, batch, segments, ranked.segment_tokens, ranked.keys.shape[2],
+        None if table is None else table.stride(0),
     )  # fmt: skip
     options: dict[str, Any] = {
         "HEADS": heads,
-        "GROUP": heads // k.shape[1],
+        "GROUP": heads // keys.k.shape[1],
         "TILES": tiles,
         "BM": tile.block_m,
         "BN": tile.block_n,
@@ -203,6 +226,7 @@ def attend_ranked_triton(
         "CHECK": CHECK,
         "D": dim,
         "DP": _padded(dim),
+        "PAGE": keys.page,
         "SOFTCAP": softmax.softcap is not None,
         "STAGES": tile.stages,
         "PRECISION": _precision(capability, q.dtype),

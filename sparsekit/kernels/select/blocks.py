@@ -86,6 +86,7 @@ def plan_from_block_bits(
         row_ptr=row_ptr.to(torch.int32),
         entries=entries.to(torch.int32),
         dense_rows=dense.flatten(),
+        on_grid=True,
     )
 
 

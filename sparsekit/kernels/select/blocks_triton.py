@@ -140,4 +140,6 @@ def plan_from_bits_triton(bits: Tensor, grid: BlockGrid, block_tokens: int, room
         options["PER"] = ROWS_WRITTEN
         args = (bits, grid.spans, grid.causal, row_ptr, entries, *numbers)
         launch(_write_entries, -(-programs // ROWS_WRITTEN), (*args, programs), options)
-    return BlockPlan(plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense)
+    return BlockPlan(
+        plan, samples=samples, heads=heads, row_ptr=row_ptr, entries=entries, dense_rows=dense, on_grid=True
+    )

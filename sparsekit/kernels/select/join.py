@@ -86,6 +86,7 @@ def _join(a: BlockPlan, b: BlockPlan, geometry: Geometry, form: Form, impl: str 
         token_bits=bits,
         order=heaviest_first(counts if dense is None else torch.where(dense.view(form), tiles[:, None], counts)),
         long_rows=max(a.long_rows, b.long_rows),
+        on_grid=a.on_grid and b.on_grid,
     )
 
 

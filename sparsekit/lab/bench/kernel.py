@@ -24,6 +24,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.kernels import attend, choose_call, choose_device, preferred_tile
+from sparsekit.lab.bench.kernel_pages import pages_rows
 from sparsekit.lab.bench.kernel_peers import LAST, SINK, WINDOW, Shape, peer_call
 from sparsekit.lab.bench.timing import Record, rounds, spread
 from sparsekit.lab.options import Dtype, Lengths, Rows, numbers_of, words_of
@@ -32,7 +33,8 @@ from sparsekit.plan import CAUSAL, BlockPlan, TokenRule, dense_plan, pack, plan_
 
 __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
 
-CASES = ("dense", "triangle", "mixed", "mixed-groups", "random", "columns", "launch")
+PLANS = ("dense", "triangle", "mixed", "mixed-groups", "random", "columns")
+CASES = (*PLANS, "pages", "launch")
 PEERS = ("cudnn", "flash", "flex")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 RANDOM_DENSITY = 0.1
@@ -68,7 +70,8 @@ def bench_kernel(
     """Time the kernels and their peers on this CUDA device.
 
     Args:
-        lengths: prompt lengths, tokens. `random`, `columns` and the mixed cases run on the longest two.
+        lengths: prompt lengths, tokens. `random`, `columns` and the mixed cases run on the longest two, `pages` on the
+            longest.
         impls: kernels; default all that run here, out of "triton" and "hopper".
         cases: out of `CASES`. peers: out of `PEERS`.
         million: Triangle at 2^20 tokens too.
@@ -101,11 +104,14 @@ def bench_kernel(
         for tokens in lengths:
             shape = Shape(tokens, heads, key_heads, dim, element)
             long = tokens in sorted(lengths)[-2:]
-            wanted = [case for case in cases if case != "launch" and (long or case in ("dense", "triangle"))]
+            wanted = [case for case in cases if case in PLANS and (long or case in ("dense", "triangle"))]
             for row in _rows(shape, wanted, impls, peers, repeat_ms):
                 record.add(row)
         if million and "triangle" in cases:
             for row in _rows(Shape(1 << 20, heads, key_heads, dim, element), ["triangle"], impls, (), repeat_ms):
+                record.add(row)
+        if "pages" in cases:
+            for row in pages_rows(Shape(max(lengths), heads, key_heads, dim, element), impls, repeat_ms):
                 record.add(row)
         if "launch" in cases:
             for impl in impls:
@@ -196,7 +202,7 @@ def _random_plan(geometry: Geometry, heads: int) -> BlockPlan:
     ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     entries = pack(column, flags).int().expand_as(mask)[mask]
     order = torch.argsort(counts.view(heads, rows).sum(0), descending=True, stable=True).int()
-    return BlockPlan(geometry, heads=heads, row_ptr=ptr, entries=entries, order=order)
+    return BlockPlan(geometry, heads=heads, row_ptr=ptr, entries=entries, order=order, on_grid=True)
 
 
 def _with_columns(plan: BlockPlan, heads: int) -> BlockPlan:
@@ -245,7 +251,7 @@ def _correctness(impl: str, heads: int, key_heads: int, dim: int, dtype: torch.d
     for tokens in (1000, 4096):
         shape = Shape(tokens, heads, key_heads, dim, dtype)
         q, k, v = _inputs(shape)
-        for case in CASES[:-1]:
+        for case in PLANS:
             if case == "columns" and tokens < COLUMNS:
                 continue
             plan = _plan(case, shape, preferred_tile("cuda", impl))

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekit.call.keys import Keys, pages_of
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
-from sparsekit.serve.pages import Keys, Places
 from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, why_dense
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER
@@ -61,12 +61,12 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A row's part in a layer."""
+    """A row's part in a layer. table: int32 (1, n), the pages that it reads."""
 
     row: Row
     part: Part
     patterns: LayerPatterns
-    places: Places
+    table: Tensor
 
 
 class Other(NamedTuple):
@@ -84,7 +84,6 @@ class Step:
         self._common, self._rows, self._build = common, rows, build
         self._runs: dict[tuple[int, int], list[Run]] = {}
         self._others: dict[tuple[int, ...], list[Other]] = {}
-        self._places: dict[int, Places] = {}
 
     def runs(self, bound: Bound, page_tokens: int) -> list[Run]:
         """What runs here in a layer; made once a step for all that run the same."""
@@ -100,10 +99,10 @@ class Step:
             patterns = bound.patterns.get(row.served.name)
             if patterns is None:
                 continue
-            part = part_of(patterns, row.chunk, table.device, dense_here=row.served.name in bound.dense_here)
+            dense_here = row.served.name in bound.dense_here
+            part = part_of(patterns, row.chunk, table.device, page=page_tokens, dense_here=dense_here)
             if part is not None:
-                places = self._places.setdefault(row.row, Places(table[row.row], page_tokens))
-                yield Run(row, part, patterns, places)
+                yield Run(row, part, patterns, pages_of(table[row.row][None], page_tokens, part.reads))
             elif why := why_dense(patterns, row.chunk, table.device):
                 METER.fall_back(f"{patterns.patterns[0].name}: the prompt is below {why}")
 
@@ -243,17 +242,15 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 super().forward(layer, query[part], k, v, kv_cache, metadata, output[part])
             pages = self._pages(layer, kv_cache)
             for run in runs:
-                self._run(bound, run, query, pages, output)
+                self._run(bound, run, query, Keys(*pages, run.table), output)
             return output
 
-        def _run(self, bound: Bound, run: Run, query: Tensor, pages: tuple[Tensor, ...], output: Tensor) -> None:
+        def _run(self, bound: Bound, run: Run, query: Tensor, keys: Keys, output: Tensor) -> None:
             rows = run.part.geometry.q_len
             here = slice(run.row.begin, run.row.begin + rows)
             q = query[here].view(rows, self.num_heads, self.head_size)
             with METER.measured(bound.layer, query.device) as counts:
-                plan = attend_part(
-                    run.part, run.patterns, q, Keys(pages, run.places), self._softmax_of(), output[here].view(q.shape)
-                )
+                plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), output[here].view(q.shape))
             counts.rows += rows
             counts.causal_pairs += self.num_heads * (rows * (2 * run.part.end - rows + 1)) / 2
             METER.keep(counts, plan, run.part.pairs, self.num_heads)
@@ -263,10 +260,10 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 self._softmax = Softmax(self.scale, self.logits_soft_cap or None, getattr(self, "sinks", None))
             return self._softmax
 
-        def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, ...]:
-            """(pages, size, G, ...): a token's key beside its value; of vLLM's CPU pages, keys and values."""
+        def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+            """Keys and values, (pages, G, size, D) each, of a cache (pages, G, size, 2 D)."""
             if not transposed:
-                return (kv_cache.transpose(1, 2),)
+                return kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
             isa = getattr(layer, "isa", None)
             if isa != "vec":
                 raise SparsekitError(
@@ -275,8 +272,8 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             count, heads, size, width = kv_cache.shape
             keys, values = kv_cache.reshape(count, heads, 2, size * width // 2).unbind(2)
             return (
-                keys.view(count, heads, -1, size).permute(0, 3, 1, 2),
-                values.view(count, heads, size, -1).transpose(1, 2),
+                keys.view(count, heads, -1, size).transpose(2, 3),
+                values.view(count, heads, size, -1),
             )
 
         def _take_scratch(self, bound: Bound, query: Tensor, key: Any) -> None:
@@ -323,15 +320,16 @@ def warm_chunks(longest: int, rows: int) -> list[Chunk]:
 
 
 def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
-    """Run the largest chunk of the longest prompt over keys of zeros, in each config; then what compiles kernels."""
+    """Run the largest chunk of the longest prompt, in each config; then what compiles kernels.
+
+    The cache is not there yet: all its pages are one of zeros.
+    """
     chunks = warm_chunks(bound.longest, min(len(q), bound.longest))
     for chunk, (name, patterns) in product(chunks, bound.patterns.items()):
-        part = part_of(patterns, chunk, q.device, dense_here=name in bound.dense_here)
+        part = part_of(patterns, chunk, q.device, page=bound.page, dense_here=name in bound.dense_here)
         if part is not None:
-            read = sum(end - begin for begin, end in part.reads)
-            both = torch.zeros(read, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
-            k, v = both.chunk(2, -1)
+            cache = torch.zeros(1, bound.page, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
+            k, v = cache.transpose(1, 2).chunk(2, -1)
+            table = torch.zeros(1, -(-part.end // bound.page), dtype=torch.int32, device=q.device)
             some = q[: part.geometry.q_len]
-            attend_part(
-                replace(part, reads=((0, read),)), patterns, some, Keys((k, v)), softmax, torch.empty_like(some)
-            )
+            attend_part(part, patterns, some, Keys(k, v, table).at(part.reads), softmax, torch.empty_like(some))

@@ -25,6 +25,7 @@ class Bound:
         group: layers of one group run the same, and share what is made for a step.
         dense_here: names of configs whose dense layers run here too.
         longest: tokens of the longest prompt.
+        page: tokens of the cache's pages, as far as that is known before there is a cache.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class Bound:
     group: int
     dense_here: frozenset[str] = frozenset()
     longest: int = 0
+    page: int = 16
 
 
 def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: int) -> list[str]:
@@ -69,8 +71,9 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
         if mine:
             key = tuple((name, p.patterns, p.pattern_of_head) for name, p in mine.items())
             here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
-            longest = vllm_config.model_config.max_model_len
-            module.impl.sparsekit = Bound(index, mine, groups.setdefault(key, len(groups)), here, longest)
+            group, longest = groups.setdefault(key, len(groups)), vllm_config.model_config.max_model_len
+            page = vllm_config.cache_config.block_size or Bound.page
+            module.impl.sparsekit = Bound(index, mine, group, here, longest, page)
             said = " | ".join(f"{name}: {p}" if len(settings.configs) > 1 else str(p) for name, p in mine.items())
             METER.layers.setdefault(index, LayerCounts()).patterns = said
     backend = next(iter(found.values())).attn_backend.get_name()

@@ -18,6 +18,7 @@ from test_compile import offline, ptxas
 from triton.backends.nvidia.compiler import get_ptxas
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper import host
 from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
@@ -36,7 +37,13 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
         tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(plan.rows, 4, dtype=torch.int32)
         plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
     softmax = Softmax(0.1, None, torch.zeros(8) if sinks else None)
-    kernel = host.compile_form(q, k, k, plan, softmax, bool(lse))
+    keys = Keys(k, k)
+    if page := re.search(r"page(\d+)", more):
+        size = int(page[1])
+        k_pages, v_pages = torch.empty(300, 2, size, 2 * dim, dtype=dtype).split(dim, -1)
+        keys = Keys(k_pages, v_pages, torch.zeros(1, 2048 // size, dtype=torch.int32))
+        assert host.covers(q, keys, plan, softmax, bool(lse)) == []
+    kernel = host.compile_form(q, keys, plan, softmax, bool(lse))
     said, cubin = ptxas(kernel.asm["ptx"], 90)
     sass = _disassembled(cubin)
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]

@@ -11,6 +11,7 @@ import torch
 from test_compile import SHARED, Driver, offline, ptxas
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend import triton_ranked
 from sparsekit.kernels.select import ranking_triton
@@ -62,7 +63,7 @@ def main() -> None:
             plan = S2O().select(q, k, geometry, softmax)
             assert plan.ranked is not None
             FACTS.update(dim=dim, dtype=str(dtype), block_q=plan.block_q, limit=limit)
-            triton_ranked.attend_ranked_triton(q, k, k, plan, plan.ranked, softmax, True)
+            triton_ranked.attend_ranked_triton(q, Keys(k, k), plan, plan.ranked, softmax, True)
         ranking_triton.bit_positions_triton(torch.zeros(4, 100, dtype=torch.int32), 50)
     print(json.dumps(MADE))
 

@@ -13,6 +13,7 @@ from kernel_cases import (
     GEOMETRIES,
     TRIANGLE,
     check,
+    in_pages,
     loose_plans,
     mixed_plan,
     poisoned_memory,
@@ -28,7 +29,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend, choose, launch
 from sparsekit.kernels.attend import triton_blocks
-from sparsekit.patterns import Triangle, Union
+from sparsekit.patterns import S2O, Triangle, Union
 from sparsekit.plan import BlockPlan
 from sparsekit.plan.memo import TRITON
 
@@ -201,6 +202,37 @@ def test_dead_cache_rows_are_not_read(tma: bool, monkeypatch: pytest.MonkeyPatch
         expected = attend(q, k, v, plan, impl="triton")
         k[:, :, dead], v[:, :, dead] = float("nan"), float("nan")
         assert torch.equal(attend(q, k, v, plan, impl="triton"), expected)
+
+
+WIDE_CHUNK = Geometry.of(70, 290, q_offset=210, block_q=64, block_kv=64)
+RAGGED = Geometry.of(70, batch=2, kv_end=(70, 33), block_q=64, block_kv=64)
+# page, head size, dtype, plan, options: each page size, all ways to read keys, and every value of the other ones.
+IN_PAGES: dict[str, tuple[int, int, torch.dtype, Callable[[], BlockPlan], dict[str, object]]] = {
+    "dense": (16, 64, torch.float32, lambda: rule_plan("dense", WIDE_CHUNK), {}),
+    "triangle": (32, 128, torch.float16, lambda: rule_plan(TRIANGLE, WIDE_CHUNK), {"sink_logits": SINKS}),
+    "off the grid": (64, 64, torch.float32, lambda: unaligned_plan(WIDE_CHUNK, 2, step=51), {"softcap": 5.0}),
+    "columns": (128, 64, torch.float16, lambda: with_columns(rule_plan(A_SHAPE, WIDE_CHUNK), 40), {}),
+    "one page": (256, 128, torch.float32, lambda: rule_plan(TRIANGLE, CHUNK), {}),
+    "ragged": (16, 64, torch.float32, lambda: rule_plan(TRIANGLE, RAGGED), {"sink_logits": SINKS, "softcap": 5.0}),
+    "no power of two": (48, 64, torch.float32, lambda: rule_plan(TRIANGLE, WIDE_CHUNK), {}),
+}
+
+
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("name", IN_PAGES)
+def test_keys_in_pages(name: str) -> None:
+    page, dim, dtype, make, options = IN_PAGES[name]
+    plan = make()
+    check(plan, tensors(plan.geometry, dtype, dim=dim), "triton", page=page, **options)  # type: ignore[arg-type]
+
+
+def test_ranked_keys_in_pages() -> None:
+    q, k, v = tensors(G150, torch.float32, heads=2, key_heads=1)
+    plan = S2O(segment_tokens=64, dense_below_tokens=0, max_tokens=64).plan(q, k, G150, Softmax(0.25))
+    assert plan.ranked is not None
+    there = in_pages(k, v, G150, 32)
+    expected = attend(q, k, v, plan, impl="triton")
+    assert torch.equal(attend(q, there.k, there.v, plan, table=there.table, impl="triton"), expected)  # type: ignore[arg-type]
 
 
 def test_a_result_repeats_bit_for_bit() -> None:

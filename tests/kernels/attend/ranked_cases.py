@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from kernel_cases import plain, poisoned_memory, tensors
+from kernel_cases import plain, poisoned_memory, tensors, within_rows
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
@@ -103,7 +103,8 @@ def check_ranked(
     budget = 2 * float((plain(q, k, v, near, softmax).cpu().double() - out_expected).abs().max()) + 2e-6
     there = unvisited(plan.to(q.device))
     with poisoned_memory():
-        out, lse = attend(q, k, v, there, impl=impl, return_lse=True, sink_logits=sink_logits, **options)
+        run = attend if softcap is None else within_rows
+        out, lse = run(q, k, v, there, impl=impl, return_lse=True, sink_logits=sink_logits, **options)
     assert there.visited is not None
     assert torch.equal(there.visited.cpu().clamp(min=0), first.clamp(min=0))
     assert there.kept_pairs() == near.kept_pairs() == int(near.multiplicity().sum())

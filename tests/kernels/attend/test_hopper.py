@@ -14,6 +14,7 @@ from kernel_cases import loose_plan
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.kernels.attend.hopper import host, worklist
@@ -417,10 +418,13 @@ def test_covers_names_the_reason() -> None:
     assert host.missing(torch.device("cpu")) == "it is not a CUDA device"
 
     def form(q: Tensor, plan: BlockPlan = plan) -> str:
-        return "; ".join(host.covers(q, q, q, plan, softmax, False))
+        return "; ".join(host.covers(q, Keys(q, q), plan, softmax, False))
 
     assert form(q) == ""
     assert form(q.transpose(1, 2).contiguous().transpose(1, 2)) == ""
+    engine = torch.empty(300, 4, 128, dtype=q.dtype)
+    assert host.covers(q, Keys(q, q), plan, softmax, False, engine[3:259].transpose(0, 1)[None]) == []
+    assert "out with strides" in host.covers(q, Keys(q, q), plan, softmax, False, torch.empty_like(q))[0]
     assert "float32" in form(q.float())
     assert "head size 96" in form(q[..., :96])
     assert form(q, dense_plan(Geometry.of(256, block_q=64, block_kv=64))) == ""
@@ -438,8 +442,8 @@ def test_a_launch_is_kept_for_the_calls_it_was_made_for(monkeypatch: pytest.Monk
     """Its work list, strides and tensors are of one device, one number of key heads, one softmax."""
     made: list[tuple[Any, ...]] = []
 
-    def prepare(q: Tensor, k: Tensor, *_: Any) -> host._Launches:
-        made.append((k.shape[1], q.device.type))
+    def prepare(q: Tensor, keys: Keys, *_: Any) -> host._Launches:
+        made.append((keys.k.shape[1], q.device.type))
         return host._Launches((), padded=False, columns=False)
 
     class Driver:
@@ -452,10 +456,10 @@ def test_a_launch_is_kept_for_the_calls_it_was_made_for(monkeypatch: pytest.Monk
     q, kv = torch.zeros(1, 4, 256, 64), torch.zeros(1, 4, 256, 64)
     plan = dense_plan(_tiled(256))  # without tensors, so of no device
     for key_heads in (4, 2, 2, 1):  # views of one cache: their strides are the same
-        host.attend_hopper(q, kv[:, :key_heads], kv[:, :key_heads], plan, Softmax(0.1), False)
+        host.attend_hopper(q, Keys(kv[:, :key_heads], kv[:, :key_heads]), plan, Softmax(0.1), False)
     q, kv = q.to("meta"), kv.to("meta")
-    host.attend_hopper(q, kv, kv, plan, Softmax(0.1), False)
-    host.attend_hopper(q, kv, kv, plan, Softmax(0.1), False)
+    host.attend_hopper(q, Keys(kv, kv), plan, Softmax(0.1), False)
+    host.attend_hopper(q, Keys(kv, kv), plan, Softmax(0.1), False)
     assert made == [(4, "cpu"), (2, "cpu"), (1, "cpu"), (4, "meta")]
 
 
@@ -470,6 +474,8 @@ COMPILED = [
     (128, "float16", "", "", 32, ""),
     (128, "bfloat16", "", "", 64, "columns halves"),
     (64, "float16", "", "lse", 64, "halves"),
+    (128, "bfloat16", "", "", 128, "page16"),
+    (128, "bfloat16", "", "lse", 128, "page256"),
 ]
 
 
@@ -538,13 +544,17 @@ def _agrees(
     clean, dirty = _inputs(plan.geometry, dim, dtype, gain)
     expected, expected_lse = attend_reference(*(x.double() for x in clean), plan, softmax)
     on_card = plan.to("cuda")
-    assert host.covers(*dirty, on_card, softmax, True) == []
+    assert host.covers(dirty[0], Keys(*dirty[1:]), on_card, softmax, True) == []
     with monkeypatch.context() as patched:
         patched.setattr(Tensor, "new_empty", _poisoned)
-        out, lse = host.attend_hopper(*dirty, on_card, softmax, True)
-        again, _ = host.attend_hopper(*dirty, on_card, softmax, True)
+        out, lse = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True)
+        again, _ = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True)
+        engine = out.new_full((out.shape[0], out.shape[2], HEADS, dim), float("nan")).transpose(1, 2)
+        into, _ = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True, engine)
     assert lse is not None
     assert torch.equal(out, again)
+    assert into is engine
+    assert torch.equal(out, into)
     assert out.transpose(1, 2).is_contiguous()
     whole, worst = BUDGETS[dtype]
     error = out.double() - expected

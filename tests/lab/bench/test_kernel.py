@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from sparsekit.call.geometry import Geometry
-from sparsekit.lab.bench import kernel, kernel_peers
+from sparsekit.lab.bench import kernel, kernel_pages, kernel_peers
 from sparsekit.plan import TokenRule, dense_plan, plan_from_rule
 
 
@@ -78,3 +78,16 @@ def test_the_time_of_flexattentions_mask_is_without_its_compilation(monkeypatch:
     assert run is not None
     assert asked == [(300, 300)] * 2
     assert 0 <= extra["plan_ms"] < 150
+
+
+def test_a_chunk_reads_the_same_in_pages_and_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_pages, "CHUNK", 1024)
+    shape = kernel.Shape(3000, 2, 1, 16, torch.float32)
+    rows = list(kernel_pages.pages_rows(shape, ["torch"], 1, "cpu"))
+    assert [(row["page"], row["pattern"], row["reads"]) for row in rows] == [
+        (page, pattern, reads)
+        for page in (16, 256)
+        for pattern in ("triangle", "dense")
+        for reads in ("pages", "gathered", "together")
+    ]
+    assert all(row["ms"] > 0 and row["error"] == 0 and row["chunk"] == 1024 for row in rows)

@@ -4,7 +4,8 @@ One persistent kernel, three roles a block: a producer warp (work counter, TMA l
 warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
 i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, half of one, or
 PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the 128-byte swizzle stores a
-tile: pieces of several entries in the right order are one tile.
+tile: pieces of several entries in the right order are one tile. Keys in pages (PAGE tokens each, else 0) come in boxes
+that end with their page; the producer looks pages up, and nobody else knows of them.
 
 A work item is 8 int32, by the names in items.py:
     ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
@@ -46,6 +47,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparsekit.kernels.attend.hopper import items
 from sparsekit.kernels.attend.hopper.halves_device import NOWHERE
+from sparsekit.kernels.primitives import _in_pages
 from sparsekit.plan import RULE as RULE_FLAG
 
 __all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
@@ -72,6 +74,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 # The running maximum starts here: below any logit, and finite, so that `-inf - maximum` is never NaN.
 FLOOR = gl.constexpr(-1.0e30)
 FAR = gl.constexpr(1 << 30)  # beyond any position
+NO_PAGE = gl.constexpr(1 << 30)  # beyond any page: zeros by TMA
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -279,13 +282,75 @@ def _load_part(desc, sample, head, key, part, full, buffer, PARTS: gl.constexpr)
 
 
 @gluon.jit
+def _load_pages(
+    desc, d_part, d_last, head, part, key, keys, p_table, full, buffer,
+    PARTS: gl.constexpr, PIECE: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Entry `part` of a step's buffer (1, 1, BN, D), from keys `key ..` in pages on, PIECE of them a box; the caller
+    expects the bytes. d_last: what ends with the keys, so that zeros follow them, or None."""
+    BN: gl.constexpr = buffer.shape[2]
+    PIECES: gl.constexpr = BN // PARTS // PIECE
+    page, place = _in_pages(p_table, key, key < keys, NO_PAGE, PAGE)
+    for piece in range(PIECES):
+        at = key + piece * PIECE
+        next_page, next_place = page, place
+        if PIECES > 1:  # asked for before the boxes of this page go out
+            next_page, next_place = _in_pages(p_table, at + PIECE, at + PIECE < keys, NO_PAGE, PAGE)
+        if d_last is not None:
+            if at // PAGE == (keys - 1) // PAGE:
+                _load_box(d_last, d_last, page, head, place, part * PIECES + piece, full, buffer, BN // PIECE)
+            else:
+                _load_box(desc, d_part, page, head, place, part * PIECES + piece, full, buffer, BN // PIECE)
+        else:
+            _load_box(desc, d_part, page, head, place, part * PIECES + piece, full, buffer, BN // PIECE)
+        page, place = next_page, next_place
+
+
+@gluon.jit
+def _load_box(desc, d_part, page, head, place, part, full, buffer, PARTS: gl.constexpr):
+    if PARTS == 1:
+        _tma_load(desc, [page, head, place, 0], full, buffer)
+    else:
+        _load_part(d_part, page, head, place, part, full, buffer, PARTS)
+
+
+@gluon.jit
+def _load_entries_in_pages(
+    d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, key_head, e, p_table, keys, PARTS: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """`_load_entries` of keys in pages. Masks hide keys past the last one, and what they hold; values there are to be
+    zeros, for 0 * NaN is NaN."""
+    BN: gl.constexpr = k.shape[2]
+    PIECE: gl.constexpr = d_last_v.block_type.shape[2]
+    mbarrier.wait(k_free, phase ^ 1)
+    mbarrier.expect(k_full, d_k.block_type.nbytes)
+    for part in gl.static_range(PARTS):
+        if PARTS > 1:
+            e = _part(p_entries, start, i, part, count, kind, BN, PARTS)
+        _load_pages(d_k, d_part_k, None, key_head, part, e >> 2, keys, p_table, k_full, k, PARTS, PIECE, PAGE)
+    mbarrier.wait(v_free, phase ^ 1)
+    mbarrier.expect(v_full, d_v.block_type.nbytes)
+    for part in gl.static_range(PARTS):
+        if PARTS > 1:
+            e = _part(p_entries, start, i, part, count, kind, BN, PARTS)
+        _load_pages(d_v, d_part_v, d_last_v, key_head, part, e >> 2, keys, p_table, v_full, v, PARTS, PIECE, PAGE)
+
+
+@gluon.jit
 def _load_entries(
-    d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
-    p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS: gl.constexpr,
+    d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys,
+    PARTS: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """K and V of step i: entry `e`, or the PARTS entries in `p_entries`."""
     BN: gl.constexpr = k.shape[2]
-    if PARTS == 1:
+    if PAGE > 0:
+        _load_entries_in_pages(
+            d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
+            p_entries, start, i, count, kind, key_head, e, p_table, keys, PARTS, PAGE,
+        )  # fmt: skip
+    elif PARTS == 1:
         mbarrier.wait(k_free, phase ^ 1)
         _load_keys(d_k, [sample, key_head, kv_start + (e >> 2), 0], k_full, k)
         mbarrier.wait(v_free, phase ^ 1)
@@ -324,9 +389,9 @@ def _item(p_items, t, items):
 
 @gluon.jit
 def _load_step(
-    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
-    p_entries, start, i, count, kind, kv_start, sample, key_head, e, pool_head,
-    PARTS: gl.constexpr, COLUMNS: gl.constexpr,
+    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
+    p_entries, start, i, count, kind, kv_start, sample, key_head, e, pool_head, p_table, keys,
+    PARTS: gl.constexpr, COLUMNS: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """K and V of step i, which is entry `e` (PARTS of them in `p_entries`), or single columns from `count` on."""
     BN: gl.constexpr = k.shape[2]
@@ -339,23 +404,23 @@ def _load_step(
             _load_keys(d_pool_v, [sample, pool_head, column * BN, 0], v_full, v)
         else:
             _load_entries(
-                d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
-                p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS,
+                d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
+                p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys, PARTS, PAGE,
             )  # fmt: skip
     else:
         _load_entries(
-            d_k, d_v, d_part_k, d_part_v, k, v, k_full, k_free, v_full, v_free, phase,
-            p_entries, start, i, count, kind, kv_start, sample, key_head, e, PARTS,
+            d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
+            p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys, PARTS, PAGE,
         )  # fmt: skip
 
 
 @gluon.jit
 def _produce(
-    d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free, v_full, v_free,
-    mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group, rule_sample, rule_head,
-    heads_per_plan, heads_per_pool,
+    d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, qs, ks, vs, q_full, q_free, k_full, k_free,
+    v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items, heads, group,
+    rule_sample, rule_head, heads_per_plan, heads_per_pool, table_sample, keys,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
+    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -383,6 +448,9 @@ def _produce(
             head = sample_head - sample * heads
             key_head = head // group
             pool_head = head // heads_per_pool
+            p_pages = p_table
+            if PAGE > 0:
+                p_pages = p_table + sample.to(gl.int64) * table_sample
             mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
             mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
             _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
@@ -416,17 +484,21 @@ def _produce(
             m_slot, m_phase = _next(m_slot, m_phase, 2)
             if NARROW_FORM:
                 if (kind & NARROW) != 0:
+                    of = sample
+                    at = kv_start
+                    if PAGE > 0:
+                        of, at = _in_pages(p_pages, kv_start, kv_start < keys, NO_PAGE, PAGE)
                     mbarrier.wait(k_free.index(slot), phase ^ 1)
                     mbarrier.expect(k_full.index(slot), NARROW_BYTES)
-                    _load_part(d_part_k, sample, key_head, kv_start, 0, k_full.index(slot), ks.index(slot), 1)
+                    _load_part(d_part_k, of, key_head, at, 0, k_full.index(slot), ks.index(slot), 1)
                     mbarrier.wait(v_free.index(slot), phase ^ 1)
                     mbarrier.expect(v_full.index(slot), NARROW_BYTES)
-                    _load_part(d_part_v, sample, key_head, kv_start, 0, v_full.index(slot), vs.index(slot), 1)
+                    _load_part(d_part_v, of, key_head, at, 0, v_full.index(slot), vs.index(slot), 1)
                     slot, phase = _next(slot, phase, STAGES)
             _load_step(
-                d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, ks.index(slot), vs.index(slot), k_full.index(slot),
-                k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries, start, 0, listed, kind,
-                kv_start, sample, key_head, e, pool_head, PARTS, COLUMNS,
+                d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, ks.index(slot), vs.index(slot),
+                k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
+                start, 0, listed, kind, kv_start, sample, key_head, e, pool_head, p_pages, keys, PARTS, COLUMNS, PAGE,
             )  # fmt: skip
             slot, phase = _next(slot, phase, STAGES)
             # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
@@ -436,9 +508,10 @@ def _produce(
                 if PARTS == 1:
                     e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
                 _load_step(
-                    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, ks.index(slot), vs.index(slot),
+                    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, ks.index(slot), vs.index(slot),
                     k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
-                    start, i, listed, kind, kv_start, sample, key_head, now, pool_head, PARTS, COLUMNS,
+                    start, i, listed, kind, kv_start, sample, key_head, now, pool_head, p_pages, keys, PARTS, COLUMNS,
+                    PAGE,
                 )  # fmt: skip
                 slot, phase = _next(slot, phase, STAGES)
             start = start1
@@ -787,11 +860,11 @@ def _store_by_tma(d_o, sample, head, row, result, staging):
 
 RUN_TIME_NUMBERS = [
     "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head",
-    "heads_per_plan", "heads_per_pool", "columns", "token_sample",
+    "heads_per_plan", "heads_per_pool", "columns", "token_sample", "table_sample", "keys",
 ]  # fmt: skip
 POINTERS = [
     "p_items", "p_entries", "p_counters", "p_rule", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
-    "p_tokens", "p_bits",
+    "p_table", "p_tokens", "p_bits",
 ]  # fmt: skip
 
 
@@ -799,14 +872,14 @@ POINTERS = [
 # of the same types (hopper.py does, past Triton's own 40 us of argument handling).
 @gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def attention(
-    d_q, d_k, d_v, d_o, d_pool_k, d_pool_v, d_part_k, d_part_v,
-    p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
+    d_q, d_k, d_v, d_o, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v,
+    p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_table, p_tokens, p_bits,
     scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan, heads_per_pool,
-    columns, token_sample,
+    columns, token_sample, table_sample, keys,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
     RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr,
     SPLIT: gl.constexpr, EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
-    HALVES: gl.constexpr,
+    HALVES: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
@@ -854,10 +927,10 @@ def attention(
                 HALVES,
             )),
             (_produce, (
-                d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, qs, ks, vs, q_full, q_free, k_full, k_free,
-                v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, items, heads, group,
-                rule_sample, rule_head, heads_per_plan, heads_per_pool, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS,
-                SPLIT, NARROW_FORM, HALVES,
+                d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, qs, ks, vs, q_full, q_free, k_full,
+                k_free, v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items,
+                heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool, table_sample, keys, SPLIT_ENTRY,
+                PARTS, LISTED, RULE, COLUMNS, SPLIT, NARROW_FORM, HALVES, PAGE,
             )),
         ],
         [4, 1],
@@ -917,7 +990,7 @@ LIST_NUMBERS = [
 ]  # fmt: skip
 GATHER_NUMBERS = [
     "tokens", "heads", "plan_heads", "plan_sample", "per_key_head", "k_batch", "k_head", "k_token", "v_batch", "v_head",
-    "v_token", "key_limit", "programs",
+    "v_token", "key_limit", "programs", "table_sample",
 ]  # fmt: skip
 
 
@@ -1007,8 +1080,9 @@ def sort_keys(p_work, p_total, p_section, p_key, items, processors, PER: tl.cons
 
 @triton.jit(do_not_specialize=GATHER_NUMBERS)
 def gather_columns(
-    p_k, p_v, p_tokens, p_bounds, p_pool_k, p_pool_v, tokens, heads, plan_heads, plan_sample, per_key_head,
-    k_batch, k_head, k_token, v_batch, v_head, v_token, key_limit, programs, D: tl.constexpr, PER: tl.constexpr,
+    p_k, p_v, p_table, p_tokens, p_bounds, p_pool_k, p_pool_v, tokens, heads, plan_heads, plan_sample, per_key_head,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, key_limit, programs, table_sample,
+    D: tl.constexpr, PAGE: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     """K and V of single columns -> the pools (B, heads, T, D), for PER columns of one head a program."""
     i_pair = tl.program_id(0) // programs
@@ -1025,8 +1099,12 @@ def gather_columns(
     key_head = (i_head // per_key_head).to(tl.int64)
     d = tl.arange(0, D)
     mask = inside[:, None]
-    o_k = i_sample.to(tl.int64) * k_batch + key_head * k_head + key * k_token
-    o_v = i_sample.to(tl.int64) * v_batch + key_head * v_head + key * v_token
+    batch = i_sample.to(tl.int64)
+    if PAGE > 0:
+        batch, key = _in_pages(p_table + batch * table_sample, key, inside, 0, PAGE)
+        batch = batch.to(tl.int64)
+    o_k = batch * k_batch + key_head * k_head + key * k_token
+    o_v = batch * v_batch + key_head * v_head + key * v_token
     o_pool = (i_pair.to(tl.int64) * tokens + t) * D
     rows = tl.load(p_k + o_k[:, None] + d[None], mask=mask, other=0.0)
     tl.store(p_pool_k + o_pool[:, None] + d[None], rows, mask=mask)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
 from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
 from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
@@ -29,6 +31,7 @@ from sparsekit.plan.memo import COVERED, HOPPER_LAUNCHES
 __all__ = ["attend_hopper", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = (32, 64, 128)
+PAGES = (16, 32, 64, 128, 256)
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 _Pair = tuple["Tensor | None", "Tensor | None"]
@@ -54,22 +57,34 @@ def tile(q: Tensor | None, narrow: bool) -> tuple[int, int]:
     return (HALF, HALF) if halves else (BLOCK_Q, 128)
 
 
-def covers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool) -> list[str]:
+def covers(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
+) -> list[str]:
     """Why this call must go to another implementation, each reason in a clause; none where the Hopper form runs it.
 
     On the host, without a sync. Takes what `attend` has already checked. Single columns, LSE, sink logits, soft-cap,
-    padding and chunks are covered.
+    padding, chunks and pages are covered.
     """
-    key = (COVERED, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride())
+    k, v, table = keys
+    key = (COVERED, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), table is None)
     reasons: list[str] | None = plan.memo.get(key)
     if reasons is None:
-        reasons = plan.memo[key] = list(_against(q, k, v, plan))
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        return [*reasons, "q, k or v not on a 16-byte boundary, as TMA wants them"]
+        reasons = plan.memo[key] = list(_against(q, keys, plan))
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | (0 if out is None else out.data_ptr())) % 16:
+        reasons = [*reasons, "q, k, v or out not on a 16-byte boundary, as TMA wants them"]
+    if out is not None and not _rows_first(out):
+        reasons = [*reasons, f"out with strides {out.stride()}: (B, Q, H, D) without gaps"]
     return reasons
 
 
-def _against(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[str]:
+def _rows_first(out: Tensor) -> bool:
+    """Whether (B, H, Q, D) is laid out (B, Q, H, D), as the device code's stores have it."""
+    _, heads, tokens, dim = out.shape
+    wanted = (tokens * heads * dim, dim, heads * dim, 1)
+    return all(n == 1 or s == want for n, s, want in zip(out.shape, out.stride(), wanted, strict=True))
+
+
+def _against(q: Tensor, keys: Keys, plan: BlockPlan) -> Iterator[str]:
     if q.dtype not in DTYPES:
         yield f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
     if q.shape[3] not in HEAD_SIZES:
@@ -85,7 +100,11 @@ def _against(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[str]:
         yield f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
     if g.kv_len >= MAX_TOKENS:
         yield f"{g.kv_len} keys: fewer than {MAX_TOKENS}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    if keys.page and keys.page not in PAGES:
+        yield f"pages of {keys.page} tokens: one of {', '.join(map(str, PAGES))}"
+    if keys.page and plan.row_ptr is not None and not plan.on_grid:
+        yield "tiles that start anywhere in pages: a box of TMA ends with its page"
+    for name, x in (("q", q), ("k", keys.k), ("v", keys.v)):
         outer = zip(x.stride()[:3], x.shape[:3], strict=True)
         if x.stride(3) != 1 or any(n > 1 and (s % 8 or s <= 0) for s, n in outer):
             yield f"{name} with strides {x.stride()}: TMA wants the last one 1 and the others multiples of 8"
@@ -100,37 +119,39 @@ def _driver() -> Any:
 
 
 def attend_hopper(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pairs of `plan`, for calls that `covers` has no word against.
 
     Args:
-        q: (B, H, Q, D). k, v: (B, G, K, D), float16 or bfloat16, laid out (B, H, Q, D) or (B, Q, H, D); never copied.
+        q: (B, H, Q, D), float16 or bfloat16, laid out (B, H, Q, D) or (B, Q, H, D). keys: likewise; never copied.
+        out: (B, H, Q, D), laid out (B, Q, H, D).
 
     Returns:
-        out (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
+        `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return attend_hopper(q, k, v, plan, softmax, return_lse)
-    sinks = softmax.sink_logits
+            return attend_hopper(q, keys, plan, softmax, return_lse, out)
+    (k, v, table), sinks = keys, softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
         HOPPER_LAUNCHES, q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale,
         softmax.softcap, None if sinks is None else sinks.dtype, return_lse, stream,
+        None if table is None else table.stride(0),
     )  # fmt: skip
     launches: _Launches | None = plan.memo.get(key)
     if launches is None:
-        launches = plan.memo.keep(key, _prepare(q, k, v, plan, softmax, return_lse, stream))
-    batch, heads, q_len, dim = q.shape
+        launches = plan.memo.keep(key, _prepare(q, keys, plan, softmax, return_lse, stream))
+    batch, heads, q_len, _ = q.shape
     padded = launches.padded
-    out = (q.new_zeros if padded else q.new_empty)((batch, q_len, heads, dim)).transpose(1, 2)
+    out = output(q, out, padded)
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
     if padded and lse is not None:
         lse.fill_(float("-inf"))
-    pool = _pool(k, v, plan) if launches.columns else (None, None)
+    pool = _pool(keys, plan) if launches.columns else (None, None)
     for launch in launches.launches:
-        launch.run(q, k, v, out, lse, pool, sinks, stream)
+        launch.run(q, keys, out, lse, pool, sinks, stream)
     return out, lse
 
 
@@ -146,8 +167,8 @@ class _Launches:
 class _Launch:
     """One launch with all that stays the same from call to call: a call puts its own tensors in.
 
-    arguments: the kernel's, those of the call None. boxes: descriptor contents of q, k, v, out, the two pools, and
-    again of k and v in smaller boxes.
+    arguments: the kernel's, those of the call None. boxes: descriptor contents of q, k, v, out, the two pools, again of
+    k and v in smaller boxes, and of the values in a page that ends the keys.
     """
 
     kernel: Any
@@ -157,10 +178,9 @@ class _Launch:
     boxes: tuple[dict[str, Any] | None, ...]
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None,
-        stream: int,
-    ) -> None:  # fmt: skip
-        arguments, partial = self.fill(q, k, v, out, lse, pool, sinks)
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None, stream: int
+    ) -> None:
+        arguments, partial = self.fill(q, keys, out, lse, pool, sinks)
         self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
         if self.work.slots:
             _, heads, q_len, dim = out.shape
@@ -170,11 +190,12 @@ class _Launch:
             )  # fmt: skip
 
     def fill(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None
-    ) -> tuple[list[Any], _Pair]:  # fmt: skip
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None
+    ) -> tuple[list[Any], _Pair]:
         """The call's arguments, and its workspace."""
         arguments = list(self.arguments)
-        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool, k, v), strict=True)):
+        k, v, table = keys
+        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool, k, v, v), strict=True)):
             if box is not None:
                 # Past the constructor, whose checks cost 5 us each and were made by `covers`.
                 made: Any = object.__new__(self.descriptor)
@@ -184,27 +205,26 @@ class _Launch:
         if self.work.slots:
             partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
             partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
-        arguments[OUT_ARGUMENT : OUT_ARGUMENT + 5] = (out, lse, sinks, partial, partial_lse)
+        arguments[OUT_ARGUMENT : OUT_ARGUMENT + 6] = (out, lse, sinks, partial, partial_lse, table)
         return arguments, (partial, partial_lse)
 
 
-OUT_ARGUMENT = 12  # place of p_out, which p_lse, p_sinks, p_part and p_part_lse follow
+OUT_ARGUMENT = 13  # place of p_out, which p_lse, p_sinks, p_part, p_part_lse and p_table follow
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0
-) -> _Launches:
+def _prepare(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0) -> _Launches:
     """Work lists, descriptor contents, scalars and compiled kernels of such a call."""
     g = plan.geometry
     columns = plan.tokens is not None and plan.token_bits is not None
-    launches = tuple(_launch(q, k, v, plan, softmax, return_lse, work, stream) for work in _works(plan, q, k))
+    launches = tuple(_launch(q, keys, plan, softmax, return_lse, work, stream) for work in _works(plan, q, keys.k))
     return _Launches(launches, any(span.q_end - span.q_first != g.q_len for span in g.spans), columns)
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
 ) -> _Launch:
+    k, v, table = keys
     batch, heads, q_len, dim = q.shape
     key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
     step = _step_keys(dim)
@@ -214,18 +234,24 @@ def _launch(
     width, pool_heads = 0, heads if plan.heads == heads else key_heads
     boxes = [
         _box(q.shape, q.stride(), q_len, half, q.dtype),
-        _box(k.shape, k.stride(), work.kv_end, step, q.dtype),
-        _box(v.shape, v.stride(), work.kv_end, step, q.dtype),
+        _box(k.shape, k.stride(), keys.page or work.kv_end, step, q.dtype),
+        _box(v.shape, v.stride(), keys.page or work.kv_end, step, q.dtype),
         _box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
         None,
         None,
         None,
         None,
+        None,
     ]
-    if parts > 1 or narrow:
-        rows = plan.block_kv if parts > 1 else NARROW_KEYS
+    piece = _piece(keys.page, step // parts, narrow) if keys.page else 0
+    chunk = int(_device_code().CHUNK.value)
+    rows = NARROW_KEYS if narrow else piece or step // parts
+    if rows < step:
         for i, x in enumerate((k, v)):
-            boxes[6 + i] = _box(x.shape, x.stride(), work.kv_end, rows, q.dtype, int(_device_code().CHUNK.value))
+            boxes[6 + i] = _box(x.shape, x.stride(), keys.page or work.kv_end, rows, q.dtype, chunk)
+    if keys.page:
+        last = (work.kv_end - 1) % keys.page + 1
+        boxes[8] = _box(v.shape, v.stride(), last, piece, q.dtype, None if piece == step else chunk)
     columns = plan.tokens is not None and plan.token_bits is not None
     if columns:
         assert plan.tokens is not None
@@ -246,28 +272,35 @@ def _launch(
     flags = (
         stages, q_stages, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
         rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, q_stages == 1,
-        narrow, halves,
+        narrow, halves, keys.page,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
         *boxes,
-        work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, plan.tokens,
-        plan.token_bits,
+        work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, None,
+        plan.tokens, plan.token_bits,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
         len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, heads // pool_heads, width, plan.heads * width if plan.samples > 1 else 0,
+        None if table is None else table.stride(0), None if table is None else work.kv_end,
         *flags,
     )  # fmt: skip
     launch = _Launch(None, work, arguments, _layout(half, dim, q.dtype)[0], tuple(boxes))
-    form = (q.device, q.dtype, dim, step, plan.block_kv, None if sinks is None else sinks.dtype, *flags)
+    form = (q.device, q.dtype, dim, step, plan.block_kv, piece, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
         lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
-        filled, _ = launch.fill(q, k, v, out, lse, (k, v), sinks)
+        filled, _ = launch.fill(q, keys, out, lse, (k, v), sinks)
         # Compiled once, then launched directly: Triton's own argument handling costs 40 us more a call.
         # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])
+
+
+def _piece(page: int, entry: int, narrow: bool) -> int:
+    """Keys that one box takes out of pages: all of an entry that lies in one of them, else a page, or as few as the
+    box that sinks alone need, of which there is one size."""
+    return entry if page >= entry else NARROW_KEYS if narrow else page
 
 
 def _buffers(dim: int, step: int, halves: bool) -> tuple[int, int]:
@@ -281,9 +314,9 @@ def _buffers(dim: int, step: int, halves: bool) -> tuple[int, int]:
     return (3, 1) if halves and dim == 128 else (2 * (128 // dim) * (128 // step), 2)
 
 
-def compile_form(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
-    """Triton's compiled kernel for such a call, not launched: q, k, v may lie on the CPU where a driver is mocked."""
-    return _prepare(q, k, v, plan, softmax, return_lse).launches[0].kernel
+def compile_form(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
+    """Triton's compiled kernel for such a call, not launched; tensors may lie on the CPU where a driver is mocked."""
+    return _prepare(q, keys, plan, softmax, return_lse).launches[0].kernel
 
 
 @per_geometry
@@ -320,7 +353,7 @@ def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
     return upload(torch.tensor(bounds, dtype=torch.int32, device="cpu"), device)
 
 
-def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+def _pool(keys: Keys, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """K and V of the single columns, (B, G or H, T, D): read as tiles by TMA, at the cost of a gather in the kernel.
 
     Measured on an H100, Triangle + 1024 columns a head at 128K: pool 9.9 ms, gather 10.1 ms in portable Triton.
@@ -328,15 +361,16 @@ def _pool(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     from sparsekit.kernels.launch import launch
 
     assert plan.tokens is not None
-    batch, key_heads, kv_len, dim = k.shape
+    k, v, table = keys
+    batch, key_heads, dim, kv_len = plan.geometry.batch, k.shape[1], k.shape[3], plan.geometry.kv_len
     tokens = plan.tokens.shape[2]
     heads = key_heads if plan.heads in (1, key_heads) else plan.heads
     pool_k, pool_v = (x.new_empty((batch, heads, tokens, dim)) for x in (k, v))
     args = (
-        k, v, plan.tokens, _key_bounds(plan.geometry, k.device), pool_k, pool_v, tokens, heads, plan.heads,
+        k, v, table, plan.tokens, _key_bounds(plan.geometry, k.device), pool_k, pool_v, tokens, heads, plan.heads,
         1 if plan.samples > 1 else 0, heads // key_heads, *k.stride()[:3], *v.stride()[:3], kv_len - 1,
-        -(-tokens // COLUMNS_A_PROGRAM),
+        -(-tokens // COLUMNS_A_PROGRAM), None if table is None else table.stride(0),
     )  # fmt: skip
-    options = {"D": dim, "PER": COLUMNS_A_PROGRAM, "num_warps": 4}
+    options = {"D": dim, "PAGE": keys.page, "PER": COLUMNS_A_PROGRAM, "num_warps": 4}
     launch(_device_code().gather_columns, -(-tokens // COLUMNS_A_PROGRAM) * batch * heads, args, options)
     return pool_k, pool_v

@@ -100,7 +100,8 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
         else:
             shared = batch * heads // (plan.samples * plan.heads)
             total = plan.entries.numel() * shared * plan.block_kv // step
-        budget = max(int(WORKSPACE_SHARE * 2 * (q.nbytes + k.nbytes)), WORKSPACE_BYTES)
+        key_bytes = batch * k.shape[1] * g.kv_len * dim * k.element_size()
+        budget = max(int(WORKSPACE_SHARE * 2 * (q.nbytes + key_bytes)), WORKSPACE_BYTES)
         wanted = (
             not _halves(plan) and longest >= SPLIT_FROM_STEPS and longest * _processors(q.device) > LONG_SHARE * total
         )
