@@ -203,7 +203,7 @@ def test_the_real_model(smollm2, tmp_path, monkeypatch: pytest.MonkeyPatch) -> N
     seen = json.loads(out("inspect", "smollm2-135m", "--samples", "1", "--tokens", "400", "--json"))
     assert seen["sink_tokens"] >= 1 and "0" in seen["layers"][15]["sinks"]
     config = str(CONFIGS / "smollm2-135m/trianglemix.yaml")
-    gate = ["--gate-tokens", "1500", "--gate-samples", "1", "--bound", "0.5", "-o", "gated.yaml"]
+    gate = ["--gate-tokens", "1100", "--gate-samples", "1", "--bound", "0.5", "-o", "gated.yaml"]
     result = run.invoke(app, ["calibrate", "gate", "smollm2-135m", config, *gate])
     assert result.exit_code == 0, result.output
     assert load("gated.yaml").provenance["gate"]["checks"][1]["dense"] == 1.0
