@@ -264,7 +264,7 @@ def timed(out: str, parts: list[str]) -> None:
         note(out, part="start", **engines[kind].wait("READY"))
     stock, ours = engines["stock"], engines["sparsekit"]
     arms = [(stock, None), (ours, "trianglemix")]
-    lengths = [n for n in (131072, 32768, 8192, 4096) if n <= LONGEST]
+    lengths = [int(n) for n in os.environ.get("CARD_LENGTHS", "131072,32768,8192,4096").split(",") if int(n) <= LONGEST]
 
     def in_turns(part: str, chunk: int, arms: list[Any], tokens: int, rounds: int) -> None:
         for engine, _ in arms:
