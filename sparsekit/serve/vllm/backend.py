@@ -310,12 +310,14 @@ def warm_chunks(longest: int, rows: int) -> list[Chunk]:
     """Chunks that have every kernel compiled which a prompt of up to `longest` tokens may ask for.
 
     The largest one; then one that ends at each power of two, where tables of key blocks double, and one that neither
-    begins nor ends on a block, as where decoding shares its step.
+    begins nor ends on a block, as where decoding shares its step; and a prompt's first few tokens, of which windows
+    drop nothing.
     """
     few = min(rows, WARM_TOKENS)
     doubled = takewhile(lambda end: end < longest, (few << power for power in count()))
     ends = [end - off for end in (*doubled, longest) for off in (0, OFF_BLOCK)]
-    pairs = dict.fromkeys([(longest - rows, longest), *((max(end - few, 0), end) for end in ends if end > 0)])
+    parts = [(longest - rows, longest), *((max(end - few, 0), end) for end in ends if end > 0)]
+    pairs = dict.fromkeys([*parts, (0, min(few, OFF_BLOCK))])
     return [Chunk(first, end, end + (1 << 20)) for first, end in pairs]
 
 
