@@ -170,7 +170,7 @@ def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pyte
     monkeypatch.setattr(backend, "attend_part", noted)
     backend.take_scratch(Bound(0, layers, 0, longest=4096), torch.zeros(256, 4, 16), 2, Softmax(1.0))
     assert read[:2] == [128 + 128 + 256, 4096]
-    assert len(read) == 2 * 2 * 5
+    assert len(read) == 2 * (2 * 5 + 1)
 
 
 def test_the_profiling_run_meets_every_size_of_table() -> None:
