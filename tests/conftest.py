@@ -10,9 +10,12 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; read when huggingface_hub is imported
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-# With `-n`, pytest-xdist's workers share the cores: 14 of them with 16 threads each spend their time on switching.
+# With `-n`, pytest-xdist's workers share the cores, and so do the processes that their tests start: 14 of them with 16
+# threads each spend their time on switching.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

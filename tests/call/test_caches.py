@@ -186,7 +186,7 @@ def test_memory_is_flat_over_batches_of_changing_lengths() -> None:
     kept, resident = zip(*json.loads(ran.stdout), strict=True)
     assert kept[0] > 50 << 20  # there is something to bound
     assert max(kept) <= BUDGET
-    # Without a bound 580 MB; the C library itself keeps some of what is freed, and gives it back late.
+    # Without a bound 650 MB; the C library itself keeps some of what is freed, and gives it back late.
     assert max(resident[3:]) - resident[2] < 400 << 20, [size >> 20 for size in resident]
 
 
