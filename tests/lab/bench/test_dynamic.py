@@ -185,7 +185,7 @@ def test_rows_are_complete_and_written(tmp_path: Path, loudest: type[DynamicPatt
     assert some["error_l2"] > 0 and some["error_l1"] > 0 and some["plan_bytes"] > 0 and some["impl"] == "torch"
     for name in ("index_ms", "attend_ms", "ms"):
         assert 0 < some[f"{name}_p20"] <= some[name] <= some[f"{name}_p80"]
-    assert some["times_dense"] == pytest.approx(rows[6]["ms"] / some["ms"], rel=1e-2)
+    assert some["times_dense"] == pytest.approx(rows[6]["ms"] / some["ms"], rel=1e-2, abs=5e-4)
     assert everything["pair_density"] == 1 and everything["tile_density"] == 1
     assert everything["recall"] == pytest.approx(1, abs=1e-4) and everything["error_l2"] < 1e-5
 
@@ -317,7 +317,7 @@ def test_peers_are_timed_beside(tmp_path: Path, loudest: type[DynamicPattern]) -
     assert doubled["ms"] > 0 and doubled["index_ms"] > 0 and doubled["times_dense"] > 0
     assert doubled["tile_density"] == 0.5 and doubled["parameters"] == {"top_k": 3} and doubled["tokens"] == 300
     same, other = (row for row in rows if row["case"] == "dynamic")
-    assert same["times_peer"] == pytest.approx(doubled["ms"] / same["ms"], rel=1e-2) and "times_peer" not in other
+    assert same["times_peer"] == pytest.approx(doubled["ms"] / same["ms"], rel=1e-2, abs=5e-4) and "times_peer" not in other
     assert same["times_peer_index"] < 1
     assert "ms" not in index and "error_l1" not in index and index["index_ms"] > 0
     assert absent["missing"] == "ImportError: no module named x"
