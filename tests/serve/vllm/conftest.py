@@ -32,7 +32,7 @@ def reference(llama: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def start(llama: Path) -> Iterator[Callable[..., Any]]:
-    """start(sparsekit=..., **options) -> an LLM; the one before it is gone then."""
+    """start(sparsekit=..., model=folder, **options) -> an LLM; the one before it is gone then."""
     held: list[Any] = []
 
     def stop() -> None:
@@ -43,7 +43,7 @@ def start(llama: Path) -> Iterator[Callable[..., Any]]:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def begin(sparsekit: Any = None, **options: Any) -> Any:
+    def begin(sparsekit: Any = None, model: Path = llama, **options: Any) -> Any:
         from vllm import LLM
 
         stop()
@@ -53,7 +53,7 @@ def start(llama: Path) -> Iterator[Callable[..., Any]]:
             "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "seed": 0, "max_model_len": 4096,
             "max_num_batched_tokens": 512, "enable_prefix_caching": False,
         }  # fmt: skip
-        held.append(LLM(str(llama), **{**defaults, **options}))
+        held.append(LLM(str(model), **{**defaults, **options}))
         return held[-1]
 
     yield begin

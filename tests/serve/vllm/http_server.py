@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,11 +61,9 @@ def serving(model: Path, log: Path, options: Sequence[str], sparsekit: Any = Non
 
 def end(process: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(30)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
 
 
 def complete(url: str, *, timeout: float = 300, **body: Any) -> Any:

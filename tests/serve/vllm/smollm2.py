@@ -1,5 +1,5 @@
-"""A real model in vLLM on a CPU: SmolLM2-135M, on prompts with four keys of which one is asked for. In `make test-vllm`'s
-environment:
+# ruff: noqa: E402
+"""A real model in vLLM on a CPU: SmolLM2-135M, asked for one of four keys. In the environment of `make test-vllm`:
 
     python tests/serve/vllm/smollm2.py answers OUT.jsonl [COUNT]   over HTTP against sparsekit.apply in transformers
     python tests/serve/vllm/smollm2.py prefix OUT.jsonl [COUNT]    a chat's second turn, its first one cached, or not
@@ -45,11 +45,13 @@ STEPS = NEEDLE.max_new_tokens
 
 
 def recorder(path: str, part: str) -> Callable[..., None]:
+    from transformers import __version__ as transformers_version
     from vllm import __version__
 
     file = Path(path)
     command = f"python tests/serve/vllm/smollm2.py {part} OUT {' '.join(sys.argv[3:])}".rstrip()
-    where = {**place(torch.device("cpu")), "vllm": __version__, "command": command}
+    versions = {"vllm": __version__, "transformers": transformers_version}
+    where = {**place(torch.device("cpu")), **versions, "command": command}
 
     def note(**record: Any) -> None:
         line = json.dumps({"part": part, **record, **where})
@@ -117,15 +119,17 @@ def answers(out: str, count: int) -> None:
             scores = [NEEDLE.score(until_end(each, tokenizer), sample) for each in (tokens, theirs)]
             pairs.append((alike, scores, max(far, default=0.0), min(margins)))
             note(
-                tokens=len(ids), seed=len(pairs) - 1, same_tokens=alike, of=STEPS, margin_there=margins[alike] if alike < STEPS else None,
-                least_margin=min(margins), largest_difference=pairs[-1][2], score_transformers=scores[0],
-                score_served=scores[1], answer=tokens, served=theirs, ran=ran,
+                tokens=len(ids), seed=len(pairs) - 1, same_tokens=alike, of=STEPS,
+                margin_there=margins[alike] if alike < STEPS else None, least_margin=min(margins),
+                largest_difference=pairs[-1][2], score_transformers=scores[0], score_served=scores[1], answer=tokens,
+                served=theirs, ran=ran,
             )  # fmt: skip
+    found = [sum(scores[i] for _, scores, *_ in pairs) / count for i in range(2)]
     note(
         summary=True, prompts=count, lengths=[len(ids) for ids in prompts],
-        token_differences=sum(alike < STEPS for alike, *_ in pairs), largest_difference=max(far for *_, far, _ in pairs),
-        least_margin=min(margin for *_, margin in pairs),
-        score_transformers=sum(s[0] for _, s, *_ in pairs) / count, score_served=sum(s[1] for _, s, *_ in pairs) / count,
+        token_differences=sum(alike < STEPS for alike, *_ in pairs),
+        largest_difference=max(far for *_, far, _ in pairs), least_margin=min(margin for *_, margin in pairs),
+        score_transformers=found[0], score_served=found[1],
     )  # fmt: skip
 
 
@@ -137,10 +141,8 @@ def second_turn(tokenizer: Any, sample: Sample, first: list[int]) -> tuple[list[
     facts = re.findall(r"magic numbers for (\S+) is: (\d+)\.", sample.prompt)
     key, number = next((key, n) for key, n in facts if n not in sample.answers)
     prefix = f"The special magic number for {key} mentioned in the provided text is"
-    text = (
-        f" {sample.answers[0]}.<|im_end|>\n<|im_start|>user\nWhat is the special magic number for {key} mentioned in the "
-        f"provided text?<|im_end|>\n<|im_start|>assistant\n{prefix}"
-    )
+    question = f"What is the special magic number for {key} mentioned in the provided text?"
+    text = f" {sample.answers[0]}.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{prefix}"
     ids = first + tokenizer(text, add_special_tokens=False).input_ids
     return ids, Sample(prompt=sample.prompt, answers=(number,), answer_prefix=prefix)
 
