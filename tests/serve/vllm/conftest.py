@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ def start(llama: Path) -> Iterator[Callable[..., Any]]:
         while held:
             held.pop().llm_engine.engine_core.shutdown()
         gc.collect()
+        # vLLM 0.32 looks into every module when an engine starts, and fails at llvmlite, which drafts of n-grams import.
+        for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+            del sys.modules[name]
         cleanup_dist_env_and_memory()
 
     def begin(sparsekit: Any = None, model: Path = llama, **options: Any) -> Any:

@@ -62,10 +62,10 @@ def test_a_full_cache_cancelled_prompts_and_a_thousand_requests(
     prompts = [prompt(900 + 10 * i, seed=i) for i in range(6)]
     for ids, output in zip(prompts, generate(llm, prompts, [None] * 6), strict=True):
         assert largest_difference(reference, config, ids, output.outputs[0]) < ROUNDING
-    _short(llm, 300)
+    _short(llm, 1000)  # after as many, memory stays where it is
     begun = psutil.Process().memory_info().rss
     _short(llm, 1000)
-    assert psutil.Process().memory_info().rss - begun < 32 << 20
+    assert psutil.Process().memory_info().rss - begun < 16 << 20
     held = _held(llm)
     assert held.pop("steps") <= 1  # the last batch's
     empty.pop("steps")
