@@ -42,7 +42,7 @@ def start(llama: Path) -> Iterator[Callable[..., Any]]:
         while held:
             held.pop().llm_engine.engine_core.shutdown()
         gc.collect()
-        # vLLM 0.32 looks into every module when an engine starts, and fails at llvmlite, which drafts of n-grams import.
+        # vLLM 0.32 looks into every module when an engine starts, and fails at llvmlite, which n-gram drafts import.
         for name in [name for name in sys.modules if name.startswith("llvmlite")]:
             del sys.modules[name]
         cleanup_dist_env_and_memory()
