@@ -10,7 +10,7 @@ import pytest
 
 from sparsekit.config import ModelFacts
 from sparsekit.serve.vllm import meter, steps
-from sparsekit.serve.vllm.settings import FIELDS, TESTED, WRAPPED, settings_of
+from sparsekit.serve.vllm.settings import FIELDS, SALTED, TESTED, WRAPPED, settings_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
@@ -34,6 +34,11 @@ def test_fields_backends_and_releases() -> None:
     assert [re.sub(r"\[.*", "", cell.strip()) for cell in heading.strip("|").split("|")][1:] == list(WRAPPED)
     notes = set(re.findall(r"\[\^(\w+)\]:", PAGE))
     assert notes == set(re.findall(r"\[\^(\w+)\](?!:)", PAGE))
+
+
+def test_connectors() -> None:
+    named = PAGE[PAGE.index("## Prefill and decode apart") : PAGE.index("## Chunks")]
+    assert {name for name in re.findall(r"`(\w+Connector)`", named) if name != "MultiConnector"} == set(SALTED)
 
 
 def test_the_error_of_a_request_is_quoted() -> None:

@@ -104,12 +104,18 @@ def _server(**changes: Any) -> Any:
     )  # fmt: skip
     parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False)
     cache = SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False)
+    server = SimpleNamespace(
+        model_config=model, parallel_config=parallel, cache_config=cache, kv_transfer_config=None,
+        additional_config={"sparsekit": TRIANGLE},
+    )  # fmt: skip
     for name, value in changes.items():
-        owner = next(x for x in (model, parallel, cache) if hasattr(x, name))
+        owner = next(x for x in (model, parallel, cache, server) if hasattr(x, name))
         setattr(owner, name, value)
-    return SimpleNamespace(
-        model_config=model, parallel_config=parallel, cache_config=cache, additional_config={"sparsekit": TRIANGLE}
-    )
+    return server
+
+
+def _transfer(name: str, module: str | None = None, **extra: Any) -> Any:
+    return SimpleNamespace(kv_connector=name, kv_connector_module_path=module, kv_connector_extra_config=extra)
 
 
 @pytest.fixture
@@ -150,12 +156,34 @@ def test_a_server_that_was_told_nothing_is_left_alone(vllm: Any, monkeypatch: py
         ({"enable_dbo": True}, "--enable-dbo"),
         ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8: quantised keys are not read; use auto or bfloat16"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"kv_transfer_config": _transfer("ExampleConnector")}, "--kv-transfer-config ExampleConnector"),
+        ({"kv_transfer_config": _transfer("NixlConnector", "mine.nixl")}, "--kv-transfer-config NixlConnector"),
+        (
+            {
+                "kv_transfer_config": _transfer(
+                    "MultiConnector",
+                    connectors=[{"kv_connector": "NixlConnector"}, {"kv_connector": "LMCacheConnectorV1"}],
+                )
+            },
+            "--kv-transfer-config LMCacheConnectorV1: it is not known to tell pages of different configs apart",
+        ),
     ],
 )
 def test_options_that_are_refused(vllm: Any, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(SparsekitError) as error:
         requests.checked_settings(_server(**changes))
     assert says in _line(error)
+
+
+def test_connectors_that_keep_configs_apart_are_served(vllm: Any) -> None:
+    several = _transfer("MultiConnector", connectors=[{"kv_connector": name} for name in settings.SALTED])
+    for transfer in (several, *map(_transfer, settings.SALTED)):
+        server = _server(kv_transfer_config=transfer)
+        assert requests.checked_settings(server) is not None
+        server.additional_config = {"sparsekit": {"config": TRIANGLE, "exact_prefix": True}}
+        with pytest.raises(SparsekitError, match="exact_prefix with --kv-transfer-config") as error:
+            requests.checked_settings(server)
+        _line(error)
 
 
 def test_batch_invariance_is_refused(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from sparsekit.serve.vllm.backend import Step, chunks_of, rows_of, uncut
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER, LayerCounts, Meter
 from sparsekit.serve.vllm.settings import Settings, settings_of
-from sparsekit.serve.vllm.steps import Told
+from sparsekit.serve.vllm.steps import Told, _note_v2, hook
 
 T = "{name: triangle, sink_tokens: 8, window_tokens: 64, last_tokens: 32}"
 FACTS = ModelFacts(num_layers=2, num_heads=4)
@@ -205,3 +205,24 @@ def test_reading_the_counts_does_not_hold_up_who_starts_kernels() -> None:
     reader.join(10)
     assert found[0]["layers"]["0"]["kept_pairs"] == 8
     assert counts.on_device is None and meter.report()["layers"]["0"]["kept_pairs"] == 8
+
+
+def test_the_second_runner_forgets_requests_that_have_ended() -> None:
+    """It keeps no sampling parameters, so that its requests' choices are noted beside it."""
+
+    class Runner:
+        def __init__(self) -> None:
+            self.req_states = SimpleNamespace(req_id_to_index=dict[str, int]())
+
+        def add_requests(self, output: Any) -> None:
+            self.req_states.req_id_to_index = {request.req_id: 0 for request in output.scheduled_new_reqs}
+
+    hook(Runner, "add_requests", _note_v2)
+    runner: Any = Runner()
+    for i in range(1000):
+        params = SimpleNamespace(extra_args={"sparsekit": str(i)})
+        runner.add_requests(
+            SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(req_id=f"r{i}", sampling_params=params)])
+        )
+        assert runner.sparsekit_extra_args[f"r{i}"] == {"sparsekit": str(i)}
+    assert len(runner.sparsekit_extra_args) < 100

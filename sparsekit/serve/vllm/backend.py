@@ -191,6 +191,14 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
     class Builder(stock.get_builder_cls()):  # type: ignore[misc]
         supports_update_block_table = False  # a copy with another block table would keep this one's Step
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if transposed and serving() is not None and self.isa != "vec":
+                raise SparsekitError(
+                    f"CPU_ATTN packs its pages for {self.isa!r} here; sparsekit reads those for 'vec' alone: on x86, "
+                    "head sizes that are multiples of 32; where there is AMX, in float32."
+                )
+
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> Any:
             """At most graphs of decoding: one of mixed batches would hold no sparse prompt."""
@@ -240,7 +248,7 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 part = slice(begin, end)
                 k, v = (None if x is None else x[part] for x in (key, value))
                 super().forward(layer, query[part], k, v, kv_cache, metadata, output[part])
-            pages = self._pages(layer, kv_cache)
+            pages = self._pages(kv_cache)
             for run in runs:
                 self._run(bound, run, query, Keys(*pages, run.table), output)
             return output
@@ -260,15 +268,10 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 self._softmax = Softmax(self.scale, self.logits_soft_cap or None, getattr(self, "sinks", None))
             return self._softmax
 
-        def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
             """Keys and values, (pages, G, size, D) each, of a cache (pages, G, size, 2 D)."""
             if not transposed:
                 return kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
-            isa = getattr(layer, "isa", None)
-            if isa != "vec":
-                raise SparsekitError(
-                    f"CPU_ATTN packs its pages for {isa!r} here; sparsekit reads those for 'vec' alone."
-                )
             count, heads, size, width = kv_cache.shape
             keys, values = kv_cache.reshape(count, heads, 2, size * width // 2).unbind(2)
             return (

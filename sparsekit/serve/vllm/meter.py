@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sparsekit.plan import BlockPlan
 
 __all__ = ["FOLDER", "METER", "LayerCounts", "Meter", "counts_of_workers"]
 
-FOLDER = "SPARSEKIT_METRICS_DIR"  # set by the API server, inherited by its workers
+FOLDER = "SPARSEKIT_METRICS_DIR"  # set by the API server, for its workers
 PENDING = 256  # intervals of a layer that may wait to be read
 
 
@@ -197,10 +198,10 @@ class _Collector:
         yield fell
 
 
+@cache
 def expose() -> None:
-    """Show the workers' counts beside this process's Prometheus metrics; once."""
-    if os.environ.get(FOLDER):
-        return
+    """Show the workers' counts beside this process's Prometheus metrics; once. A server that starts another one hands
+    its environment on: the folder in it is not this server's."""
     from prometheus_client import REGISTRY
 
     folder = tempfile.mkdtemp(prefix="sparsekit-metrics-")

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import expose
-from sparsekit.serve.vllm.settings import Settings, facts_of, refuse, settings_of, source_of
+from sparsekit.serve.vllm.settings import KEY, Settings, facts_of, refuse, settings_of, source_of
 from sparsekit.serve.vllm.steps import check_hooks, hook
 
 __all__ = ["checked_settings", "hook_requests"]
@@ -24,7 +24,13 @@ def checked_settings(vllm_config: Any) -> Settings | None:
         return None
     refuse(vllm_config)
     check_hooks()
-    return settings_of(source, facts_of(vllm_config))
+    settings = settings_of(source, facts_of(vllm_config))
+    if settings.exact_prefix and vllm_config.kv_transfer_config is not None:
+        raise SparsekitError(
+            f"{KEY}.exact_prefix with --kv-transfer-config: it keeps pages out of vLLM's own cache, not out of a "
+            "connector's. Leave one of them out."
+        )
+    return settings
 
 
 def hook_requests() -> None:

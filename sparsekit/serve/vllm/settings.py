@@ -38,6 +38,12 @@ ENV = "SPARSEKIT_CONFIG"  # the same as the key, for containers
 ANY_VERSION = "SPARSEKIT_ANY_VLLM"
 TESTED = ((0, 26), (0, 33))  # first and last release, both included
 WRAPPED = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")  # backends, each a file of that name
+# KV connectors that know a page by vLLM's own hash of its block, which holds the request's cache salt, or by that salt,
+# or that hand a request's pages over to this request alone.
+SALTED = (
+    "LMCacheMPConnector", "MoRIIOConnector", "MooncakeConnector", "MooncakeStoreConnector", "NixlConnector",
+    "NixlPullConnector", "NixlPushConnector", "OffloadingConnector", "SimpleCPUOffloadConnector",
+)  # fmt: skip
 FIELDS = ("config", "configs", "default", "exact_prefix")
 TAIL_TOKENS = 1 << 20  # a prompt long enough that its dense last rows are a part of it
 
@@ -196,6 +202,16 @@ def version_refusal(version: tuple[Any, ...]) -> str:
     )
 
 
+def unsalted(transfer: Any) -> str:
+    """A KV connector by which configs would share pages, or nothing."""
+    if transfer is None or transfer.kv_connector is None:
+        return ""
+    extra = transfer.kv_connector_extra_config or {}
+    parts = extra.get("connectors", ()) if transfer.kv_connector == "MultiConnector" else (vars(transfer),)
+    own = (each for each in parts if each["kv_connector"] not in SALTED or each.get("kv_connector_module_path"))
+    return str(next((each["kv_connector"] for each in own), ""))
+
+
 def refuse(vllm_config: Any) -> None:
     """Refuse a server whose options sparsekit does not serve.
 
@@ -223,6 +239,11 @@ def refuse(vllm_config: Any) -> None:
         (
             cache.cache_dtype not in ("auto", dtype),
             f"--kv-cache-dtype {cache.cache_dtype}: quantised keys are not read; use auto or {dtype}",
+        ),
+        (
+            shared := unsalted(vllm_config.kv_transfer_config),
+            f"--kv-transfer-config {shared}: it is not known to tell pages of different configs apart, as these are: "
+            f"{', '.join(SALTED)}",
         ),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill: layers drop the prompt's rows"),
         (os.environ.get("VLLM_BATCH_INVARIANT") == "1", "VLLM_BATCH_INVARIANT: a chunk's result depends on its size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def reference(llama: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def start(llama: Path) -> Iterator[Callable[..., Any]]:
-    """start(sparsekit=..., **options) -> an LLM; the one before it is gone then."""
+    """start(sparsekit=..., model=folder, **options) -> an LLM; the one before it is gone then."""
     held: list[Any] = []
 
     def stop() -> None:
@@ -41,9 +42,12 @@ def start(llama: Path) -> Iterator[Callable[..., Any]]:
         while held:
             held.pop().llm_engine.engine_core.shutdown()
         gc.collect()
+        # vLLM 0.32 looks into every module when an engine starts, and fails at llvmlite, which n-gram drafts import.
+        for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+            del sys.modules[name]
         cleanup_dist_env_and_memory()
 
-    def begin(sparsekit: Any = None, **options: Any) -> Any:
+    def begin(sparsekit: Any = None, model: Path = llama, **options: Any) -> Any:
         from vllm import LLM
 
         stop()
@@ -53,7 +57,7 @@ def start(llama: Path) -> Iterator[Callable[..., Any]]:
             "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "seed": 0, "max_model_len": 4096,
             "max_num_batched_tokens": 512, "enable_prefix_caching": False,
         }  # fmt: skip
-        held.append(LLM(str(llama), **{**defaults, **options}))
+        held.append(LLM(str(model), **{**defaults, **options}))
         return held[-1]
 
     yield begin

@@ -9,6 +9,8 @@ import pytest
 from test_engine import CONFIGS, ROUNDING, generate, report
 from tiny_llama import Reference, largest_difference, prompt
 
+from sparsekit import SparsekitError
+
 
 def _ask(llm: Any, ids: list[int], name: str | None = None) -> Any:
     return generate(llm, [ids], [name], tokens=4)[0]
@@ -96,9 +98,12 @@ def test_refused_at_start(start: Callable[..., Any], monkeypatch: pytest.MonkeyP
         start(CONFIGS["triangle"], kv_cache_dtype="fp8")
     from sparsekit.serve.vllm import settings
 
-    monkeypatch.setattr(settings, "WRAPPED", ("FLASH_ATTN",))
-    with pytest.raises(Exception, match=r"layer 0 is to run triangle\(.*vLLM chose the backend CPU_ATTN"):
-        start(CONFIGS["triangle"])
+    with monkeypatch.context() as patched:
+        patched.setattr(settings, "WRAPPED", ("FLASH_ATTN",))
+        with pytest.raises(Exception, match=r"layer 0 is to run triangle\(.*vLLM chose the backend CPU_ATTN"):
+            start(CONFIGS["triangle"])
+    with pytest.raises(SparsekitError, match="CPU_ATTN packs its pages for 'vec16' here"):
+        start(CONFIGS["triangle"], hf_overrides={"head_dim": 80}, load_format="dummy")
 
 
 def test_the_report_counts_what_ran(start: Callable[..., Any]) -> None:
