@@ -64,8 +64,9 @@ def check(
         for head, rows in filter(lambda table: table[1], (found.table(), found.layers_table())):
             print_table(head, rows, right=frozenset(range(1, len(head))))
         typer.echo("\n".join(found.lines()))
-    if not found.kept or (found.held is False and output is None):
-        how = "; --output FILE writes the config with them dense" if found.kept else ""
+    useful = found.kept and not found.nothing_left
+    if found.held is False and (output is None or not useful):
+        how = "; --output FILE writes the config with them dense" if useful else "; nothing is written" * bool(output)
         raise SparsekitError(f"{found.verdict().removesuffix('.')}{how}.")
     if output is not None:
         made: dict[str, Any] = {"command": command_line(), **made_on(loaded)}

@@ -76,6 +76,11 @@ class CheckReport:
         """Whether the budget holds at last, by the mean; so it is without one."""
         return self.budget is None or self.after.mean <= self.budget
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether every sparse layer had to be given back."""
+        return bool(self.given_back) and len(self.given_back) == len(self.alone)
+
     def why(self, layer: int) -> str:
         """Why a layer that was given back runs dense."""
         return f"given back by the check: KL {self.alone[layer]:.3g} alone, budget {self.budget}"
@@ -88,10 +93,10 @@ class CheckReport:
             return f"the budget of {self.budget} is held{self._doubt(self.before)}."
         said = f"KL from dense {self.before} nats a token exceeds the budget of {self.budget}"
         if not self.kept:
-            return (
-                f"{said}, and still does with every sparse layer dense ({self.after}): that is rounding, by "
-                "dense_impl: kernel; raise the budget or let dense layers run the model's own attention."
-            )
+            by = ", by dense_impl: kernel" if self.config.dense_impl == "kernel" else ""
+            return f"{said}, and still does with every sparse layer dense ({self.after}): that is rounding{by}."
+        if self.nothing_left:
+            return f"{said}, and holds only with every sparse layer dense: {format_range(self.given_back)}."
         many = len(self.given_back) > 1
         first = f"layer{'s' if many else ''} {format_range(self.given_back)} diverge{'' if many else 's'} most"
         then = f"with {'them' if many else 'it'} dense it is {self.after}"
