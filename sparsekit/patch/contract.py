@@ -7,6 +7,7 @@ in both, so a config is judged by the keys and values that its prefill leaves, a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -221,6 +222,11 @@ class _Measured:
                 if not back:
                     self._check_sparse(handle, i)
             kl = divergence(logprobs(self.dense[i]), logprobs(got))
+            if not math.isfinite(kl):
+                name = self.prompts[i].name
+                raise SparsekitError(
+                    f"{name}: KL from dense is {kl}: the model's logits are not finite in {self.model.dtype}."
+                )
             self._kl[key] = max(kl, 0.0)  # rounding may take it below
             self.step(1, f"{len(back)} layers dense: {self.prompts[i].name}" if back else self.prompts[i].name)
         return self._kl[key]

@@ -276,6 +276,15 @@ def test_other_refusals(model: PreTrainedModel) -> None:
     assert not math.isnan(sparsekit.check(model.eval(), _config(), PROMPTS).before.mean)
 
 
+def test_logits_that_are_not_finite_are_refused(model: PreTrainedModel) -> None:
+    def broken(module: object, args: object, out: torch.Tensor) -> torch.Tensor:
+        return out.index_fill(-1, torch.tensor([7]), -math.inf)
+
+    model.lm_head.register_forward_hook(broken)
+    with pytest.raises(SparsekitError, match="prompt 0: KL from dense is nan: the model's logits are not finite"):
+        sparsekit.check(model, _config(TIGHT), PROMPTS)
+
+
 def test_chats_that_cannot_be_read() -> None:
     words: Any = Words()
     for prompt, says in (
