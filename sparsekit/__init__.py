@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparsekit.config import SparseConfig, load
     from sparsekit.config.costs import explain
     from sparsekit.errors import SparsekitError
-    from sparsekit.patch import apply, remove
+    from sparsekit.patch import apply, check, remove
     from sparsekit.patterns import Pattern
     from sparsekit.patterns.attention import attention
     from sparsekit.plan import BlockPlan
@@ -29,6 +29,7 @@ _HOMES = {
     "SparsekitError": "errors",
     "apply": "patch",
     "attention": "patterns.attention",
+    "check": "patch",
     "clear_caches": "call.caches",
     "explain": "config.costs",
     "load": "config",
@@ -43,6 +44,7 @@ __all__ = [
     "SparsekitError",
     "apply",
     "attention",
+    "check",
     "clear_caches",
     "explain",
     "load",

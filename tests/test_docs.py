@@ -14,7 +14,7 @@ import yaml
 
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.cli import app, describe_patterns
-from sparsekit.config import ModelFacts
+from sparsekit.config import MeasuredOn, ModelFacts
 from sparsekit.lab.calibrate.inspection import read_inspection
 from sparsekit.lab.calibrate.rules import RULES
 from sparsekit.lab.report import markdown_report
@@ -88,6 +88,8 @@ def test_the_reference_of_the_yaml_file_is_complete() -> None:
     text = (DOCS / "config.md").read_text()
     assert [row[0].strip("`") for row in _rows(text, "## Fields")] == list(SparseConfig.model_fields)
     assert [row[0].strip("`") for row in _rows(text, "### model")] == list(ModelFacts.model_fields)
+    contract = (DOCS / "contract.md").read_text()
+    assert [row[0].strip("`") for row in _rows(contract, "| field of")] == list(MeasuredOn.model_fields)
     for name, default, _ in _rows(text, "## Fields"):
         field = SparseConfig.model_fields[name.strip("`")]
         if default != "nothing":

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from sparsekit.cli.about import describe_patterns, doctor, named_models, validate
 from sparsekit.cli.calibrate import calibrate_app
+from sparsekit.cli.check import check
 from sparsekit.cli.evaluate import eval_, report, sweep
 from sparsekit.cli.inspect import inspect
 from sparsekit.cli.options import Config, Json, Model, Seed, Tokens, Yaml, command_line
@@ -333,7 +334,13 @@ def _say_shape(config: SparseConfig, model: str | None) -> None:
 
 
 app.add_typer(calibrate_app, name="calibrate")
-for _name, _command in (("inspect", inspect), ("eval", eval_), ("sweep", sweep), ("report", report)):
+for _name, _command in (
+    ("check", check),
+    ("inspect", inspect),
+    ("eval", eval_),
+    ("sweep", sweep),
+    ("report", report),
+):
     app.command(_name)(_command)
 
 

@@ -411,7 +411,8 @@ def _calibrate_agreement(
 
 
 def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, options: Gate) -> None:
-    from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
+    from sparsekit.config import give_back
+    from sparsekit.lab.calibrate.gate import gate, write_gated
 
     lengths = numbers_of(options.gate_tokens, "--gate-tokens")
     for again in (options.give_back, False):

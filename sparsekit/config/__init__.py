@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from sparsekit.config.budget import Budget, MeasuredOn
+from sparsekit.config.giving_back import give_back
 from sparsekit.config.ranges import format_range, parse_range
 from sparsekit.config.schema import ArchFacts, LayerPatterns, ModelFacts, ResolvedConfig, SparseConfig, load
 from sparsekit.config.strict_yaml import parse_yaml
 
 __all__ = [
     "ArchFacts",
+    "Budget",
     "LayerPatterns",
+    "MeasuredOn",
     "ModelFacts",
     "ResolvedConfig",
     "SparseConfig",
     "format_range",
+    "give_back",
     "load",
     "parse_range",
     "parse_yaml",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sparsekit.config.budget import Budget
 from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
@@ -230,6 +231,7 @@ class SparseConfig(BaseModel):
         default: the pattern of layers that no rule names.
         layers: "0-15" or "3" or "0,4,8-11" -> pattern.
         heads: layers -> query heads -> pattern; wins over `layers`.
+        budget: what it promises; it changes nothing that runs, `sparsekit.check` holds the config to it.
         provenance: how calibration wrote this file; free-form.
     """
 
@@ -243,6 +245,7 @@ class SparseConfig(BaseModel):
     default: AnyPattern = Field(default_factory=lambda: parse_pattern("dense"))
     layers: dict[str, AnyPattern] = {}
     heads: dict[str, dict[str, AnyPattern]] = {}
+    budget: Budget | None = None
     provenance: dict[str, Any] = {}
 
     _bounded = field_validator("dense_below_tokens", "min_queries", mode="before")(bounded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.tasks import Sample, Task, prompt_ids
 from sparsekit.models import can_shorten
 from sparsekit.patch import Handle, LayerReport
+from sparsekit.patch.divergence import divergence, ends, greedy, logprobs, read_truth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,18 +101,18 @@ def answer(
 
     with nullcontext() if handle is None else handle.pause():
         if stop_when_found and spare is None:
-            logits = _read_truth(model, first, cache, truth)
+            logits = read_truth(model, first, cache, truth)
             same = (logits[0].argmax(-1) == truth[0]).cumprod(0)
             kept = min(int(same.sum()), truth.shape[1] - 1, task.max_new_tokens - 1)
             _shorten(cache, ids.shape[1] + kept)
             draft = truth[0, :kept].tolist()
-            text = text_of(_greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
+            text = text_of(greedy(model, logits[:, kept], cache, task.max_new_tokens, found, draft))
         else:
-            text = text_of(_greedy(model, first, cache, task.max_new_tokens, found))
+            text = text_of(greedy(model, first, cache, task.max_new_tokens, found))
             if spare is None:
                 _shorten(cache, ids.shape[1])
-            logits = _read_truth(model, first, cache if spare is None else spare, truth)
-    return Answer(text, _score(task, text, sample), seconds, ids.shape[1], _logprobs(logits), layers)
+            logits = read_truth(model, first, cache if spare is None else spare, truth)
+    return Answer(text, _score(task, text, sample), seconds, ids.shape[1], logprobs(logits), layers)
 
 
 @torch.inference_mode()
@@ -150,14 +151,14 @@ def answer_together(
             found.append(answer(model, tokenizer, task, sample, handle=handle, stop_when_found=True))
             continue
         with nullcontext() if handle is None else handle.pause():
-            logits = _read_truth(model, first, cache, truth)
+            logits = read_truth(model, first, cache, truth)
         _shorten(cache, ids.shape[1])
         bytes_each = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         if waiting and used + bytes_each > TOGETHER_BYTES:
             decode()
             used = 0
         used += bytes_each
-        waiting.append((sample, Answer("", 0.0, seconds, ids.shape[1], _logprobs(logits), layers), first, cache))
+        waiting.append((sample, Answer("", 0.0, seconds, ids.shape[1], logprobs(logits), layers), first, cache))
     if waiting:
         decode()
     return found
@@ -176,11 +177,6 @@ def _prefilled(
     seconds = time.perf_counter() - start
     layers = () if handle is None else handle.report().layers
     return ids, truth.to(model.device), prefill.logits[:, -1], prefill.past_key_values, seconds, layers
-
-
-def _logprobs(logits: Tensor) -> Tensor:
-    """In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding."""
-    return logits[0].double().log_softmax(-1)
 
 
 def _score(task: Task, text: str, sample: Sample) -> float:
@@ -231,43 +227,11 @@ def _nll(logits: Tensor, truth: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="none")
 
 
-def _read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor) -> Tensor:
-    """Logits (1, A, vocabulary) at the A tokens of `truth` after a prefill, whose cache grows by A - 1."""
-    logits = first[:, None]
-    if truth.shape[1] > 1:
-        rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, rest.logits], 1)
-    return logits
-
-
 def _shorten(cache: Any, tokens: int) -> None:
     """Take off what a cache holds beyond its first `tokens`."""
     beyond = cache.get_seq_length() - tokens
     if beyond:
         cache.crop(-beyond)
-
-
-def _greedy(
-    model: PreTrainedModel,
-    logits: Tensor,
-    cache: Any,
-    count: int,
-    done: Callable[[list[int]], bool],
-    draft: Sequence[int] = (),
-) -> list[int]:
-    """Up to `count` greedy tokens that follow a prefill, whose cache grows by them; fewer where `done(tokens)`.
-
-    The first are `draft`, which the cache has already; `logits` (1, vocabulary) are of the next.
-    """
-    stop = _ends(model)
-    tokens = list(draft)
-    while len(tokens) < count:
-        tokens.append(int(logits.argmax(-1)))
-        if tokens[-1] in stop or len(tokens) == count or done(tokens):
-            break
-        step: Any = model(torch.tensor([tokens[-1:]], device=model.device), past_key_values=cache, use_cache=True)
-        logits = step.logits[:, -1]
-    return tokens
 
 
 def _greedy_together(
@@ -277,7 +241,7 @@ def _greedy_together(
     rows: Sequence[tuple[Sample, Answer, Tensor, Any]],
 ) -> list[list[int]]:
     """Greedy tokens of prompts that were read one by one, each until it ends or its answers are found."""
-    stop = _ends(model)
+    stop = ends(model)
     found: list[list[int]] = [[] for _ in rows]
     lengths = torch.tensor([one.tokens for _, one, _, _ in rows], device=model.device)
     cache, longest = _stacked([cache for *_, cache in rows]), int(lengths.max())
@@ -324,16 +288,9 @@ def _stacked(caches: Sequence[Any]) -> Any:
     return joined
 
 
-def _ends(model: PreTrainedModel) -> set[Any]:
-    """The tokens that end a text."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set(ends) if isinstance(ends, list) else {ends}
-
-
 def kl_divergence(dense: Answer, other: Answer) -> float:
     """KL(dense || other) in nats a token, over the tokens of the true answer."""
-    p = dense.logprobs
-    return float((p.exp() * (p - other.logprobs)).sum(-1).mean())
+    return divergence(dense.logprobs, other.logprobs)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -27,8 +27,9 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, Reading, answer, answer_together, kl_divergence, read_on
 from sparsekit.lab.provenance import content_of_model, measured_on
 from sparsekit.lab.stats import mean_interval, mean_of_known, quantile, share_interval
-from sparsekit.lab.tasks import Sample, Task, check_positions, prompt_ids, read_corpus, task
+from sparsekit.lab.tasks import Sample, Task, prompt_ids, read_corpus, task
 from sparsekit.patch import Handle, LayerReport, apply
+from sparsekit.patch.model import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

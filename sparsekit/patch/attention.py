@@ -103,7 +103,7 @@ def _run(
         keys = Keys(k, v)
         run, choice = prepare(q, keys, plan, softmax)
         out, _ = run(q, keys, plan, softmax, False, None)
-    layer.ran, layer.why = "dense" if layer.patterns.dense else "sparse", ""
+    layer.ran, layer.why = ("dense", layer.given_back) if layer.patterns.dense else ("sparse", "")
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice
     return out.transpose(1, 2).contiguous(), None
 

@@ -29,7 +29,7 @@ def verdict(layer: Layer, rows: int, mask: Any, call: Call | None) -> Verdict:
     if applied.paused:
         return Verdict("dense", "paused")
     if layer.patterns.dense and applied.resolved.config.dense_impl == "model":
-        return Verdict("dense", "dense by config")
+        return Verdict("dense", layer.given_back or "dense by config")
     if call is None:
         got = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
         raise SparsekitError(

@@ -1,11 +1,12 @@
-"""apply and remove, and the handle that they give and take."""
+"""put_on and remove, and the handle that they give and take."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -14,6 +15,7 @@ from sparsekit.call.caches import clear_caches
 from sparsekit.call.geometry import whole
 from sparsekit.config import ResolvedConfig, SparseConfig, load
 from sparsekit.errors import SparsekitError, shown
+from sparsekit.patch.check_report import CheckReport
 from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
 from sparsekit.patch.model import attention_modules, facts_of, own_attention
 from sparsekit.patch.report import Report, report_layer
@@ -24,16 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | Path) -> Handle:
-    """Run the prefill of `model` as `cfg` says, from now on; decoding stays the model's own.
+def put_on(
+    model: PreTrainedModel,
+    cfg: SparseConfig | Mapping[str, Any] | str | Path,
+    given_back: Mapping[int, str] = MappingProxyType({}),
+    check: CheckReport | None = None,
+) -> Handle:
+    """`sparsekit.apply`, of a config that was checked, or is not to be.
 
     Args:
         model: any Hugging Face model whose attention goes through transformers' AttentionInterface.
         cfg: a path to a YAML file, YAML text, a mapping, or a SparseConfig.
-
-    Returns:
-        A handle: `report()`, `pause()`, `prompt(tokens=)`, `remove()`; also a context manager that removes at its end.
-        Applying to layers that are already patched replaces, whichever model object holds them.
+        given_back: why the config runs these layers dense, where a check found them to exceed its budget.
+        check: what the check found.
 
     Raises:
         SparsekitError: a config that is wrong or is for another model, a model outside the interface, or one that runs
@@ -58,6 +63,7 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
             index in windows,
             own_attention(module, original),
             config.min_queries,
+            given_back.get(index, ""),
         )
         applied.layers.append(layer)
 
@@ -72,7 +78,20 @@ def apply(model: PreTrainedModel, cfg: SparseConfig | Mapping[str, Any] | str | 
             for old in replaced:
                 _take_off(old, "another config was applied to this model's layers")
             applied.guarded = guard(model, text_config)
-    return Handle(applied)
+    return Handle(applied, check)
+
+
+@contextmanager
+def left_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever is put on and taken off within this block, the model is then as before, and so is what was applied."""
+    text_config = _text_config(model)
+    with CHANGES:
+        restore = _restorer(model, text_config, attention_modules(model, text_config), applied_to(model))
+    try:
+        yield
+    finally:
+        with CHANGES:
+            restore()
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -97,10 +116,12 @@ class Handle:
     Attributes:
         config: the SparseConfig as given.
         resolved: the same, spelled out for this model.
+        check: what `apply(check=)` found; None without.
     """
 
-    def __init__(self, applied: Applied) -> None:
+    def __init__(self, applied: Applied, check: CheckReport | None = None) -> None:
         self._applied = applied
+        self.check = check
 
     @property
     def config(self) -> SparseConfig:
@@ -194,7 +215,8 @@ class Handle:
                 f"the attention of layers {', '.join(gone)} was replaced or deleted after apply: what stands there "
                 "runs its own attention; sparsekit.apply the config again"
             )
-        return Report(tuple(map(report_layer, layers)), warning)
+        said = () if self.check is None else self.check.lines()
+        return Report(tuple(map(report_layer, layers)), warning, said)
 
     def _active(self, method: str) -> Applied:
         if self._applied.ended:
@@ -254,14 +276,25 @@ def _all_or_nothing(
     model: nn.Module, text_config: Any, modules: list[nn.Module], replaced: list[Applied]
 ) -> Iterator[None]:
     """If this block raises, whatever it is, the model is as before, and what was applied to it still is."""
+    restore = _restorer(model, text_config, modules, replaced)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _restorer(
+    model: nn.Module, text_config: Any, modules: list[nn.Module], replaced: list[Applied]
+) -> Callable[[], None]:
+    """What makes the model, and what is applied to it, again what they are."""
     texts = {id(text): text for text in (text_config, *(old.text_config() for old in replaced)) if text is not None}
     names = {key: text._attn_implementation_internal for key, text in texts.items()}
     doors = {key: (door, list(door.applied), door.composed) for key in texts if (door := DOORS.get(key)) is not None}
     layers = {id(module): LAYERS.get(id(module)) for module in modules}
     guards = guards_of(model, replaced)
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for key, text in texts.items():
             text._attn_implementation_internal = names[key]
             DOORS.pop(key, None)
@@ -274,7 +307,8 @@ def _all_or_nothing(
         for old in replaced:
             old.ended = ""
         restore_guards(guards)
-        raise
+
+    return restore
 
 
 def _remove(applied: Applied) -> None:

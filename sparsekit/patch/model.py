@@ -323,6 +323,16 @@ def _not_computed(modules: Sequence[Any], count: int) -> tuple[str, ...] | None:
 # ---- the model's own function
 
 
+def check_positions(model: PreTrainedModel, tokens: int, what: str = "") -> None:
+    """An error where prompts of that length leave the positions that the model was made for."""
+    config: Any = model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and tokens > most:
+        raise SparsekitError(
+            f"{what or f'tokens = {tokens}'}: the model has {most} positions, and its answers beyond them say nothing."
+        )
+
+
 def own_attention(module: nn.Module, original: str) -> Attention:
     """The function that the module's own file would have called for `original`."""
     home = _home(module)

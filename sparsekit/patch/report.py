@@ -41,10 +41,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """One `LayerReport` a layer; printing it gives a table. `warning` says why sparsekit does not run, or is empty."""
+    """One `LayerReport` a layer; printing it gives a table.
+
+    Attributes:
+        warning: why sparsekit does not run, or empty.
+        check: what `apply(check=)` found, in lines; empty without.
+    """
 
     layers: tuple[LayerReport, ...]
     warning: str = ""
+    check: tuple[str, ...] = ()
 
     def to_dicts(self) -> list[dict[str, Any]]:
         return [asdict(layer) for layer in self.layers]
@@ -64,7 +70,7 @@ class Report:
             )
         reasons = dict.fromkeys((row.impl, row.impl_why) for row in self.layers if row.impl_why)
         lines += [f"{impl}: {why}" for impl, why in reasons]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.check])
 
 
 def report_layer(layer: Layer) -> LayerReport:

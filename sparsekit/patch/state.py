@@ -79,6 +79,7 @@ class Layer:
     window: bool  # a sliding layer of the model, which a rule runs here
     attend: Attention  # the model's own function
     min_queries: int  # of the config
+    given_back: str = ""  # why the contract runs it dense
     ran: str = "not run"
     why: str = ""
     plan: BlockPlan | PlanTotals | None = None

@@ -45,6 +45,7 @@ layers:
   "4": {name: xattention, threshold: [0.9, 0.8, 0.5, 1.0e-3]}
 heads:
   "5": {"0-1": a_shape, 3: {name: block_topk, top_k: 100}}
+budget: {kl: 5e-3, prompts: {source: p.jsonl, count: 3, tokens: [469, 477], next_tokens: 8, kl: 1.0e-3}}
 provenance: {by: hand, date: 2026-11-28, scores: [0.5, 1]}
 """
 QUESTION = """
@@ -91,6 +92,7 @@ NAMES = [
     "threshold",
     "axes", "tasks", "lengths", "seeds", "question", "base", "constraints", "search", "path", "values", "low",
     "high", "log",
+    "budget", "kl", "prompts", "count",
     "objectives", "trials", "layerz", "top_k", "dense_below_tokens", "provenance", "samples", "dtype", "corpus",
 ]  # fmt: skip
 TOKENS = [

@@ -123,9 +123,10 @@ def captured(
         seed: of that needle prompt.
         dtype: of the model; default the faster one on `device`.
     """
-    from sparsekit.lab.tasks import check_positions, prompt_ids, task
+    from sparsekit.lab.tasks import prompt_ids, task
     from sparsekit.models import fast_dtype, load
     from sparsekit.patch.capture import capture_attention
+    from sparsekit.patch.model import check_positions
 
     loaded, tokenizer = load(model, dtype=dtype or fast_dtype(device), device=device)
     check_positions(loaded, tokens)

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.config import SparseConfig, format_range, load, parse_range
+from sparsekit.config import SparseConfig, format_range, give_back, load
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.probe import own_layers
@@ -25,11 +24,12 @@ from sparsekit.lab.provenance import content_of_code, content_of_model, made_on,
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
+from sparsekit.patch.giving_back import give_back_until
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Check", "GateReport", "gate", "give_back", "write_gated"]
+__all__ = ["Check", "GateReport", "gate", "write_gated"]
 
 BLAMED_PROMPTS = 4  # lost answers that layers are blamed by
 
@@ -236,21 +236,18 @@ class _Gate:
         resolved = config.resolve(facts(self.model))
         own = resolved.own_layers(facts(self.model))
         sparse = [layer.layer for layer in resolved.layers if not layer.dense and layer.layer not in own]
-        back: list[int] = []
+
+        def worth(back: list[int]) -> tuple[bool, float, float]:
+            return self._worth(give_back(config, back), lost)
+
         with progress("layers to blame", len(sparse), quiet=quiet) as step:
-            while len(back) < len(sparse):
-                step(1)
-                tried = []
-                for layer in sparse:
-                    if layer not in back:
-                        rows = [self.row(give_back(config, [*back, layer]), prompt) for prompt in lost]
-                        gained = mean(row["sparse"] - row["dense"] for row in rows)
-                        tried.append((gained, -mean(row["kl"] for row in rows), layer))
-                gained, _, layer = max(tried)
-                back.append(layer)
-                if gained >= 0:
-                    return sorted(back), True
-        return sorted(back), False
+            return give_back_until(sparse, worth, step=step)
+
+    def _worth(self, config: SparseConfig, lost: Sequence[Prompt]) -> tuple[bool, float, float]:
+        """(whether a config brings all lost answers back, what it gains, - KL)."""
+        rows = [self.row(config, prompt) for prompt in lost]
+        gained = mean(row["sparse"] - row["dense"] for row in rows)
+        return gained >= 0, gained, -mean(row["kl"] for row in rows)
 
     def blame_heads(
         self, config: SparseConfig, lost: Sequence[Prompt], layers: Sequence[int], quiet: bool
@@ -262,68 +259,15 @@ class _Gate:
             groups = resolved.layers[layer].groups()
             sparse = [head for pattern, some in groups if pattern.name != "dense" for head in some]
             others = [other for other in layers if other != layer and other not in heads]
-            back: list[int] = []
+
+            def worth(back: list[int], layer: int = layer, others: list[int] = others) -> tuple[bool, float, float]:
+                return self._worth(give_back(config, others, {**heads, layer: back}), lost)
+
             with progress(f"heads of layer {layer} to blame", len(sparse), quiet=quiet) as step:
-                while len(back) < len(sparse) - 1:
-                    step(1)
-                    tried = []
-                    for head in sparse:
-                        if head not in back:
-                            given = give_back(config, others, {**heads, layer: (*back, head)})
-                            rows = [self.row(given, prompt) for prompt in lost]
-                            gained = mean(row["sparse"] - row["dense"] for row in rows)
-                            tried.append((gained, -mean(row["kl"] for row in rows), head))
-                    gained, _, head = max(tried)
-                    back.append(head)
-                    if gained >= 0:
-                        heads[layer] = tuple(sorted(back))
-                        break
+                back, regained = give_back_until(sparse, worth, most=len(sparse) - 1, step=step)
+            if regained:
+                heads[layer] = tuple(back)
         return heads
-
-
-def give_back(
-    config: SparseConfig, layers: Sequence[int], heads: Mapping[int, Sequence[int]] = MappingProxyType({})
-) -> SparseConfig:
-    """The config with these layers dense, and these heads of other layers; its provenance says so."""
-    whole = _give_back_layers(config, [layer for layer in layers if layer not in heads]) if layers else config
-    data = whole.to_dict()
-    for layer, some in heads.items():
-        mine = {}
-        for key, rule in data.pop("heads", {}).items():
-            numbers = parse_range(key)
-            rest = [n for n in numbers if n != layer]
-            mine.update({format_range(rest): rule} if rest else {})
-            if layer in numbers:
-                kept = {format_range(left): p for k, p in rule.items() if (left := _without(parse_range(k), some))}
-                mine[str(layer)] = kept
-        mine[str(layer)] = {**mine.get(str(layer), {}), format_range(sorted(some)): "dense"}
-        data["heads"] = mine
-    if heads:
-        said = {str(layer): format_range(sorted(some)) for layer, some in heads.items()}
-        data["provenance"] = {**data.get("provenance", {}), "heads_given_back_to_dense": said}
-    return load(data)
-
-
-def _without(numbers: Sequence[int], others: Sequence[int]) -> list[int]:
-    return [n for n in numbers if n not in others]
-
-
-def _give_back_layers(config: SparseConfig, layers: Sequence[int]) -> SparseConfig:
-    if not layers:
-        return config
-    given, data = set(layers), config.to_dict()
-    for name in ("layers", "heads"):
-        kept = {}
-        for key, value in data.get(name, {}).items():
-            rest = [n for n in parse_range(key) if n not in given]
-            if rest:
-                kept[format_range(rest)] = value
-        data[name] = kept
-    data["layers"] = {**data["layers"], format_range(sorted(given)): "dense"}
-    if not data["heads"]:
-        del data["heads"]
-    data["provenance"] = {**data.get("provenance", {}), "given_back_to_dense": format_range(sorted(given))}
-    return load(data)
 
 
 def write_gated(report: GateReport, path: str | Path) -> SparseConfig:

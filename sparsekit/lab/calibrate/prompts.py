@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.provenance import content_key
-from sparsekit.lab.tasks import Sample, Task, check_positions, prompt_ids, task
+from sparsekit.lab.tasks import Sample, Task, prompt_ids, task
+from sparsekit.patch.model import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

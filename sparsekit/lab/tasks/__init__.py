@@ -1,16 +1,6 @@
 """Tasks: prompts of a given length with known answers. Importing this package registers all of them."""
 
-from sparsekit.lab.tasks.base import (
-    Sample,
-    Task,
-    check_positions,
-    prompt_ids,
-    prompt_text,
-    recall,
-    register,
-    task,
-    task_names,
-)
+from sparsekit.lab.tasks.base import Sample, Task, prompt_ids, prompt_text, recall, register, task, task_names
 from sparsekit.lab.tasks.corpus import PYDOC, read_corpus
 from sparsekit.lab.tasks.counted_words import CommonWords, FrequentWords
 from sparsekit.lab.tasks.key_value import KeyValue
@@ -31,7 +21,6 @@ __all__ = [
     "Sample",
     "Task",
     "VariableTracking",
-    "check_positions",
     "prompt_ids",
     "prompt_text",
     "read_corpus",

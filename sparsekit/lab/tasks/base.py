@@ -26,9 +26,9 @@ from torch import Tensor
 from sparsekit.errors import SparsekitError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Sample", "Task", "check_positions", "prompt_ids", "prompt_text", "recall", "register", "task", "task_names"]
+__all__ = ["Sample", "Task", "prompt_ids", "prompt_text", "recall", "register", "task", "task_names"]
 
 _REGISTRY: dict[str, Task] = {}
 
@@ -151,16 +151,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tensor:
     text = prompt_text(tokenizer, sample)
     ids = tokenizer(text, add_special_tokens=sample.raw or not tokenizer.chat_template)["input_ids"]
     return torch.tensor([ids], dtype=torch.int64)
-
-
-def check_positions(model: PreTrainedModel, tokens: int) -> None:
-    """An error where prompts of that length leave the positions that the model was made for."""
-    config: Any = model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and tokens > most:
-        raise SparsekitError(
-            f"tokens = {tokens}: the model has {most} positions, and its answers beyond them say nothing."
-        )
 
 
 def recall(prediction: str, answers: tuple[str, ...]) -> float:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sparsekit import SparsekitError, load, models
+from sparsekit.config import give_back
 from sparsekit.lab.calibrate.curve import start_layer_curve
 from sparsekit.lab.calibrate.effects import Effect, Judge
-from sparsekit.lab.calibrate.gate import gate, give_back, write_gated
+from sparsekit.lab.calibrate.gate import gate, write_gated
 from sparsekit.lab.calibrate.heads import search_heads
 from sparsekit.lab.calibrate.mixture import write_config
 from sparsekit.lab.calibrate.probe import Sections, probe
