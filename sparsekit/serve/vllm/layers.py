@@ -54,7 +54,7 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
         raise SparsekitError(
             f"{KEY}: {type(model).__name__} has no decoder attention that goes through vLLM's Attention."
         )
-    facts, groups = _facts(found, vllm_config), dict[Any, int]()
+    facts, groups = _facts(found, Attention, vllm_config), dict[Any, int]()
     METER.reset()
     lines = []
     own = {name: served.resolved.own_layers(facts) for name, served in settings.configs.items()}
@@ -96,13 +96,19 @@ def line(name: str, backend: str, impls: Mapping[int, Any], own: Mapping[int, st
     return f"sparsekit {__version__} over {backend}, config {name!r}: {where}{below}; decoding: vLLM"
 
 
-def _facts(found: Mapping[int, Any], vllm_config: Any) -> ModelFacts:
-    """The kind of each layer, by what its module does; layers of other processes count as full."""
+def _facts(found: Mapping[int, Any], plain: type, vllm_config: Any) -> ModelFacts:
+    """The kind of each layer, by what its module does; layers of other processes count as full.
+
+    Subclasses of vLLM's `plain` attention hand their backend other keys than a prompt's so far: chunks of them
+    (Llama 4), or sinks of the model's own before them.
+    """
     count = max(vllm_config.model_config.hf_text_config.num_hidden_layers, max(found) + 1)
     windows = [getattr(found.get(i), "sliding_window", None) or None for i in range(count)]
+    kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    others = {i: type(module).__name__ for i, module in found.items() if type(module) is not plain}
     return ModelFacts(
         num_layers=count,
-        layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
+        layer_types=tuple(others.get(i, kind) for i, kind in enumerate(kinds)),
         sliding_window=tuple(windows),
     )
 
