@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsekit import SparsekitError
 from sparsekit.config import ModelFacts
-from sparsekit.serve.vllm.layers import bind
+from sparsekit.serve.vllm.layers import bind, rank_of
 from sparsekit.serve.vllm.settings import settings_of
 
 
@@ -61,3 +61,13 @@ def test_layers_of_another_kind_keep_their_own_attention(vllm: Any) -> None:
     named = settings_of("version: 1\ndefault: dense\nlayers: {'1': a_shape}\n", facts)
     with pytest.raises(SparsekitError, match=r"layer 1: a_shape\(.* cannot replace a ChunkedLocalAttention layer of"):
         bind(model, vllm, named, 0, 0)
+
+
+def test_workers_of_all_engines_have_ranks_of_their_own() -> None:
+    """Metrics of two workers with one rank would be one series with two values."""
+    workers = [
+        SimpleNamespace(data_parallel_index=engine, data_parallel_rank=0, world_size=2, rank=rank)
+        for engine in range(2)
+        for rank in range(2)
+    ]
+    assert [rank_of(worker) for worker in workers] == [0, 1, 2, 3]

@@ -13,7 +13,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import METER, LayerCounts
 from sparsekit.serve.vllm.settings import KEY, WRAPPED, Settings
 
-__all__ = ["Bound", "bind", "line"]
+__all__ = ["Bound", "bind", "line", "rank_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,12 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
     for name, served in settings.configs.items():
         lines.append(line(name, backend, {i: m.impl for i, m in found.items()}, own[name], served.config))
     return lines
+
+
+def rank_of(parallel: Any) -> int:
+    """A worker's among those of all engines of a server: under data parallelism each engine counts its own from 0."""
+    engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    return int(engine * parallel.world_size + parallel.rank)
 
 
 def line(name: str, backend: str, impls: Mapping[int, Any], own: Mapping[int, str], config: Any) -> str:
