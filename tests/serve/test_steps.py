@@ -195,6 +195,13 @@ def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pyte
     assert len(read) == 2 * (2 * 5 + 1)
 
 
+def test_each_model_of_a_process_takes_its_scratch() -> None:
+    """Its groups of layers are counted from 0 anew."""
+    backend._SCRATCHED.add(0)
+    backend.use(None)
+    assert not backend._SCRATCHED
+
+
 def test_the_profiling_run_meets_every_size_of_table() -> None:
     """Kernels are compiled for the power of two above a prompt's key blocks, and whether 16 divides their number."""
     chunks = backend.warm_chunks(131_584, 8192)

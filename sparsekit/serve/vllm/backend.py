@@ -43,8 +43,9 @@ _settings: Settings | None = None
 
 
 def use(settings: Settings | None) -> None:
-    """What this process serves; None: vLLM alone."""
+    """What this process serves; None: vLLM alone. The model that follows has yet to take its scratch."""
     global _settings
+    _SCRATCHED.clear()
     _settings = settings
 
 
