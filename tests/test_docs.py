@@ -256,6 +256,21 @@ def test_tables_of_head_choice_are_those_of_the_records(name: str) -> None:
     assert shown == _curve_table(records)
 
 
+def test_what_head_choice_says_beside_its_table_is_in_the_records() -> None:
+    path = DOCS / "results" / "head-curve-qwen2.5-coder-1.5b.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row["probe"] == rows[0]["probe"] and row["by"] in ("gradient", "layer")]
+    kl = {(row["task"], row["tokens"], row["share"], row["by"], row["samples"]): row["kl"] for row in rows}
+    times = {key[:3]: value / kl[(*key[:3], "gradient", key[4])] for key, value in kl.items() if
+             key[3] == "layer" and (*key[:3], "gradient", key[4]) in kl}  # fmt: skip
+    text = [1 / value for (task, *_), value in times.items() if task == "perplexity"]
+    layers = dict.fromkeys(f"{28 * row['heads_share']:.0f}" for row in rows if row["by"] == "layer")
+    page = " ".join((DOCS / "head-choice.md").read_text().split())
+    assert f"0.55 at 75%, with {times['needle4', 8192, 0.75]:.0f} times the KL" in page
+    assert f"changes {min(text):.2f} to {max(text):.2f} times as much as by layer" in page
+    assert f"come nearest: {', '.join(list(layers)[:-1])} and {list(layers)[-1]}." in page
+
+
 def test_a_page_can_fail() -> None:
     """The examples are really loaded: a misspelt one is refused."""
     block = _blocks(DOCS / "patterns/triangle.md", "yaml")[0]

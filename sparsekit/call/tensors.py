@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.errors import SparsekitError
 
-__all__ = ["DTYPES", "check_fits", "check_out", "check_tensors", "output", "refuse_transforms"]
+__all__ = ["DTYPES", "check_apart", "check_fits", "check_out", "check_tensors", "output", "refuse_transforms"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -84,6 +84,26 @@ def check_out(out: Tensor, q: Tensor) -> None:
         reach += step * (n - 1)
     if out.shape[3] > 1 and out.stride(3) != 1:
         raise SparsekitError(f"out with strides {out.stride()}: the last one is to be 1.")
+
+
+def check_apart(out: Tensor, *read: Tensor) -> None:
+    """An error where `out` lies between the first and the last element of what a call reads, in the same memory.
+
+    It is written before all is read: zeros for padding first of all.
+    """
+    home = out.untyped_storage().data_ptr()
+    for x in read:
+        if x.untyped_storage().data_ptr() == home and _begin(x) <= _end(out) and _begin(out) <= _end(x):
+            raise SparsekitError(f"out {tuple(out.shape)} lies in the memory of q, k or v: want memory of its own.")
+
+
+def _begin(x: Tensor) -> int:
+    return int(x.storage_offset()) * x.element_size()
+
+
+def _end(x: Tensor) -> int:
+    last = sum(step * (n - 1) for step, n in zip(x.stride(), x.shape, strict=True))
+    return _begin(x) + last * x.element_size()
 
 
 def output(q: Tensor, out: Tensor | None, padded: bool) -> Tensor:

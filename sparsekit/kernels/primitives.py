@@ -38,7 +38,7 @@ def _address(p_base, stride, first, lane, inside, p_table, page_stride, PAGE: tl
         return p_base + tl.cast(first, tl.int64) * stride + lane * stride
     else:  # noqa: RET505  (Triton compiles one branch only, and types what follows a return)
         page, place = _in_pages(p_table, first + lane, inside, 0, PAGE)
-        return p_base + page.to(tl.int64) * page_stride + place * stride
+        return p_base + page.to(tl.int64) * page_stride + place.to(tl.int64) * stride
 
 
 @triton.jit

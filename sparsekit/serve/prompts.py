@@ -83,12 +83,17 @@ def why_dense(patterns: LayerPatterns, chunk: Chunk, device: torch.device) -> st
 def dense_tail(patterns: Sequence[Pattern], tokens: int) -> int | None:
     """Last rows of a prompt of `tokens` that some pattern makes dense; None where that cannot be said of one.
 
-    The rows before them compute the same whatever the prompt's length.
+    The rows before them compute the same whatever the prompt's length: of a pattern whose sinks, window or number of
+    last rows is another one in a prompt of half as many, it cannot be said.
     """
-    span = Span(0, tokens, tokens, tokens)
-    rules = [rule_of(x, span) if isinstance(x, StaticPattern) else None for x in patterns if x.name != "dense"]
-    exact = [rule for rule in rules if rule is not None]
-    return max((tokens - min(r.dense_from, tokens) for r in exact), default=0) if len(exact) == len(rules) else None
+    tails = []
+    for pattern in patterns:
+        if pattern.name != "dense":
+            rules = [(n, _rules([pattern], Span(0, n, n, n))) for n in (tokens, tokens // 2)]
+            said = {(r.sink, r.window, n - min(r.dense_from, n)) for n, found in rules for r in found or ()}
+            tails.append(said.pop()[2] if len(said) == 1 else None)
+    exact = [tail for tail in tails if tail is not None]
+    return max(exact, default=0) if len(exact) == len(tails) else None
 
 
 def part_of(

@@ -160,6 +160,19 @@ def test_an_out_that_does_not_fit_is_one_line(change: Any, message: str) -> None
         attend(q, q, q, dense_plan(Geometry.of(100)), out=out)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_an_out_in_the_memory_of_what_is_read_is_one_line(name: str) -> None:
+    """Zeros for padding are written before anything is read; a plan that knows the call says so too."""
+    plan = dense_plan(Geometry.of(100, batch=2, kv_end=(100, 40)))
+    memory = torch.zeros(2, 102, 8, 16).transpose(1, 2)
+    apart, call = torch.empty(2, 4, 100, 16), dict.fromkeys("qkv", memory[:, :4, :100])
+    attend(**call, plan=plan, out=apart)
+    call[name] = apart
+    for out in (apart, memory[:, :4, 2:], memory[:, 4:, :100]):
+        with pytest.raises(SparsekitError, match=r"out \(2, 4, 100, 16\) lies in the memory of q, k or v"):
+            attend(**call, plan=plan, out=out)
+
+
 @pytest.mark.parametrize("name", ["xattention", "flexprefill", "vertical_slash", "s2o"])
 def test_a_dynamic_pattern_checks_what_it_plans_for(name: str) -> None:
     from sparsekit.patterns import parse_pattern

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError
+from sparsekit.call.geometry import Span
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
-from sparsekit.patterns import parse_pattern
+from sparsekit.patterns import StaticPattern, parse_pattern
+from sparsekit.plan import TokenRule
 from sparsekit.serve.prompts import Chunk, attend_part, dense_tail, part_of, why_dense
 
 CPU = torch.device("cpu")
@@ -183,6 +185,23 @@ def test_the_tail_of_a_prompt_is_told_from_its_rules() -> None:
     assert dense_tail(_layer(TRIANGLE, A_SHAPE, "dense").patterns, 10**5) == 32
     assert dense_tail(_layer(A_SHAPE).patterns, 10**5) == 0
     assert dense_tail(_layer(TRIANGLE, "block_topk").patterns, 10**5) is None
+
+
+@pytest.mark.parametrize("rule", [(0, 0.1, 0), (0.01, 64, 0), (8, 64, 0.1)])
+def test_the_tail_cannot_be_told_where_the_rule_depends_on_the_prompt(rule: tuple[float, float, float]) -> None:
+    """Its pages would be a shorter prompt's, in which the rows kept fewer keys."""
+
+    class Relative(StaticPattern):
+        name: str = "relative"
+
+        def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
+            raise NotImplementedError
+
+        def rule(self, span: Span) -> TokenRule:
+            sink, window, last = (int(x * span.prompt_tokens) if x < 1 else int(x) for x in rule)
+            return TokenRule(sink, window, span.prompt_tokens - last)
+
+    assert dense_tail((Relative(), parse_pattern(TRIANGLE)), 10**5) is None
 
 
 def test_pages_are_read_whole() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import ModelFacts
 from sparsekit.serve.vllm import backend
-from sparsekit.serve.vllm.backend import Step, chunks_of, rows_of, uncut
+from sparsekit.serve.vllm.backend import Step, chunks_of, fresh_buffers, rows_of, uncut
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER, LayerCounts, Meter
 from sparsekit.serve.vllm.settings import Settings, settings_of
@@ -141,6 +141,28 @@ def test_what_a_run_leaves_joins_the_rows_behind_it() -> None:
     assert step.runs(Bound(1, {}, 1), 16) == []  # a dense layer
 
 
+def test_metadata_in_their_builders_buffers_stay() -> None:
+    """As FLEX_ATTENTION's do, whose builder writes each step's into the same tensors."""
+
+    class Builder:
+        def __init__(self) -> None:
+            self.persistent_seq_lens, self.persistent_later = torch.empty(8, dtype=torch.int64), None
+
+        def build(self, common: Common) -> Tensor:
+            self.persistent_seq_lens[: common.num_reqs] = common.seq_lens
+            return self.persistent_seq_lens[: common.num_reqs]
+
+    builder, (common, _) = Builder(), _batch([(1, 50, 40), (300, 300, 300), (1, 301, 300)])
+    whole, buffer = builder.build(common), builder.persistent_seq_lens
+    rest = []
+    for begin, end in ((0, 1), (269, 302)):
+        with fresh_buffers(builder):
+            rest.append(builder.build(rows_of(common, begin, end)))
+    assert whole.tolist() == [50, 300, 301]
+    assert [part.tolist() for part in rest] == [[50], [300, 301]]
+    assert builder.persistent_seq_lens is buffer
+
+
 def test_layers_of_one_group_share_a_runs_pages() -> None:
     common, prompts = _batch([(300, 300, 300)])
     settings = _settings()
@@ -171,6 +193,13 @@ def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pyte
     backend.take_scratch(Bound(0, layers, 0, longest=4096), torch.zeros(256, 4, 16), 2, Softmax(1.0))
     assert read[:2] == [128 + 128 + 256, 4096]
     assert len(read) == 2 * (2 * 5 + 1)
+
+
+def test_each_model_of_a_process_takes_its_scratch() -> None:
+    """Its groups of layers are counted from 0 anew."""
+    backend._SCRATCHED.add(0)
+    backend.use(None)
+    assert not backend._SCRATCHED
 
 
 def test_the_profiling_run_meets_every_size_of_table() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
-from sparsekit.call.tensors import check_fits, check_out, check_tensors, refuse_transforms
+from sparsekit.call.tensors import check_apart, check_fits, check_out, check_tensors, refuse_transforms
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import Attend, Choice, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
@@ -44,7 +44,7 @@ def attend(
         sink_logits: (H,) a learned logit per head that joins the softmax with value 0; -inf: none for that head.
         impl: `None` (the best for the device and call, see `choose_call`), "triton", "hopper", "torch" or "reference".
         return_lse: also return the logarithm of the softmax denominator.
-        out: (B, H, Q, D), written and returned, of any layout with D innermost; not in the memory of q, k or v.
+        out: (B, H, Q, D), written and returned, of any layout with D innermost; not between elements of q, k or v.
 
     Returns:
         `out`, or a new (B, H, Q, D) in q's dtype, laid out as (B, Q, H, D); with `return_lse` also lse (B, H, Q)
@@ -142,6 +142,8 @@ def prepare(
         if wrong := out_of_range(plan):
             raise SparsekitError(f"plan: {wrong}.")
         found = plan.memo[call] = row.run, choice
+    if out is not None:
+        check_apart(out, q, k, v)
     plan.memo.touch()
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.config import ArchFacts
@@ -36,7 +35,8 @@ class HeadCurve:
     """One row a task, length, share and way to choose.
 
     `kl_below_layer` is the mean of (KL by layer - KL by this way) over the same prompts, with half the width of its 95%
-    interval: above 0 where this way diverges less.
+    interval: above 0 where this way diverges less. `tile_density` is that of all layers with full attention, dense ones
+    among them.
     """
 
     model: str
@@ -112,7 +112,8 @@ def head_curve(
             judged.update(judges(*of, kinds, tokens=lengths, samples=rule.samples, seed=seed + 1, records=kept))
         return {task: judge.effect(write(chosen)) for task, judge in judged.items()}
 
-    ways = _ways(arch, [i for i in range(arch.num_layers) if i not in own_layers(model)], shares, rules, found, measure)
+    open_ = [i for i in range(arch.num_layers) if i not in own_layers(model)]
+    ways = _ways(arch, open_, shares, rules, found, measure)
     rows = []
     with progress("heads against layers", len(ways) * len(tasks) * len(tokens), quiet=quiet) as step:
         for length in tokens:
@@ -127,7 +128,7 @@ def head_curve(
                         beside[share] = effect
                     count = sum(map(len, chosen.values())) / sum(map(arch.heads, range(arch.num_layers)))
                     where = {"task": name, "tokens": length, "share": share, "by": by, "heads_share": count}
-                    rows.append({**where, **_row(effect, beside[share] if by != BY_LAYER else None)})
+                    rows.append({**where, **_row(effect, beside[share] if by != BY_LAYER else None, len(open_))})
                     step(1)
     described = {
         "probe": {"samples": found.samples, **found.prompts},
@@ -153,7 +154,7 @@ def _ways(
     return ways
 
 
-def _row(effect: Effect, beside: Effect | None) -> dict[str, Any]:
+def _row(effect: Effect, beside: Effect | None, layers: int) -> dict[str, Any]:
     kl, width = mean_interval(effect.kl)
     paired = None
     if beside is not None:
@@ -165,6 +166,6 @@ def _row(effect: Effect, beside: Effect | None) -> dict[str, Any]:
         "score": share_interval(effect.score),
         "dense_score": share_interval(effect.dense_score),
         "same": share_interval(effect.same),
-        "tile_density": mean([*effect.tile_density.values()]) if effect.tile_density else 1.0,
+        "tile_density": (sum(effect.tile_density.values()) + layers - len(effect.tile_density)) / layers,
         "samples": len(effect.kl),
     }

@@ -56,12 +56,12 @@ def _loaded(runner: Any) -> None:
     from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.logger import init_logger
 
-    from sparsekit.serve.vllm.layers import bind
+    from sparsekit.serve.vllm.layers import bind, rank_of
     from sparsekit.serve.vllm.meter import METER
     from sparsekit.serve.vllm.steps import check_runner
 
     check_runner(runner)
-    rank = runner.vllm_config.parallel_config.rank
+    rank = rank_of(runner.vllm_config.parallel_config)
     lines = bind(runner.model, runner.vllm_config, settings, rank, get_tensor_model_parallel_rank())
     METER.about["runner"] = f"{type(runner).__module__}.{type(runner).__qualname__}"
     METER.publish(rank)

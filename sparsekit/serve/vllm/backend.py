@@ -7,6 +7,7 @@ dense last rows, and whole steps without such a chunk. A step's metadata is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import count, product, takewhile
 from typing import Any, NamedTuple
@@ -42,8 +43,9 @@ _settings: Settings | None = None
 
 
 def use(settings: Settings | None) -> None:
-    """What this process serves; None: vLLM alone."""
+    """What this process serves; None: vLLM alone. The model that follows has yet to take its scratch."""
     global _settings
+    _SCRATCHED.clear()
     _settings = settings
 
 
@@ -151,6 +153,21 @@ def rows_of(common: Any, begin: int, end: int) -> Any:
     )
 
 
+@contextmanager
+def fresh_buffers(builder: Any) -> Iterator[None]:
+    """Metadata built here are in memory of their own.
+
+    FLEX_ATTENTION's lie in buffers of their builder, and change with what it builds next: the rest of a step is built
+    by the builder of the whole step, which layers without a sparse pattern still use.
+    """
+    held = {name: x for name, x in vars(builder).items() if name.startswith("persistent_") and isinstance(x, Tensor)}
+    vars(builder).update({name: torch.empty_like(x) for name, x in held.items()})
+    try:
+        yield
+    finally:
+        vars(builder).update(held)
+
+
 def uncut(common: Any) -> str:
     """A field of a batch's metadata that `rows_of` does not know how to cut, or nothing."""
     known = ROWS | TOKENS | SET
@@ -217,7 +234,12 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 rows = chunks_of(common_attn_metadata, told, settings)
                 if rows:
                     build = super().build
-                    metadata.sparsekit = Step(common_attn_metadata, rows, lambda part: build(0, part, True, **more))
+
+                    def rest(part: Any) -> Any:
+                        with fresh_buffers(self):
+                            return build(0, part, True, **more)
+
+                    metadata.sparsekit = Step(common_attn_metadata, rows, rest)
             return metadata
 
     class Impl(stock.get_impl_cls()):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import METER, LayerCounts
 from sparsekit.serve.vllm.settings import KEY, WRAPPED, Settings
 
-__all__ = ["Bound", "bind", "line"]
+__all__ = ["Bound", "bind", "line", "rank_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
         raise SparsekitError(
             f"{KEY}: {type(model).__name__} has no decoder attention that goes through vLLM's Attention."
         )
-    facts, groups = _facts(found, vllm_config), dict[Any, int]()
+    facts, groups = _facts(found, Attention, vllm_config), dict[Any, int]()
     METER.reset()
     lines = []
     own = {name: served.resolved.own_layers(facts) for name, served in settings.configs.items()}
@@ -83,6 +83,12 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
     return lines
 
 
+def rank_of(parallel: Any) -> int:
+    """A worker's among those of all engines of a server: under data parallelism each engine counts its own from 0."""
+    engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    return int(engine * parallel.world_size + parallel.rank)
+
+
 def line(name: str, backend: str, impls: Mapping[int, Any], own: Mapping[int, str], config: Any) -> str:
     """What runs where under a config, in one line."""
     by_pattern: dict[str, list[int]] = {}
@@ -96,13 +102,19 @@ def line(name: str, backend: str, impls: Mapping[int, Any], own: Mapping[int, st
     return f"sparsekit {__version__} over {backend}, config {name!r}: {where}{below}; decoding: vLLM"
 
 
-def _facts(found: Mapping[int, Any], vllm_config: Any) -> ModelFacts:
-    """The kind of each layer, by what its module does; layers of other processes count as full."""
+def _facts(found: Mapping[int, Any], plain: type, vllm_config: Any) -> ModelFacts:
+    """The kind of each layer, by what its module does; layers of other processes count as full.
+
+    Subclasses of vLLM's `plain` attention hand their backend other keys than a prompt's so far: chunks of them
+    (Llama 4), or sinks of the model's own before them.
+    """
     count = max(vllm_config.model_config.hf_text_config.num_hidden_layers, max(found) + 1)
     windows = [getattr(found.get(i), "sliding_window", None) or None for i in range(count)]
+    kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    others = {i: type(module).__name__ for i, module in found.items() if type(module) is not plain}
     return ModelFacts(
         num_layers=count,
-        layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
+        layer_types=tuple(others.get(i, kind) for i, kind in enumerate(kinds)),
         sliding_window=tuple(windows),
     )
 

@@ -1,17 +1,22 @@
-"""Pairing rows of 64 queries in Triton's interpreter, against plain Python. `test_hopper.py` runs this file in a
-process of its own, because TRITON_INTERPRET must be set before triton is imported."""
+"""Pairing rows of 64 queries, and gathering single columns, in Triton's interpreter, against plain Python.
+`test_hopper.py` runs this file in a process of its own, because TRITON_INTERPRET must be set before triton is imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from kernel_cases import in_pages, tensors
 from test_hopper import GEOMETRIES, HALF_PLANS, HEADS, KEY_HEADS
 
 from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
 from sparsekit.kernels import launch
-from sparsekit.kernels.attend.hopper import halves, worklist
+from sparsekit.kernels.attend.hopper import halves, host, worklist
 from sparsekit.kernels.attend.hopper.items import list_room
 from sparsekit.plan import BlockPlan
 
@@ -39,3 +44,19 @@ def test_both_paths_make_the_same_items(make: Callable[[Geometry], BlockPlan], g
             pair(plan, grid.items, grid.rows, rows, items, work, entries, step)
             made.append((items * (items[:, 3:4] > 0), work, entries))  # an item without steps says nothing else
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("ends", [(70, 33), (70, 0)])
+def test_single_columns_are_gathered_of_samples_that_have_keys(page: int, ends: tuple[int, int]) -> None:
+    """A sample without any has no page: what its table holds is no address."""
+    geometry = Geometry.of(70, batch=2, kv_end=ends, block_q=128, block_kv=128)
+    _, k, v = tensors(geometry, torch.float32)
+    tokens = torch.arange(80, dtype=torch.int32).view(2, 2, 20) * 7 % 90  # some of them behind a sample's last key
+    plan: Any = SimpleNamespace(geometry=geometry, heads=2, samples=2, tokens=tokens)
+    keys = in_pages(k, v, geometry, page) if page else Keys(k, v)
+    for pool, x in zip(host._pool(keys, plan), (k, v), strict=True):
+        for b, end in enumerate(ends):
+            for head in range(pool.shape[1]):
+                rows = x[b, head, tokens[b, head].long().clamp(max=max(end - 1, 0))]
+                assert torch.equal(pool[b, head], rows if end else torch.zeros_like(rows))

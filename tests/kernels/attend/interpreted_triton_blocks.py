@@ -226,6 +226,18 @@ def test_keys_in_pages(name: str) -> None:
     check(plan, tensors(plan.geometry, dtype, dim=dim), "triton", page=page, **options)  # type: ignore[arg-type]
 
 
+def test_a_page_may_span_more_than_int32_counts() -> None:
+    """A page may be a whole cache, whose last key is 2^31 elements behind its first; few of these are touched."""
+    geometry, far = Geometry.of(40, block_q=16, block_kv=16), 1 << 26
+    q, k, v = tensors(geometry, torch.float16, heads=1, key_heads=1, dim=16)
+    memory = torch.empty(40 * far, dtype=torch.float16)
+    pages = [memory.as_strided(k.shape, (40 * far, 40 * far, far, 1), at) for at in (0, 16)]
+    for page, x in zip(pages, (k, v), strict=True):
+        page.copy_(x)
+    plan, table = rule_plan("dense", geometry), torch.zeros(1, 1, dtype=torch.int32)
+    assert torch.equal(attend(q, *pages, plan, table=table, impl="triton"), attend(q, k, v, plan, impl="triton"))  # type: ignore[arg-type]
+
+
 def test_ranked_keys_in_pages() -> None:
     q, k, v = tensors(G150, torch.float32, heads=2, key_heads=1)
     plan = S2O(segment_tokens=64, dense_below_tokens=0, max_tokens=64).plan(q, k, G150, Softmax(0.25))

@@ -1084,7 +1084,10 @@ def gather_columns(
     k_batch, k_head, k_token, v_batch, v_head, v_token, key_limit, programs, table_sample,
     D: tl.constexpr, PAGE: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    """K and V of single columns -> the pools (B, heads, T, D), for PER columns of one head a program."""
+    """K and V of single columns -> the pools (B, heads, T, D), for PER columns of one head a program.
+
+    A sample without keys may have no page: its columns are zeros.
+    """
     i_pair = tl.program_id(0) // programs
     i_head = i_pair % heads
     i_sample = i_pair // heads
@@ -1095,18 +1098,19 @@ def gather_columns(
     token = tl.load(p_own + t, mask=inside, other=0)
     kv_start = tl.load(p_bounds + i_sample * 2)
     last = tl.load(p_bounds + i_sample * 2 + 1)
+    held = t < tl.where(last >= 0, tokens, 0)
     key = tl.minimum(tl.minimum(token, last) + kv_start, key_limit).to(tl.int64)
     key_head = (i_head // per_key_head).to(tl.int64)
     d = tl.arange(0, D)
     mask = inside[:, None]
     batch = i_sample.to(tl.int64)
     if PAGE > 0:
-        batch, key = _in_pages(p_table + batch * table_sample, key, inside, 0, PAGE)
+        batch, key = _in_pages(p_table + batch * table_sample, key, held, 0, PAGE)
         batch = batch.to(tl.int64)
     o_k = batch * k_batch + key_head * k_head + key * k_token
     o_v = batch * v_batch + key_head * v_head + key * v_token
     o_pool = (i_pair.to(tl.int64) * tokens + t) * D
-    rows = tl.load(p_k + o_k[:, None] + d[None], mask=mask, other=0.0)
+    rows = tl.load(p_k + o_k[:, None] + d[None], mask=held[:, None], other=0.0)
     tl.store(p_pool_k + o_pool[:, None] + d[None], rows, mask=mask)
-    rows = tl.load(p_v + o_v[:, None] + d[None], mask=mask, other=0.0)
+    rows = tl.load(p_v + o_v[:, None] + d[None], mask=held[:, None], other=0.0)
     tl.store(p_pool_v + o_pool[:, None] + d[None], rows, mask=mask)

@@ -348,8 +348,8 @@ def _box(
 
 @per_geometry
 def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
-    """int32 (B, 2): kv_start, and the last valid position."""
-    bounds = [(start, max(end - start - 1, 0)) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
+    """int32 (B, 2): kv_start, and the last valid position; -1 where there is none."""
+    bounds = [(start, end - start - 1) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
     return upload(torch.tensor(bounds, dtype=torch.int32, device="cpu"), device)
 
 
