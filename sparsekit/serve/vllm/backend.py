@@ -210,7 +210,8 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            if transposed and serving() is not None and self.isa != "vec":
+            self._settings = serving()  # of this builder's engine: another one of the process may come with its own
+            if transposed and self._settings is not None and self.isa != "vec":
                 raise SparsekitError(
                     f"CPU_ATTN packs its pages for {self.isa!r} here; sparsekit reads those for 'vec' alone: on x86, "
                     "head sizes that are multiples of 32; where there is AMX, in float32."
@@ -229,7 +230,7 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **more: Any
         ) -> Any:
             metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **more)
-            told, settings = current(), serving()
+            told, settings = current(), self._settings
             if told is not None and settings is not None:
                 rows = chunks_of(common_attn_metadata, told, settings)
                 if rows:

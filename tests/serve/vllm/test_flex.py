@@ -66,12 +66,15 @@ def test_the_rest_of_a_step_leaves_the_steps_own_metadata() -> None:
     rows = [(1, 50, 40), (200, 200, 200), (1, 101, 100)]
     settings = settings_of(CONFIG, ModelFacts(num_layers=2, num_heads=4))
     backend.use(settings)
+    try:
+        builder = _builder()
+    finally:
+        backend.use(None)  # as a second engine of the process does, which has no config
     steps._tell(steps.Told(np.array([prompt for *_, prompt in rows]), lambda _: None))
     try:
-        whole = _builder().build(0, _common(rows))
+        whole = builder.build(0, _common(rows))
     finally:
         steps._tell(None)
-        backend.use(None)
     mask, (served,) = _mask(whole), settings.configs.values()
     step = whole.sparsekit
     others = step.others(step.runs(Bound(0, {served.name: served.resolved.layers[0]}, 0), PAGE))
