@@ -180,7 +180,7 @@ class _Measured:
                 ids = self._ids(i)
                 out: Any = self.model(ids, use_cache=True, logits_to_keep=1)
                 tokens = greedy(self.model, out.logits[:, -1], out.past_key_values, next_tokens, lambda _: False)
-                self.truths.append(torch.tensor([tokens], device=self.model.device))
+                self.truths.append(torch.tensor([tokens], dtype=torch.int64, device=self.model.device))
                 self.dense.append(self._read(i, nullcontext()))  # as the config is read, in one step and not in many
                 self.step(1, f"dense: {prompt.name}")
 
@@ -241,7 +241,7 @@ class _Measured:
         return True
 
     def _ids(self, i: int) -> Tensor:
-        return torch.tensor([self.prompts[i].ids], device=self.model.device)
+        return torch.tensor([self.prompts[i].ids], dtype=torch.int64, device=self.model.device)
 
     def _read(self, i: int, paused: AbstractContextManager[None]) -> Tensor:
         """Logits at the tokens that follow prompt i: its prefill as the model runs now, then paused."""

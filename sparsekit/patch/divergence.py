@@ -70,7 +70,9 @@ def greedy(
         tokens.append(int(logits.argmax(-1)))
         if tokens[-1] in stop or len(tokens) == count or done(tokens):
             break
-        step: Any = model(torch.tensor([tokens[-1:]], device=model.device), past_key_values=cache, use_cache=True)
+        step: Any = model(
+            torch.tensor([tokens[-1:]], dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True
+        )
         logits = step.logits[:, -1]
     return tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,14 @@ def test_a_budget_that_is_exceeded_is_an_error_that_names_the_layers() -> None:
     )
 
 
-def test_what_holds_is_written_with_what_it_was_held_on() -> None:
+def test_what_holds_is_written_with_what_it_was_held_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsekit", "check", "m"])
     out, err = said("--budget", "5e-4", "-o", "held.yaml", "--next-tokens", "4")
     assert "written to held.yaml" in out and "warning: KL from dense" in err
     held = load("held.yaml")
     assert held.budget is not None and held.budget.prompts is not None
     assert held.budget.prompts.source == "p.jsonl" and held.budget.prompts.next_tokens == 4
-    assert held.provenance["given_back_to_dense"] and held.provenance["check"]["command"].startswith("sparsekit ")
+    assert held.provenance["given_back_to_dense"] and held.provenance["check"]["command"] == "sparsekit check m"
     out, _ = said("--next-tokens", "4", config="held.yaml")  # its own budget
     assert "the budget of 0.0005 is held" in out
     found = json.loads(said("--json", "--next-tokens", "4", config="held.yaml")[0])
