@@ -244,7 +244,10 @@ def test_texts_chats_and_files(tmp_path: Path) -> None:
         ("a text", r"prompts = 'a text': a list of prompts is needed"),
         ([], "at least one is needed"),
         ([5], r"prompt 0 = 5: want a text, a list of token ids"),
+        (torch.tensor(5), r"prompts = tensor\(5\): a list of prompts is needed"),
+        (torch.arange(5, 205), r"prompt 0 = tensor\(5\): want a text, a list of token ids"),
         ([[1.5] * 80], "prompt 0 = .*want a text"),
+        ([b"bytes" * 20], "prompt 0 = b'bytes.*want a text"),
         ([PROMPTS[0], [300] * 80], r"prompt 1: token id 300; the model's are 0 to 255"),
         (["text"], "prompt 0 is a text, and there is no tokenizer to read it: give tokenizer="),
         ([PROMPTS[0], [1, 2], [3] * 70], r"short to run sparse: prompt 1 \(2 tokens\), prompt 2 \(70 tokens\); .* at "
@@ -283,6 +286,14 @@ def test_logits_that_are_not_finite_are_refused(model: PreTrainedModel) -> None:
     model.lm_head.register_forward_hook(broken)
     with pytest.raises(SparsekitError, match="prompt 0: KL from dense is nan: the model's logits are not finite"):
         sparsekit.check(model, _config(TIGHT), PROMPTS)
+
+
+def test_ids_of_a_tokenizer_that_is_another_models(model: PreTrainedModel) -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [300] * 80}
+
+    with pytest.raises(SparsekitError, match="prompt 0: the tokenizer gives token id 300; the model's are 0 to 255"):
+        sparsekit.check(model, _config(), ["text"], tokenizer=tokenizer)  # type: ignore[arg-type]
 
 
 def test_chats_that_cannot_be_read() -> None:
