@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
@@ -62,6 +63,23 @@ def test_what_is_measured_is_its_definition(model: PreTrainedModel) -> None:
     assert found.before.kl[0] > 1e-4 and found.before is found.after
     assert found.budget is None and found.held is None and found.kept and found.given_back == () and not found.alone
     assert "no budget in the config: nothing is run dense" in found.lines()[1]
+
+
+def test_recurrent_layers_go_on_from_the_prompt() -> None:
+    """Jamba's start anew where they read several tokens at once."""
+    jamba, config = small("jamba"), _config(layers="1,3")
+    found = sparsekit.check(jamba, config, PROMPTS[:1], next_tokens=6)
+    assert found.before.kl[0] == pytest.approx(_by_definition(jamba, config, PROMPTS[0], 6), rel=1e-3)
+    assert found.before.kl[0] > 1e-4
+
+
+def test_models_without_logits_or_a_cache_are_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(SparsekitError, match="LlamaModel returns no logits: give the model with its language head"):
+        sparsekit.check(model.model, _config(), PROMPTS)
+    assert model.config._attn_implementation == "sdpa"
+    griffin = small("recurrent_gemma")  # layer 2 slides
+    with pytest.raises(SparsekitError, match="RecurrentGemmaForCausalLM returns no cache"):
+        sparsekit.check(griffin, _config(layers="2"), PROMPTS)
 
 
 def test_the_interval_is_that_of_the_mean() -> None:
