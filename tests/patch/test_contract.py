@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.patch import CheckReport, Divergence
+from sparsekit.patch.contract import _Measured
 from sparsekit.patch.giving_back import give_back_until
 from sparsekit.patch.user_prompts import prompts_of, read_prompts
 
@@ -217,6 +219,18 @@ def test_the_search_gives_back_the_best_until_it_is_enough() -> None:
     assert give_back_until([3, 1, 2, 0], worth, few=1) == ([1, 2, 3], True) and tried == [[3], [3, 1], [3, 1, 2]]
     assert give_back_until(range(4), worth, most=1) == ([1], False)
     assert give_back_until([], worth) == ([], False)
+
+
+def test_the_search_and_the_report_take_the_same_mean() -> None:
+    """A budget that is the mean itself holds, whatever the rounding of a sum."""
+    measured = object.__new__(_Measured)
+    draw = random.Random(0)
+    for _ in range(200):
+        kl = sorted((draw.random() * 1e-3 for _ in range(3)), reverse=True)
+        measured.kl = lambda back, i, kl=kl: kl[i]  # type: ignore[method-assign, misc]
+        found = Divergence(tuple(kl)).mean
+        assert measured._holds([], range(3), found)
+        assert not measured._holds([], range(3), math.nextafter(found, 0))
 
 
 # ---- prompts
