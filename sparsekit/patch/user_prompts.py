@@ -83,7 +83,7 @@ def _ids(prompt: FilePrompt, tokenizer: PreTrainedTokenizerBase | None, vocabula
                 f"{name} is a {'chat' if chat else 'text'}, and there is no tokenizer to read it: give tokenizer=, or "
                 "token ids."
             )
-        ids = _chat(content, name, tokenizer) if chat else tuple(tokenizer(content)["input_ids"])
+        ids = _chat(content, name, tokenizer) if chat else _encoded(content, name, tokenizer)
         of = "the tokenizer gives "
     else:
         try:
@@ -114,10 +114,20 @@ def _chat(messages: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not tokenizer.chat_template:
         raise SparsekitError(f"{name} is a chat, and the model's tokenizer has no chat template: give its text.")
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes about roles and their order
         raise SparsekitError(f"{name}: the model's chat template refuses it: {error}.") from None
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encoded(text, name, tokenizer, add_special_tokens=False)
+
+
+def _encoded(text: str, name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a pair, which JSON can write
+        raise SparsekitError(
+            f"{name}: its text cannot be encoded at character {error.start}: {error.reason}."
+        ) from None
+    return tuple(tokenizer(text, **options)["input_ids"])
 
 
 def read_prompts(path: str | Path) -> list[FilePrompt]:
@@ -130,10 +140,11 @@ def read_prompts(path: str | Path) -> list[FilePrompt]:
         SparsekitError: one line that names the file and the line.
     """
     path = Path(path)
-    if path.suffix == ".json":
+    kind = path.suffix.lower()
+    if kind == ".json":
         raise SparsekitError(f"prompts {shown(str(path))}: want a .jsonl file, one prompt a line, or a text file.")
     text = read_text(path, "prompts", MOST_BYTES)
-    if path.suffix != ".jsonl":
+    if kind != ".jsonl":
         if not text.strip():
             raise SparsekitError(f"prompts {shown(str(path))}: the file is empty.")
         return [FilePrompt(text, path.name, path.name)]

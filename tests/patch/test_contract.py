@@ -265,6 +265,8 @@ def test_texts_chats_and_files(tmp_path: Path) -> None:
     read = prompts_of(read_prompts(file), words, 256)
     assert [one.ids for one in read] == [one.ids for one in made] * 2
     assert read[3].name == "p.jsonl line 7" and read[3].source == "p.jsonl"
+    (tmp_path / "P.JSONL").write_text(json.dumps("ab") + "\n[7, 8]\n")
+    assert [one.ids for one in prompts_of(read_prompts(tmp_path / "P.JSONL"), words, 256)] == [(1, 97, 98), (7, 8)]
     (tmp_path / "t.txt").write_text("a\nb\n")
     [one] = prompts_of(read_prompts(tmp_path / "t.txt"), words, 256)
     assert one.ids == (1, 97, 10, 98, 10) and one.name == "t.txt"
@@ -328,8 +330,11 @@ def test_ids_of_a_tokenizer_that_is_another_models(model: PreTrainedModel) -> No
         sparsekit.check(model, _config(), ["text"], tokenizer=tokenizer)  # type: ignore[arg-type]
 
 
-def test_chats_that_cannot_be_read() -> None:
+def test_texts_and_chats_that_cannot_be_read() -> None:
     words: Any = Words()
+    for half in ("a\ud800", [{"role": "user", "content": "\ud800"}]):
+        with pytest.raises(SparsekitError, match=r"prompt 0: its text cannot be encoded at character .*surrogates"):
+            prompts_of([half], words, 256)
     for prompt, says in (
         ([{"role": "user", "contents": "x"}], "message 0 has no 'content'; it has 'role', 'contents'. Did you mean"),
         ([{"role": "wizard", "content": "x"}], "chat template refuses it: only user and assistant"),
