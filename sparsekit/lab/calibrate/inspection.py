@@ -135,7 +135,10 @@ class Inspection:
                 if at < INITIAL and share >= 0.5:
                     near.setdefault(at, []).append(layer.layer)
         if not near:
-            return f"Needs no sink tokens: no column gets more than {self.epsilon} of any head's attention."
+            return (
+                f"Needs no sink tokens: none of the first {INITIAL} columns gets more than {self.epsilon} of a head's "
+                "attention in half of the prompts."
+            )
         names = {column["position"]: f" ({column['token']!r})" for layer in self.layers for column in layer.top}
         places = "; ".join(
             f"position {at}{names.get(at, '')} in layers {format_range(layers)}" for at, layers in sorted(near.items())

@@ -12,7 +12,7 @@ from sparsekit import SparsekitError, apply, models
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.lab.calibrate.columns import columns, sink_scores
-from sparsekit.lab.calibrate.inspection import read_inspection
+from sparsekit.lab.calibrate.inspection import Inspection, LayerSinks, read_inspection
 from sparsekit.lab.calibrate.outputs import _layers
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.sinks import inspect_model
@@ -363,6 +363,16 @@ def test_activations_that_are_not_finite_are_refused(tiny) -> None:
         inspect_model(model, tiny[1], samples=1, tokens=300, kept_sinks=(), quiet=True)
     with pytest.raises(SparsekitError, match="training mode"):
         inspect_model(model.train(), tiny[1], samples=1, tokens=300, kept_sinks=(), quiet=True)
+
+
+@pytest.mark.parametrize("sinks", [{0: 0.25}, {100: 1.0}])
+def test_a_sink_that_sink_tokens_need_not_keep_is_not_denied(sinks: dict[int, float]) -> None:
+    layer = LayerSinks(0, score=(0.1,), first=(0.1,), sinks=sinks, sink_mass=(0.1,))
+    first = Inspection("tiny", 4, {"tokens": 300}, 0.3, 64, "", {}, (layer,)).answer()[0]
+    assert first == (
+        "Needs no sink tokens: none of the first 64 columns gets more than 0.3 of a head's attention in half of the "
+        "prompts."
+    )
 
 
 def test_what_is_refused(tiny) -> None:
