@@ -14,7 +14,12 @@ __all__ = ["give_back"]
 def give_back(
     config: SparseConfig, layers: Sequence[int], heads: Mapping[int, Sequence[int]] = MappingProxyType({})
 ) -> SparseConfig:
-    """The config with these layers dense, and these heads of other layers; its provenance says so."""
+    """The config with these layers dense, and these heads of other layers; its provenance says so.
+
+    Its budget says no more what was found on prompts: that was another config.
+    """
+    if not (layers or heads):
+        return config
     whole = _give_back_layers(config, [layer for layer in layers if layer not in heads]) if layers else config
     data = whole.to_dict()
     for layer, some in heads.items():
@@ -31,6 +36,8 @@ def give_back(
     if heads:
         said = {str(layer): format_range(sorted(some)) for layer, some in heads.items()}
         data["provenance"] = {**data.get("provenance", {}), "heads_given_back_to_dense": said}
+    if config.budget is not None:
+        data["budget"] = {"kl": config.budget.kl}
     return load(data)
 
 

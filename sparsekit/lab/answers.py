@@ -209,8 +209,7 @@ def read_on(
     truth = truth[:, : task.max_new_tokens].to(model.device)
     layers = () if handle is None else handle.report().layers
     with nullcontext() if handle is None else handle.pause():
-        rest: Any = model(truth[:, :-1], past_key_values=prefill.past_key_values, use_cache=True)
-    logits = torch.cat([prefill.logits[:, -1:], rest.logits], 1)[0]
+        logits = read_truth(model, prefill.logits[:, -1], prefill.past_key_values, truth)[0]
     prompt = _nll(prefill.logits[0, :-1], ids[0, n - kept + 1 :])
     earlier = prompt[: -(LAST_ROWS - 1)]
     return Reading(

@@ -177,9 +177,7 @@ class _Measured:
         """What dense attention says after each prompt."""
         with handle.pause():
             for i, prompt in enumerate(self.prompts):
-                ids = self._ids(i)
-                out: Any = self.model(ids, use_cache=True, logits_to_keep=1)
-                tokens = greedy(self.model, out.logits[:, -1], out.past_key_values, next_tokens, lambda _: False)
+                tokens = greedy(self.model, *self._prefill(i), next_tokens, lambda _: False)
                 self.truths.append(torch.tensor([tokens], dtype=torch.int64, device=self.model.device))
                 self.dense.append(self._read(i, nullcontext()))  # as the config is read, in one step and not in many
                 self.step(1, f"dense: {prompt.name}")
@@ -233,21 +231,32 @@ class _Measured:
 
     def _holds(self, back: Sequence[int], order: Sequence[int], budget: float) -> bool:
         """Whether the mean is within the budget; prompts are read until their sum exceeds what all may add up to."""
-        total = 0.0
+        found: list[float] = []
         for i in order:
-            total += self.kl(back, i)
-            if total > budget * len(order):
+            found.append(self.kl(back, i))
+            if sum(found) / len(order) > budget * (1 + 1e-9):  # a sum's rounding decides nothing
                 return False
-        return True
+        return Divergence(tuple(found)).mean <= budget
 
-    def _ids(self, i: int) -> Tensor:
-        return torch.tensor([self.prompts[i].ids], dtype=torch.int64, device=self.model.device)
+    def _prefill(self, i: int) -> tuple[Tensor, Any]:
+        """Of prompt i, as the model runs now: logits (1, vocabulary) of the next token, and the cache."""
+        ids = torch.tensor([self.prompts[i].ids], dtype=torch.int64, device=self.model.device)
+        out: Any = self.model(ids, use_cache=True, logits_to_keep=1)
+        for name, what in (
+            ("logits", "no logits: give the model with its language head"),
+            ("past_key_values", "no cache"),
+        ):
+            if getattr(out, name, None) is None:
+                raise SparsekitError(
+                    f"{type(self.model).__name__} returns {what}; the tokens that follow a prompt cannot be compared."
+                )
+        return out.logits[:, -1], out.past_key_values
 
     def _read(self, i: int, paused: AbstractContextManager[None]) -> Tensor:
         """Logits at the tokens that follow prompt i: its prefill as the model runs now, then paused."""
-        out: Any = self.model(self._ids(i), use_cache=True, logits_to_keep=1)
+        first, cache = self._prefill(i)
         with paused:
-            return read_truth(self.model, out.logits[:, -1], out.past_key_values, self.truths[i]).cpu()
+            return read_truth(self.model, first, cache, self.truths[i]).cpu()
 
     def _check_sparse(self, handle: Handle, i: int) -> None:
         rows = [row for row in handle.report().layers if row.layer in self.sparse]

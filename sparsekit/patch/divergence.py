@@ -45,11 +45,19 @@ def logprobs(logits: Tensor) -> Tensor:
 
 def read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor) -> Tensor:
     """Logits (1, A, vocabulary) at the A tokens of `truth` after a prefill, whose cache grows by A - 1."""
-    logits = first[:, None]
-    if truth.shape[1] > 1:
-        rest: Any = model(truth[:, :-1], past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, rest.logits], 1)
-    return logits
+    logits, tokens = [first[:, None]], truth[:, :-1]
+    if tokens.shape[1]:
+        for part in tokens.split(tokens.shape[1] if _reads_on(cache) else 1, 1):
+            rest: Any = model(part, past_key_values=cache, use_cache=True)
+            logits.append(rest.logits)
+    return torch.cat(logits, 1)
+
+
+def _reads_on(cache: Any) -> bool:
+    """Whether a model reads several tokens at once from a cache: recurrent layers may start anew there, as Jamba's."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None]))
 
 
 def greedy(

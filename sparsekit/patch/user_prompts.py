@@ -19,6 +19,7 @@ __all__ = ["FilePrompt", "UserPrompt", "prompts_of", "read_prompts"]
 MOST_BYTES = 64 << 20  # of a file of prompts
 FORMS = "a text, a list of token ids, or a list of messages such as {'role': 'user', 'content': '...'}"
 FIELDS = ("prompt", "messages", "ids")  # of an object in a JSONL file
+BYTES = bytes | bytearray | memoryview  # sequences of numbers that are no ids
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def prompts_of(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, vocabula
     Raises:
         SparsekitError: none, or one that is nothing of that kind; texts without a tokenizer.
     """
-    if isinstance(prompts, str | Mapping | bytes) or not hasattr(prompts, "__iter__"):
+    if isinstance(prompts, str | Mapping | BYTES) or not hasattr(prompts, "__iter__") or _ndim(prompts) == 0:
         raise SparsekitError(f"prompts = {shown(prompts)}: a list of prompts is needed, each {FORMS}.")
     made = []
     for i, given in enumerate(prompts):
@@ -69,29 +70,37 @@ def prompts_of(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, vocabula
 
 
 def _ids(prompt: FilePrompt, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> tuple[int, ...]:
-    content, name = prompt.content, prompt.name
-    if hasattr(content, "tolist"):  # a tensor or an array
+    content, name, of = prompt.content, prompt.name, ""
+    if hasattr(content, "tolist") and _ndim(content):  # a tensor or an array
         content = content.tolist()
         if len(content) == 1 and isinstance(content[0], list):
             content = content[0]
-    chat = isinstance(content, Sequence) and len(content) > 0 and all(isinstance(one, Mapping) for one in content)
+    listed = isinstance(content, Sequence) and not isinstance(content, BYTES)
+    chat = listed and len(content) > 0 and all(isinstance(one, Mapping) for one in content)
     if isinstance(content, str) or chat:
         if tokenizer is None:
             raise SparsekitError(
                 f"{name} is a {'chat' if chat else 'text'}, and there is no tokenizer to read it: give tokenizer=, or "
                 "token ids."
             )
-        return _chat(content, name, tokenizer) if chat else tuple(tokenizer(content)["input_ids"])
-    try:
-        ids = tuple(whole(number) for number in content) if isinstance(content, Sequence) else ()
-    except TypeError:
-        ids = ()
-    if not ids:
-        raise SparsekitError(f"{name} = {shown(prompt.content)}: want {FORMS}.")
+        ids = _chat(content, name, tokenizer) if chat else _encoded(content, name, tokenizer)
+        of = "the tokenizer gives "
+    else:
+        try:
+            ids = tuple(whole(number) for number in content) if listed else ()
+        except TypeError:
+            ids = ()
+        if not ids:
+            raise SparsekitError(f"{name} = {shown(prompt.content)}: want {FORMS}.")
     wrong = next((number for number in ids if not 0 <= number < vocabulary), None)
     if wrong is not None:
-        raise SparsekitError(f"{name}: token id {shown(wrong)}; the model's are 0 to {vocabulary - 1:,}.")
+        raise SparsekitError(f"{name}: {of}token id {shown(wrong)}; the model's are 0 to {vocabulary - 1:,}.")
     return ids
+
+
+def _ndim(value: Any) -> Any:
+    """Of a tensor or an array; None of anything else."""
+    return getattr(value, "ndim", None)
 
 
 def _chat(messages: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -105,10 +114,20 @@ def _chat(messages: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not tokenizer.chat_template:
         raise SparsekitError(f"{name} is a chat, and the model's tokenizer has no chat template: give its text.")
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes about roles and their order
         raise SparsekitError(f"{name}: the model's chat template refuses it: {error}.") from None
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encoded(text, name, tokenizer, add_special_tokens=False)
+
+
+def _encoded(text: str, name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a pair, which JSON can write
+        raise SparsekitError(
+            f"{name}: its text cannot be encoded at character {error.start}: {error.reason}."
+        ) from None
+    return tuple(tokenizer(text, **options)["input_ids"])
 
 
 def read_prompts(path: str | Path) -> list[FilePrompt]:
@@ -121,10 +140,11 @@ def read_prompts(path: str | Path) -> list[FilePrompt]:
         SparsekitError: one line that names the file and the line.
     """
     path = Path(path)
-    if path.suffix == ".json":
+    kind = path.suffix.lower()
+    if kind == ".json":
         raise SparsekitError(f"prompts {shown(str(path))}: want a .jsonl file, one prompt a line, or a text file.")
     text = read_text(path, "prompts", MOST_BYTES)
-    if path.suffix != ".jsonl":
+    if kind != ".jsonl":
         if not text.strip():
             raise SparsekitError(f"prompts {shown(str(path))}: the file is empty.")
         return [FilePrompt(text, path.name, path.name)]

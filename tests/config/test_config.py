@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekit import SparseConfig, SparsekitError, load
-from sparsekit.config import ModelFacts, format_range, parse_range
+from sparsekit.config import Budget, ModelFacts, format_range, give_back, parse_range
 from sparsekit.patterns import AShape, Dense, Pattern, Triangle, Union
 
 TEXT = """
@@ -249,3 +249,12 @@ def test_unions_of_unions_are_read_once_each() -> None:
 def test_what_is_no_config_is_told(source: Any) -> None:
     with pytest.raises(SparsekitError, match="want a path, YAML text, a mapping or a SparseConfig"):
         load(source)
+
+
+def test_what_a_budget_was_held_on_goes_with_its_config() -> None:
+    """Of the config with other layers dense it says nothing; the bound stays."""
+    prompts = {"source": "p.jsonl", "count": 3, "tokens": [100, 200], "kl": 0.003}
+    config = load({"default": "triangle", "budget": {"kl": 0.005, "prompts": prompts}})
+    for other in (give_back(config, [1]), give_back(config, [], {0: (1,)})):
+        assert other.budget == Budget(kl=0.005)
+    assert give_back(config, []) == config

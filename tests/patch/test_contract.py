@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
 from sparsekit import SparsekitError, models
 from sparsekit.patch import CheckReport, Divergence
+from sparsekit.patch.contract import _Measured
 from sparsekit.patch.giving_back import give_back_until
 from sparsekit.patch.user_prompts import prompts_of, read_prompts
 
@@ -62,6 +65,23 @@ def test_what_is_measured_is_its_definition(model: PreTrainedModel) -> None:
     assert found.before.kl[0] > 1e-4 and found.before is found.after
     assert found.budget is None and found.held is None and found.kept and found.given_back == () and not found.alone
     assert "no budget in the config: nothing is run dense" in found.lines()[1]
+
+
+def test_recurrent_layers_go_on_from_the_prompt() -> None:
+    """Jamba's start anew where they read several tokens at once."""
+    jamba, config = small("jamba"), _config(layers="1,3")
+    found = sparsekit.check(jamba, config, PROMPTS[:1], next_tokens=6)
+    assert found.before.kl[0] == pytest.approx(_by_definition(jamba, config, PROMPTS[0], 6), rel=1e-3)
+    assert found.before.kl[0] > 1e-4
+
+
+def test_models_without_logits_or_a_cache_are_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(SparsekitError, match="LlamaModel returns no logits: give the model with its language head"):
+        sparsekit.check(model.model, _config(), PROMPTS)
+    assert model.config._attn_implementation == "sdpa"
+    griffin = small("recurrent_gemma")  # layer 2 slides
+    with pytest.raises(SparsekitError, match="RecurrentGemmaForCausalLM returns no cache"):
+        sparsekit.check(griffin, _config(layers="2"), PROMPTS)
 
 
 def test_the_interval_is_that_of_the_mean() -> None:
@@ -201,6 +221,18 @@ def test_the_search_gives_back_the_best_until_it_is_enough() -> None:
     assert give_back_until([], worth) == ([], False)
 
 
+def test_the_search_and_the_report_take_the_same_mean() -> None:
+    """A budget that is the mean itself holds, whatever the rounding of a sum."""
+    measured = object.__new__(_Measured)
+    draw = random.Random(0)
+    for _ in range(200):
+        kl = sorted((draw.random() * 1e-3 for _ in range(3)), reverse=True)
+        measured.kl = lambda back, i, kl=kl: kl[i]  # type: ignore[method-assign, misc]
+        found = Divergence(tuple(kl)).mean
+        assert measured._holds([], range(3), found)
+        assert not measured._holds([], range(3), math.nextafter(found, 0))
+
+
 # ---- prompts
 
 
@@ -233,6 +265,8 @@ def test_texts_chats_and_files(tmp_path: Path) -> None:
     read = prompts_of(read_prompts(file), words, 256)
     assert [one.ids for one in read] == [one.ids for one in made] * 2
     assert read[3].name == "p.jsonl line 7" and read[3].source == "p.jsonl"
+    (tmp_path / "P.JSONL").write_text(json.dumps("ab") + "\n[7, 8]\n")
+    assert [one.ids for one in prompts_of(read_prompts(tmp_path / "P.JSONL"), words, 256)] == [(1, 97, 98), (7, 8)]
     (tmp_path / "t.txt").write_text("a\nb\n")
     [one] = prompts_of(read_prompts(tmp_path / "t.txt"), words, 256)
     assert one.ids == (1, 97, 10, 98, 10) and one.name == "t.txt"
@@ -244,7 +278,10 @@ def test_texts_chats_and_files(tmp_path: Path) -> None:
         ("a text", r"prompts = 'a text': a list of prompts is needed"),
         ([], "at least one is needed"),
         ([5], r"prompt 0 = 5: want a text, a list of token ids"),
+        (torch.tensor(5), r"prompts = tensor\(5\): a list of prompts is needed"),
+        (torch.arange(5, 205), r"prompt 0 = tensor\(5\): want a text, a list of token ids"),
         ([[1.5] * 80], "prompt 0 = .*want a text"),
+        ([b"bytes" * 20], "prompt 0 = b'bytes.*want a text"),
         ([PROMPTS[0], [300] * 80], r"prompt 1: token id 300; the model's are 0 to 255"),
         (["text"], "prompt 0 is a text, and there is no tokenizer to read it: give tokenizer="),
         ([PROMPTS[0], [1, 2], [3] * 70], r"short to run sparse: prompt 1 \(2 tokens\), prompt 2 \(70 tokens\); .* at "
@@ -285,8 +322,19 @@ def test_logits_that_are_not_finite_are_refused(model: PreTrainedModel) -> None:
         sparsekit.check(model, _config(TIGHT), PROMPTS)
 
 
-def test_chats_that_cannot_be_read() -> None:
+def test_ids_of_a_tokenizer_that_is_another_models(model: PreTrainedModel) -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [300] * 80}
+
+    with pytest.raises(SparsekitError, match="prompt 0: the tokenizer gives token id 300; the model's are 0 to 255"):
+        sparsekit.check(model, _config(), ["text"], tokenizer=tokenizer)  # type: ignore[arg-type]
+
+
+def test_texts_and_chats_that_cannot_be_read() -> None:
     words: Any = Words()
+    for half in ("a\ud800", [{"role": "user", "content": "\ud800"}]):
+        with pytest.raises(SparsekitError, match=r"prompt 0: its text cannot be encoded at character .*surrogates"):
+            prompts_of([half], words, 256)
     for prompt, says in (
         ([{"role": "user", "contents": "x"}], "message 0 has no 'content'; it has 'role', 'contents'. Did you mean"),
         ([{"role": "wizard", "content": "x"}], "chat template refuses it: only user and assistant"),

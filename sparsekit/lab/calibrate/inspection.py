@@ -86,7 +86,7 @@ class Inspection:
     """What `inspect_model` found; `answer()` says it in sentences.
 
     `kept` has a row for each pattern and number of sink tokens: KL of the answer's tokens from dense, in nats a token,
-    with half the width of its 95% interval, in all layers that can run it.
+    with half the width of its 95% interval (None of one prompt), in all layers that can run it.
     """
 
     model: str
@@ -135,7 +135,10 @@ class Inspection:
                 if at < INITIAL and share >= 0.5:
                     near.setdefault(at, []).append(layer.layer)
         if not near:
-            return f"Needs no sink tokens: no column gets more than {self.epsilon} of any head's attention."
+            return (
+                f"Needs no sink tokens: none of the first {INITIAL} columns gets more than {self.epsilon} of a head's "
+                "attention in half of the prompts."
+            )
         names = {column["position"]: f" ({column['token']!r})" for layer in self.layers for column in layer.top}
         places = "; ".join(
             f"position {at}{names.get(at, '')} in layers {format_range(layers)}" for at, layers in sorted(near.items())
@@ -314,7 +317,7 @@ class Inspection:
             rows = []
             for name in dict.fromkeys(row["name"] for row in self.kept):
                 each = {row["sink_tokens"]: row for row in self.kept if row["name"] == name}
-                rows.append([name, *(f"{each[n]['kl']:.4f} ± {each[n]['kl_half_width']:.4f}" for n in counts)])
+                rows.append([name, *(_kl(each[n]) for n in counts)])
             one = self.kept[0]
             title = (
                 "KL from dense by sink tokens kept, nats a token of the answer; "
@@ -358,6 +361,11 @@ def _outlier(one: dict[str, Any], layer: int, *, channel: bool = True) -> str:
     where = f"channel {one['channel']} at " if channel else "at "
     times = f"{one['value']:,.0f}, {one['ratio']:,.0f} times the median"
     return f"{times}, {where}position {one['position']} ({one['token']!r}) after layer {layer}"
+
+
+def _kl(row: dict[str, Any]) -> str:
+    width = row["kl_half_width"]
+    return f"{row['kl']:.4f}" + ("" if width is None else f" ± {width:.4f}")
 
 
 def _at(values: Sequence[float], at: int) -> float | None:

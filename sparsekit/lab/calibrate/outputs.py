@@ -71,7 +71,7 @@ def watch_outputs(model: PreTrainedModel, from_row: int) -> Iterator[tuple[Outpu
     measured over the rows from `from_row` on, or all of a prompt that has no more.
 
     Raises:
-        SparsekitError: a model whose layers stand in no list.
+        SparsekitError: a model whose layers stand in no list; in the forward, a layer whose output is not finite.
     """
     found = Outputs()
     modules = attention_modules(model, model.config.get_text_config(decoder=True))
@@ -90,7 +90,13 @@ def watch_outputs(model: PreTrainedModel, from_row: int) -> Iterator[tuple[Outpu
 
     def layer_done(i: int) -> Callable[..., None]:
         def note(module: Any, args: Any, result: Any) -> None:
-            found.hidden[i] = massive_channels((result[0] if isinstance(result, tuple) else result).detach())
+            hidden = (result[0] if isinstance(result, tuple) else result).detach()
+            if not bool(hidden.isfinite().all()):
+                dtype = str(hidden.dtype).removeprefix("torch.")
+                raise SparsekitError(
+                    f"what comes out of layer {i} is not finite in {dtype}, so nothing can be said of sinks."
+                )
+            found.hidden[i] = massive_channels(hidden)
 
         return note
 

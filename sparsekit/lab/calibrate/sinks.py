@@ -13,6 +13,7 @@ compare.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,8 +38,10 @@ from sparsekit.lab.provenance import made_on
 from sparsekit.lab.stats import mean_interval
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
+from sparsekit.patch import remove
 from sparsekit.patch.call import softmax_of
 from sparsekit.patch.capture import wrap_attention
+from sparsekit.patch.handle import left_alone
 from sparsekit.patterns import parse_pattern
 from sparsekit.patterns.attention import plan_heads
 
@@ -70,6 +73,8 @@ def inspect_model(
 ) -> Inspection:
     """Attention sinks of a model, and what a config drops of its attention.
 
+    What is applied to the model is off meanwhile, and on again then.
+
     Args:
         config: whose patterns are measured; default none.
         samples, tokens, seeds, tasks: of the prompts, as for the probe.
@@ -81,12 +86,15 @@ def inspect_model(
             512 tokens at most, the last rows an eighth and 128 at most.
 
     Raises:
-        SparsekitError: prompts beyond the model's positions, a config for another model, or `gradient` without one.
+        SparsekitError: prompts beyond the model's positions, a config for another model, or `gradient` without one; a
+        model in training mode, or whose activations are not finite.
     """
     if not 0 < epsilon < 1 or score_tokens < 2:
         raise SparsekitError(f"epsilon = {epsilon}, score_tokens = {score_tokens}: between 0 and 1, and at least 2.")
     if gradient and config is None:
         raise SparsekitError("gradient: it is measured on what a config drops; give the config.")
+    if model.training:
+        raise SparsekitError("the model is in training mode, where dropout changes what it does: model.eval() first.")
     loaded = None if config is None else load(config)
     resolved = None if loaded is None else loaded.resolve(facts(model))
     own = own_layers(model, some=True)
@@ -95,7 +103,8 @@ def inspect_model(
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=seeds)
     sparse = {} if resolved is None else {x.layer: x for x in resolved.layers if not x.dense and x.layer not in own}
     found: list[dict[int, dict[str, Any]]] = []
-    with progress("inspect", len(prompts), quiet=quiet) as step:
+    with left_alone(model), progress("inspect", len(prompts), quiet=quiet) as step:
+        remove(model)
         for prompt in prompts:
             found.append(_look(model, tokenizer, prompt, sparse, own, epsilon, score_tokens, gradient))
             step(1)
@@ -112,8 +121,11 @@ def inspect_model(
     if not kept_sinks:
         return said
     counts = sorted({*kept_sinks, said.sink_tokens or 0})
-    judge = Judge(model, tokenizer, prompts)
-    return replace(said, kept=tuple(_harm(judge, [i for i in range(count) if i not in own], counts, tokens, quiet)))
+    with left_alone(model):
+        remove(model)
+        judge = Judge(model, tokenizer, prompts)
+        kept = _harm(judge, [i for i in range(count) if i not in own], counts, tokens, quiet)
+    return replace(said, kept=tuple(kept))
 
 
 def _harm(judge: Judge, layers: Sequence[int], counts: Sequence[int], tokens: int, quiet: bool) -> list[dict[str, Any]]:
@@ -126,7 +138,8 @@ def _harm(judge: Judge, layers: Sequence[int], counts: Sequence[int], tokens: in
             for sinks in counts:
                 pattern = parse_pattern({"name": name, "sink_tokens": sinks, **near, **more})
                 kl, width = mean_interval(judge.effect(dict.fromkeys(layers, pattern)).kl)
-                rows.append({"name": name, "sink_tokens": sinks, **near, **last, "kl": kl, "kl_half_width": width})
+                known = width if math.isfinite(width) else None
+                rows.append({"name": name, "sink_tokens": sinks, **near, **last, "kl": kl, "kl_half_width": known})
                 step(1)
     return rows
 

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from sparsekit import SparsekitError, models
+from sparsekit import SparsekitError, apply, models
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.lab.calibrate.columns import columns, sink_scores
-from sparsekit.lab.calibrate.inspection import read_inspection
+from sparsekit.lab.calibrate.inspection import Inspection, LayerSinks, read_inspection
 from sparsekit.lab.calibrate.outputs import _layers
 from sparsekit.lab.calibrate.prompts import ask, make_prompts
 from sparsekit.lab.calibrate.sinks import inspect_model
@@ -335,6 +335,44 @@ def test_what_is_written_is_read(built, tmp_path) -> None:
     (tmp_path / "other.json").write_text('{"kind": "probe"}')
     with pytest.raises(SparsekitError, match=r"other\.json': not a file of `sparsekit inspect -o`"):
         read_inspection(tmp_path / "other.json")
+
+
+def test_of_one_prompt_no_interval_is_known(built) -> None:
+    """JSON has no number for an infinite width."""
+    model, tokenizer, _ = built
+    found = inspect_model(model, tokenizer, samples=1, tokens=300, kept_sinks=(1,), quiet=True)
+    assert [row["kl_half_width"] for row in found.kept] == [None, None]
+    assert "| a_shape | 0.0000 |" in found.markdown()
+    json.dumps(found.kept, allow_nan=False)
+
+
+def test_a_patched_model_is_seen_dense_and_left_as_it_was(tiny) -> None:
+    model, tokenizer = tiny
+    options = {"samples": 1, "tokens": 300, "kept_sinks": (1,), "quiet": True}
+    dense = inspect_model(model, tokenizer, **options)
+    with apply(model, {"default": {"name": "a_shape", "sink_tokens": 0, "window_tokens": 16}}) as handle:
+        found = inspect_model(model, tokenizer, **options)
+        assert handle.active and model.config._attn_implementation != "sdpa"
+    assert found == dense
+
+
+def test_activations_that_are_not_finite_are_refused(tiny) -> None:
+    model = models.tiny("llama", vocab_size=49152)
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(SparsekitError, match="what comes out of layer 2 is not finite in float32"):
+        inspect_model(model, tiny[1], samples=1, tokens=300, kept_sinks=(), quiet=True)
+    with pytest.raises(SparsekitError, match="training mode"):
+        inspect_model(model.train(), tiny[1], samples=1, tokens=300, kept_sinks=(), quiet=True)
+
+
+@pytest.mark.parametrize("sinks", [{0: 0.25}, {100: 1.0}])
+def test_a_sink_that_sink_tokens_need_not_keep_is_not_denied(sinks: dict[int, float]) -> None:
+    layer = LayerSinks(0, score=(0.1,), first=(0.1,), sinks=sinks, sink_mass=(0.1,))
+    first = Inspection("tiny", 4, {"tokens": 300}, 0.3, 64, "", {}, (layer,)).answer()[0]
+    assert first == (
+        "Needs no sink tokens: none of the first 64 columns gets more than 0.3 of a head's attention in half of the "
+        "prompts."
+    )
 
 
 def test_what_is_refused(tiny) -> None:
