@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 import sparsekit
-from sparsekit.errors import named_path
+from sparsekit.errors import SparsekitError, named_path
 from sparsekit.models import EMBEDDED, parts_found
+from sparsekit.patch.state import applied_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,14 @@ def content_of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
     Not of its path or name. Reads 3 GB/s on a CPU's core. Weights that cannot
     be read (offloaded ones) equal none, so that nothing is found under them.
+
+    Raises:
+        SparsekitError: a config is applied to the model, so that its own attention is not what would be measured.
     """
+    if applied_to(model):
+        raise SparsekitError(
+            "a config is applied to this model, whose dense attention is measured: handle.remove() first."
+        )
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in _tensors(model):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())

@@ -286,3 +286,14 @@ def test_all_loaded_modules_of_a_package_count(tmp_path: Path, monkeypatch: pyte
         for name in ("others_pack", "others_pack.a", "others_pack.b", "others_base"):
             sys.modules.pop(name, None)
     assert len(set(keys)) == 3
+
+
+def test_a_model_with_a_config_applied_is_not_taken_for_dense(tiny_llama: PreTrainedModel) -> None:
+    """Whatever measures from dense attention names its model first: probe, gate, curves, tune, evaluation."""
+    plain = content_of_model(tiny_llama)
+    with (
+        sparsekit.apply(tiny_llama, "version: 1\ndefault: a_shape"),
+        pytest.raises(sparsekit.SparsekitError, match="is applied to this model"),
+    ):
+        content_of_model(tiny_llama)
+    assert content_of_model(tiny_llama) == plain
