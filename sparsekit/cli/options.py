@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -104,16 +104,25 @@ def ruled(command: Callable[..., None]) -> Callable[..., None]:
     from sparsekit.lab.calibrate.rules import RULES
 
     takers: dict[str, list[str]] = {}
+    defaults: dict[str, dict[str, list[str]]] = {}
     options = {}
     for rule, cls in RULES.items():
         for name, field in cls.model_fields.items():
             if name != "name":
                 takers.setdefault(name, []).append(rule)
-                default = "" if field.is_required() else f" (default: {field.default})"
+                if not field.is_required():
+                    defaults.setdefault(name, {}).setdefault(str(field.default), []).append(rule)
+                default = _said_default(defaults.get(name, {}))
                 says = f"{', '.join(takers[name])}: {field.description}{default}."
                 kind: Any = Annotated[field.annotation | None, typer.Option(f"--{name.replace('_', '-')}", help=says)]  # type: ignore[operator]
                 options[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
     return _spelled_out(command, "constants", options.values())
+
+
+def _said_default(defaults: Mapping[str, Sequence[str]]) -> str:
+    """One default of all rules, or each with the rules that have it."""
+    said = [value if len(defaults) == 1 else f"{value} of {', '.join(rules)}" for value, rules in defaults.items()]
+    return f" (default: {'; '.join(said)})" if said else ""
 
 
 def _spelled_out(command: Callable[..., None], name: str, options: Iterable[inspect.Parameter]) -> Callable[..., None]:

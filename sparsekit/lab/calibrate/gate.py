@@ -155,7 +155,8 @@ def gate(
     if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
         raise SparsekitError(
             f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
-            "tokens run dense under this config (dense_below_tokens), so they check nothing; give longer ones."
+            "tokens run dense under this config (dense_below_tokens), so the gate checks nothing; "
+            "give longer ones (--gate-tokens), or a lower --dense-below."
         )
     if not tasks:
         raise SparsekitError("tasks: at least one.")
@@ -173,6 +174,7 @@ def gate(
         for prompt in prompts:
             rows.append(run.row(loaded, prompt))
             step(1)
+            step.says(f"gate: {len(rows)} of {len(prompts)} prompts")
     checks = []
     for length in tokens:
         for name in dict.fromkeys(p.task.name for p in prompts):
