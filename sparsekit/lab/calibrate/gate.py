@@ -156,7 +156,7 @@ def gate(
         raise SparsekitError(
             f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
             "tokens run dense under this config (dense_below_tokens), so the gate checks nothing; "
-            "give longer ones (--gate-tokens), or lower the config's dense_below_tokens (`calibrate rule --dense-below`)."
+            "give longer ones (--gate-tokens), or lower it (`calibrate rule --dense-below`)."
         )
     if not tasks:
         raise SparsekitError("tasks: at least one.")
