@@ -54,11 +54,15 @@ class Keys(NamedTuple):
 
     def gathered(self, geometry: Geometry) -> Keys:
         """The keys and values of a call in one piece: of those in pages a copy, with zeros behind a sample's last."""
-        return self if self.table is None else Keys(self.gathered_k(geometry), _gathered(self.v, self.table, geometry))
+        return Keys(self.gathered_k(geometry), self.gathered_v(geometry))
 
     def gathered_k(self, geometry: Geometry) -> Tensor:
         """(B, G, K, D): the keys of `gathered`, without values."""
         return self.k if self.table is None else _gathered(self.k, self.table, geometry)
+
+    def gathered_v(self, geometry: Geometry) -> Tensor:
+        """(B, G, K, D): the values of `gathered`, without keys."""
+        return self.v if self.table is None else _gathered(self.v, self.table, geometry)
 
 
 def pages_of(table: Tensor, size: int, ranges: Ranges) -> Tensor:

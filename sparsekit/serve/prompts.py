@@ -166,7 +166,7 @@ def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, soft
         k = keys.gathered_k(part.geometry)
         plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, part.geometry, softmax)
         if plan.row_ptr is not None and not plan.on_grid:
-            keys = Keys(k, keys.gathered(part.geometry).v)
+            keys = Keys(k, keys.gathered_v(part.geometry))
     attend(
         q, keys.k, keys.v, plan, table=keys.table, scale=softmax.scale, softcap=softmax.softcap,
         sink_logits=softmax.sink_logits, out=out.transpose(0, 1)[None],

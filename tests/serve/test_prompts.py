@@ -3,11 +3,14 @@ not read."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from sparsekit import SparsekitError
+from sparsekit.call import keys as keys_module
 from sparsekit.call.geometry import Span
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
@@ -220,6 +223,14 @@ def test_values_are_copied_only_where_tiles_start_anywhere(monkeypatch: pytest.M
     slashes = {"name": "vertical_slash", "vertical_tokens": 8, "slash_tokens": 4, "dense_below_tokens": 0}
     blocks = {"name": "block_topk", "top_k": 2, "dense_below_tokens": 0}
     tables: list[Tensor | None] = []
+    copies: list[int] = []
+    gather = keys_module._gathered
+
+    def counted(pages: Tensor, *more: Any) -> Tensor:
+        copies.append(len(tables))
+        return gather(pages, *more)
+
+    monkeypatch.setattr(keys_module, "_gathered", counted)
     monkeypatch.setattr("sparsekit.serve.prompts.attend", lambda *_, table, **__: tables.append(table))
     for pattern in (TRIANGLE, blocks, slashes):
         layer = _layer(pattern)
@@ -228,6 +239,7 @@ def test_values_are_copied_only_where_tiles_start_anywhere(monkeypatch: pytest.M
         keys = _paged(k, v, 16).at(part.reads)
         attend_part(part, layer, q[500:], keys, Softmax(0.25), torch.empty_like(q[500:]))
     assert [table is not None for table in tables] == [True, True, False]
+    assert copies == [1, 2, 2]  # none; keys; keys and values, each once
 
 
 def test_queries_are_checked() -> None:
