@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from sparsekit.config.ranges import format_range, parse_range
 from sparsekit.config.schema import SparseConfig, load
@@ -34,8 +35,10 @@ def give_back(
         mine[str(layer)] = {**mine.get(str(layer), {}), format_range(sorted(some)): "dense"}
         data["heads"] = mine
     if heads:
-        said = {str(layer): format_range(sorted(some)) for layer, some in heads.items()}
-        data["provenance"] = {**data.get("provenance", {}), "heads_given_back_to_dense": said}
+        made = data.get("provenance", {})
+        said = dict(made.get("heads_given_back_to_dense", {}))
+        said.update({str(layer): _and_earlier(some, said.get(str(layer))) for layer, some in heads.items()})
+        data["provenance"] = {**made, "heads_given_back_to_dense": said}
     if config.budget is not None:
         data["budget"] = {"kl": config.budget.kl}
     return load(data)
@@ -59,5 +62,12 @@ def _give_back_layers(config: SparseConfig, layers: Sequence[int]) -> SparseConf
     data["layers"] = {**data["layers"], format_range(sorted(given)): "dense"}
     if not data["heads"]:
         del data["heads"]
-    data["provenance"] = {**data.get("provenance", {}), "given_back_to_dense": format_range(sorted(given))}
+    made = data.get("provenance", {})
+    said = _and_earlier(given, made.get("given_back_to_dense"))
+    data["provenance"] = {**made, "given_back_to_dense": said}
     return load(data)
+
+
+def _and_earlier(numbers: Iterable[int], earlier: Any) -> str:
+    """These and the ones that a config's provenance says already: they are dense still."""
+    return format_range(sorted({*numbers, *(parse_range(str(earlier)) if earlier is not None else ())}))

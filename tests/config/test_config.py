@@ -258,3 +258,13 @@ def test_what_a_budget_was_held_on_goes_with_its_config() -> None:
     for other in (give_back(config, [1]), give_back(config, [], {0: (1,)})):
         assert other.budget == Budget(kl=0.005)
     assert give_back(config, []) == config
+
+
+def test_what_was_given_back_before_is_still_said() -> None:
+    """Layers and heads that an earlier measurement gave back are dense in the config, and stay in its provenance."""
+    config = load("version: 1\nmodel: {num_layers: 6, num_heads: 4}\ndefault: a_shape\n")
+    twice = give_back(give_back(config, [0, 1]), [3])
+    assert twice.provenance["given_back_to_dense"] == "0-1,3"
+    assert [layer.dense for layer in twice.resolve().layers] == [True, True, False, True, False, False]
+    heads = give_back(give_back(config, [], {2: [0], 4: [1]}), [], {2: [3]})
+    assert heads.provenance["heads_given_back_to_dense"] == {"2": "0,3", "4": "1"}
