@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,21 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
+def as_json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no infinity and no NaN: null stands for them, as for the interval of a single prompt."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
+    typer.echo(as_json_text(value, indent=2))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]], right: frozenset[int] = frozenset()) -> None:
@@ -84,7 +98,7 @@ def mark_first(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
 def show(found: dict[str, Any], table: tuple[list[str], list[list[str]]], as_json: bool, output: Path | None) -> None:
     if output is not None:
         with writing(output, folders=True) as part:
-            part.write_text(json.dumps(found, default=str) + "\n", encoding="utf-8")
+            part.write_text(as_json_text(found) + "\n", encoding="utf-8")
     if as_json:
         print_json(found)
     else:

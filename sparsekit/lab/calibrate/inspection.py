@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -341,6 +342,8 @@ def read_inspection(path: str | Path) -> Inspection:
             }
             one["sinks"] = {int(at): share for at, share in layer["sinks"].items()}
             one["mass_by_length"] = {int(n): tuple(masses) for n, masses in layer["mass_by_length"].items()}
+            for each in layer["massive"]:
+                each["ratio"] = math.inf if each["ratio"] is None else each["ratio"]  # JSON has no infinity
             layers.append(LayerSinks(**one))
         given = {one.name: found[one.name] for one in fields(Inspection)}
         return Inspection(**{**given, "layers": tuple(layers), "kept": tuple(found["kept"])})
