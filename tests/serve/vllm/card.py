@@ -2,7 +2,8 @@
 """vLLM with CUDA kernels on one GPU: correctness over each backend with graphs, then stock and sparsekit in turns.
 
     python tests/serve/vllm/card.py check OUT.jsonl [BACKEND ...]   explicit masks, per-request configs, graphs
-    python tests/serve/vllm/card.py time OUT.jsonl [PART ...]       parts: chunked whole decode load load-uniform; two engines in turns
+    python tests/serve/vllm/card.py time OUT.jsonl [PART ...]       parts: chunked whole decode load load-uniform, in turn
+    python tests/serve/vllm/card.py all OUT.jsonl [PART ...]        the checks of all backends while the engines start, then `time`
 
 Each line of OUT.jsonl is one record. Two engines share the GPU, and only one of them computes at any moment.
 """
@@ -80,7 +81,7 @@ def check(out: str, backend: str) -> None:
     folder = save_tiny_llama(Path(tempfile.mkdtemp()))
     llm = LLM(
         str(folder), skip_tokenizer_init=True, dtype="bfloat16", seed=0, max_model_len=8192, max_num_batched_tokens=512,
-        enable_prefix_caching=False, gpu_memory_utilization=0.2, max_num_seqs=64,
+        enable_prefix_caching=False, gpu_memory_utilization=0.05, kv_cache_memory_bytes=1_000_000_000, max_num_seqs=64,
         attention_config={"backend": backend}, additional_config={"sparsekit": {"configs": CHECKED, "default": "triangle"}},
     )  # fmt: skip
     names = [*CHECKED, "off"]
@@ -131,8 +132,8 @@ def engine(kind: str) -> None:
     begun = time.perf_counter()
     llm = LLM(
         str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=LLAMA_8B["torch_dtype"], seed=0, max_model_len=LONGEST + 512,
-        max_num_batched_tokens=LONGEST, enable_prefix_caching=False, max_num_seqs=32,
-        gpu_memory_utilization=float(os.environ.get("CARD_MEMORY", 0.46)), disable_log_stats=True,
+        max_num_batched_tokens=LONGEST, enable_prefix_caching=False, max_num_seqs=32, disable_log_stats=True,
+        gpu_memory_utilization=0.2, kv_cache_memory_bytes=int(os.environ.get("CARD_KV_BYTES", 36_000_000_000)),
         **({
             "attention_config": {"backend": "FLASH_ATTN"},
             "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
@@ -255,13 +256,14 @@ def bounds(stock: Engine, mix: list[int]) -> dict[str, float]:
     return {"prefill_seconds": both, "bound_half": both / (linear + attention / 2), "bound_all": both / linear}
 
 
-def timed(out: str, parts: list[str]) -> None:
+def timed(out: str, parts: list[str], checks: list[subprocess.Popen[bytes]]) -> None:
     import random
 
-    engines = {}
-    for kind in ("stock", "sparsekit"):  # one after the other: each measures the memory that is free
-        engines[kind] = Engine(kind)
-        note(out, part="start", **engines[kind].wait("READY"))
+    engines = {kind: Engine(kind) for kind in ("stock", "sparsekit")}
+    for engine in engines.values():
+        note(out, part="start", **engine.wait("READY"))
+    for one in checks:  # nothing else computes while engines are timed
+        one.wait(280)
     stock, ours = engines["stock"], engines["sparsekit"]
     arms = [(stock, None), (ours, "trianglemix")]
     lengths = [int(n) for n in os.environ.get("CARD_LENGTHS", "131072,32768,8192,4096").split(",") if int(n) <= LONGEST]
@@ -274,33 +276,38 @@ def timed(out: str, parts: list[str]) -> None:
                 got = engine("first_token", tokens=tokens, seed=turn, config=config)
                 note(out, part=part, chunk=chunk, tokens=tokens, turn=turn, engine=engine.kind, config=config, **got)
 
-    if "chunked" in parts:
-        for tokens in lengths:
-            in_turns(
-                "chunked", CHUNK, [*arms, (ours, "off")] if tokens == 8192 else arms, tokens, 3 if tokens > 40000 else 7
-            )
-    if "whole" in parts:
-        dynamic = [(ours, "block_topk"), (ours, "vertical_slash")]
-        for tokens in lengths[:2]:
-            in_turns("whole", LONGEST, [*arms, *dynamic], tokens, 2 if tokens > 40000 else 4)
-    if "decode" in parts:
-        for turn in range(2):
-            for engine, config in arms if turn % 2 == 0 else arms[::-1]:
-                engine("set_chunk", tokens=CHUNK)
-                got = engine("load", requests=[[2048, i] for i in range(16)], clients=16, out_tokens=256, config=config)
-                note(out, part="decode", turn=turn, engine=engine.kind, config=config, **got)
-    for part, spread in (("load", "log-uniform"), ("load-uniform", "uniform")):
-        if part not in parts:
-            continue
+    def loaded(part: str, spread: str, turn: int) -> None:
         pick = random.Random(1)
         drawn = [pick.random() for _ in range(32 if spread == "log-uniform" else 24)]
         sizes = [2048 * 32**x if spread == "log-uniform" else 2048 + x * (65536 - 2048) for x in drawn]
         mix = [[min(int(n), LONGEST // 2), i] for i, n in enumerate(sizes)]
-        note(out, part=part, spread=spread, requests=len(mix), **bounds(stock, [n for n, _ in mix]))
-        for engine, config in [*arms, (ours, "block_topk")]:
+        if turn == 0:
+            note(out, part=part, spread=spread, requests=len(mix), **bounds(stock, [n for n, _ in mix]))
+        loads = [*arms, (ours, "block_topk")]
+        for engine, config in loads if turn % 2 == 0 else loads[::-1]:
             engine("set_chunk", tokens=CHUNK)
             got = engine("load", requests=mix, clients=16, out_tokens=128, config=config)
-            note(out, part=part, spread=spread, engine=engine.kind, config=config, **got)
+            note(out, part=part, spread=spread, turn=turn, engine=engine.kind, config=config, **got)
+
+    for i, part in enumerate(parts):
+        if part == "chunked":
+            for tokens in lengths:
+                rounds = 2 if tokens > 40000 else 5
+                in_turns(part, CHUNK, [*arms, (ours, "off")] if tokens == 8192 else arms, tokens, rounds)
+        elif part == "whole":
+            for tokens in lengths[:2]:
+                dynamic = [(ours, "block_topk"), (ours, "vertical_slash")]
+                in_turns(part, LONGEST, [*arms, *dynamic], tokens, 2 if tokens > 40000 else 4)
+        elif part == "decode":
+            for turn in range(2):
+                for engine, config in arms if turn % 2 == 0 else arms[::-1]:
+                    engine("set_chunk", tokens=CHUNK)
+                    got = engine(
+                        "load", requests=[[2048, i] for i in range(16)], clients=16, out_tokens=256, config=config
+                    )
+                    note(out, part=part, turn=turn, engine=engine.kind, config=config, **got)
+        else:
+            loaded(part, {"load": "log-uniform", "load-uniform": "uniform"}[part], parts[:i].count(part))
     note(out, part="report", report=ours("report"))
     for one in engines.values():
         one.process.stdin.close()  # type: ignore[union-attr]
@@ -311,11 +318,18 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "engine":
         engine(rest[0])
-    elif what == "check":
-        for backend in rest[1:] or ["FLASH_ATTN", "TRITON_ATTN"]:
-            if len(rest) == 2:
-                check(rest[0], backend)
-            else:
-                subprocess.run([sys.executable, __file__, "check", rest[0], backend], check=False, timeout=280)
+    elif what == "check" and len(rest) == 2:
+        check(*rest)
     else:
-        timed(rest[0], rest[1:] or ["chunked", "whole", "decode", "load", "load-uniform"])
+        backends = (
+            rest[1:] if what == "check" else ["FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"] if what == "all" else []
+        )
+        checks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "check", rest[0], backend], stderr=open(f"{rest[0]}.{backend}.log", "w")
+            )  # noqa: SIM115
+            for backend in backends
+        ]
+        if what != "check":
+            timed(rest[0], rest[1:] or ["chunked", "whole", "decode", "load", "load-uniform"], checks)
+        sys.exit(max((one.wait(280) for one in checks), default=0))
