@@ -324,12 +324,10 @@ if __name__ == "__main__":
         backends = (
             rest[1:] if what == "check" else ["FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"] if what == "all" else []
         )
-        checks = [
-            subprocess.Popen(
-                [sys.executable, __file__, "check", rest[0], backend], stderr=open(f"{rest[0]}.{backend}.log", "w")
-            )  # noqa: SIM115
-            for backend in backends
-        ]
+        checks = []
+        for backend in backends:
+            with open(f"{rest[0]}.{backend}.log", "w") as log:
+                checks.append(subprocess.Popen([sys.executable, __file__, "check", rest[0], backend], stderr=log))
         if what != "check":
             timed(rest[0], rest[1:] or ["chunked", "whole", "decode", "load", "load-uniform"], checks)
         sys.exit(max((one.wait(280) for one in checks), default=0))
