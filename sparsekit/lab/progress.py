@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 __all__ = ["Bar", "progress"]
 
+EVERY_S = 15.0  # between lines, where the one that works says none of its own
+
 
 @dataclass
 class Bar:
@@ -31,6 +33,7 @@ class Bar:
     lines: bool
     done: float = 0.0
     start: float = field(default_factory=time.monotonic)
+    spoken: float = field(default_factory=time.monotonic)
 
     def __call__(self, steps: float, what: str | None = None, count: str | None = None) -> None:
         """That many steps were done; `what` is being done, and `count` is shown in place of the steps."""
@@ -41,9 +44,12 @@ class Bar:
         self.total = self.total if total is None else total
         shown = count or (f"{self.done:g}" if self.total is None else f"{self.done:g}/{self.total:g}")
         self.bar.update(self.id, completed=self.done, total=self.total, description=what, count=shown)
+        if time.monotonic() - self.spoken >= EVERY_S:
+            self.says(f"{self.bar.tasks[0].description}: {shown}")
 
     def says(self, text: str, *, always: bool = False) -> None:
-        """A line with the minutes left where there is no bar; above the bar where it is to be seen `always`."""
+        """A line, with the minutes left, where there is no bar; above the bar where it is to be seen `always`."""
+        self.spoken = time.monotonic()
         if self.lines:
             rate = (time.monotonic() - self.start) / self.done if self.done else 0.0
             left = f" ({rate * (self.total - self.done) / 60:.0f} min left)" if self.total and self.done else ""
