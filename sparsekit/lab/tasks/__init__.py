@@ -6,6 +6,7 @@ from sparsekit.lab.tasks.counted_words import CommonWords, FrequentWords
 from sparsekit.lab.tasks.key_value import KeyValue
 from sparsekit.lab.tasks.needle import Needle, Passkey
 from sparsekit.lab.tasks.niah import Niah
+from sparsekit.lab.tasks.passkeys import Passkeys
 from sparsekit.lab.tasks.perplexity import Perplexity
 from sparsekit.lab.tasks.variables import VariableTracking
 
@@ -17,6 +18,7 @@ __all__ = [
     "Needle",
     "Niah",
     "Passkey",
+    "Passkeys",
     "Perplexity",
     "Sample",
     "Task",

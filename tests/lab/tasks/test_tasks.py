@@ -122,3 +122,19 @@ def test_bad_input_is_a_one_line_error(tokenizer):
 @pytest.mark.parametrize("module", [base, needle])
 def test_the_examples_in_the_docstrings_run(module, tokenizer):
     assert doctest.testmod(module, extraglobs={"tokenizer": tokenizer}).failed == 0
+
+
+@pytest.mark.parametrize("corpus", [None, "pydoc"])
+def test_passkeys10_asks_for_every_sequence_in_the_texts_order(tokenizer, corpus):
+    [sample] = task("passkeys10", corpus).samples(tokenizer, tokens=3000, count=1, seed=0)
+    assert 2900 < prompt_ids(tokenizer, sample).shape[1] + task("passkeys10").max_new_tokens <= 3000
+    places = [sample.prompt.index(f"the {word} pass key: {key}\n") for word, key in zip(
+        "first second third fourth fifth sixth seventh eighth ninth tenth".split(), sample.answers, strict=True
+    )]  # fmt: skip
+    assert places == sorted(places) and len(set(sample.answers)) == 10
+    assert places[0] < 0.4 * len(sample.prompt) and places[-1] > 0.6 * len(sample.prompt)
+    assert ("grass is green" in sample.prompt) == (corpus is None)
+    answer = tokenizer(f" {', '.join(sample.answers)}", add_special_tokens=False)["input_ids"]
+    assert len(answer) <= task("passkeys10").max_new_tokens
+    assert task("passkeys10").score(", ".join(sample.answers[1:]), sample) == pytest.approx(0.9)
+    assert task("passkeys10").build(Random(0), 9).answers == task("passkeys10").build(Random(0), 0).answers
