@@ -20,6 +20,7 @@ from sparsekit.cli.about import describe_patterns, doctor, named_models, validat
 from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.check import check
 from sparsekit.cli.evaluate import eval_, report, sweep
+from sparsekit.cli.head_choice import agreement, head_curve
 from sparsekit.cli.inspect import inspect
 from sparsekit.cli.options import Config, Json, Model, Seed, Tokens, Yaml, command_line
 from sparsekit.cli.printing import busy, mark_first, print_doctor, print_explanation, print_json, print_table
@@ -333,6 +334,8 @@ def _say_shape(config: SparseConfig, model: str | None) -> None:
         typer.echo(f"for a model of {layers} layers and {heads} query heads; --model checks it", err=True)
 
 
+for _name, _measured in (("head-curve", head_curve), ("agreement", agreement)):
+    calibrate_app.command(_name)(_measured)
 app.add_typer(calibrate_app, name="calibrate")
 for _name, _command in (
     ("check", check),

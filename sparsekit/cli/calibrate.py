@@ -23,6 +23,7 @@ from sparsekit.cli.options import (
     Picture,
     RecordFile,
     Samples,
+    Scores,
     Seed,
     Seeds,
     Tasks,
@@ -35,7 +36,7 @@ from sparsekit.cli.options import (
 )
 from sparsekit.cli.printing import show
 from sparsekit.errors import SparsekitError, shown
-from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, shares_of, tasks_of, words_of
+from sparsekit.lab.options import Device, Lengths, numbers_of, patterns_of, tasks_of, words_of
 
 
 class _Calibrate(TyperGroup):
@@ -107,6 +108,7 @@ def _calibrate_rule(
     rule: Annotated[str, typer.Option("--rule", help="How layers or heads are chosen; rules are listed below.")],
     output: Yaml,
     probe_file: Annotated[Path | None, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")] = None,
+    scores: Scores = None,
     pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
     rest: Annotated[str, typer.Option("--rest", help="Pattern of all other heads, as in YAML.")] = "dense",
     dense_below: Below = 1024,
@@ -119,12 +121,15 @@ def _calibrate_rule(
     from sparsekit.lab.calibrate.effects import judges
     from sparsekit.lab.calibrate.mixture import Chosen, write_heads
     from sparsekit.lab.calibrate.probe import read_probe
+    from sparsekit.lab.calibrate.ranking import read_scores
     from sparsekit.lab.calibrate.rules import Given, apply_rule, parse_rule
     from sparsekit.models import facts
 
+    if scores is not None and constants.get("rank") != "scores":
+        raise SparsekitError(f"--scores {str(scores)!r}: read by --rank scores alone.")
     asked: Any = parse_rule(rule, {name: value for name, value in constants.items() if value is not None})
     found = None if probe_file is None else read_probe(probe_file)
-    runs, others = _pattern_of(pattern, "--pattern"), _pattern_of(rest, "--rest")
+    runs, others = pattern_of(pattern, "--pattern"), pattern_of(rest, "--rest")
     loaded = load_weights(model, device, dtype, exact=True)
     arch, judged = facts(loaded[0]), {}
     if asked.measured:
@@ -137,14 +142,16 @@ def _calibrate_rule(
     def measure(chosen: Chosen, rule: Any) -> dict[str, Any]:
         return {task: judge.effect(write(chosen, {})) for task, judge in judged.items()}
 
-    chosen, said = apply_rule(asked, Given(arch, found, measure))
+    table = None if scores is None else read_scores(scores, loaded[0])
+    chosen, said = apply_rule(asked, Given(arch, found, measure, table))
     if not chosen:
         raise SparsekitError(f"rule {rule!r} chose no layer: there is nothing to write.")
     config = _signed(write(chosen, {"by": "sparsekit calibrate rule", **said}), model)
     _gate_and_write(loaded, config, output, gate)
 
 
-def _pattern_of(text: str, option: str) -> Any:
+def pattern_of(text: str, option: str) -> Any:
+    """The one pattern that an option says."""
     from sparsekit.patterns import parse_pattern
 
     given = patterns_of(text, option)
@@ -319,7 +326,7 @@ def _calibrate_layers(
     found = single_layers(
         *load_weights(model, device, dtype, exact=True),
         read_probe(probe_file),
-        _pattern_of(pattern, "--pattern"),
+        pattern_of(pattern, "--pattern"),
         samples=samples,
         tokens=tokens,
         seed=seed,
@@ -329,85 +336,6 @@ def _calibrate_layers(
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
     if not as_json:
         typer.echo(found.summary())
-
-
-@calibrate_app.command("head-curve")
-def _calibrate_head_curve(
-    model: Weights,
-    probe_file: Annotated[Path, typer.Option("--probe", help="JSON file of `calibrate probe -o`.")],
-    shares: Annotated[str, typer.Option("--shares", help="Shares of the heads, comma-separated.")] = "0.5,0.65,0.75",
-    ranks: Annotated[str, typer.Option("--ranks", help="Orders of the heads, comma-separated.")] = "gradient",
-    pattern: Annotated[str, typer.Option("--pattern", help="Pattern of the chosen heads, as in YAML.")] = "triangle",
-    whole_groups: Annotated[bool, typer.Option("--whole-groups", help="All heads of a key head, or none.")] = False,
-    rank_tasks: Annotated[str, typer.Option("--rank-tasks", help="Tasks of orders that are measured.")] = "needle4",
-    rank_samples: Annotated[int, typer.Option("--rank-samples", min=2, help="Prompts of measured orders.")] = 4,
-    samples: Samples = 96,
-    tokens: Lengths = "2200",
-    seed: Seed = 0,
-    tasks: Tasks = "needle4",
-    corpus: Corpus = None,
-    records: RecordFile = None,
-    output: JsonFile = None,
-    picture: Picture = None,
-    device: Device = "auto",
-    dtype: ExactDtype = None,
-    as_json: Json = False,
-) -> None:
-    """Measure divergence from dense and scores by share of sparse heads, chosen by head and by layer."""
-    from sparsekit.lab.calibrate.head_curve import head_curve
-    from sparsekit.lab.calibrate.probe import read_probe
-    from sparsekit.lab.curve_plot import draw_head_curve
-
-    lengths = numbers_of(tokens, "--tokens")
-    found = head_curve(
-        *load_weights(model, device, dtype, exact=True),
-        read_probe(probe_file),
-        shares_of(shares, "--shares"),
-        ranks=words_of(ranks),
-        pattern=_pattern_of(pattern, "--pattern"),
-        whole_groups=whole_groups,
-        rank_prompts={"tasks": rank_tasks, "samples": rank_samples, "tokens": str(min(lengths))},
-        samples=samples,
-        tokens=lengths,
-        seed=seed,
-        tasks=tasks_of(tasks, corpus),
-        records=records,
-    )
-    if picture is not None:
-        draw_head_curve(found.rows, model, picture)
-    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
-
-
-@calibrate_app.command("agreement")
-def _calibrate_agreement(
-    model: Weights,
-    samples: Samples = 4,
-    tokens: Lengths = "1024,2048",
-    seeds: Seeds = "0,1",
-    tasks: Tasks = "needle4,vt",
-    corpus: Corpus = None,
-    share: Annotated[float, typer.Option("--share", help="Share of the heads that would run sparse.")] = 0.75,
-    rank: Annotated[str, typer.Option("--rank", help="gradient, signed or gradient_mass.")] = "gradient",
-    records: RecordFile = None,
-    output: JsonFile = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Measure whether probes of other tasks, lengths and seeds rank the heads alike."""
-    from sparsekit.lab.calibrate.agreement import agreement
-
-    found = agreement(
-        *load_weights(model, device, dtype),
-        tasks=tasks_of(tasks, corpus),
-        tokens=numbers_of(tokens, "--tokens"),
-        seeds=numbers_of(seeds, "--seeds"),
-        samples=samples,
-        share=share,
-        rank=rank,
-        records=records,
-    )
-    show({**found.to_dict(), "model": model}, found.table(), as_json, output)
 
 
 def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, options: Gate) -> None:

@@ -53,6 +53,9 @@ Length = Annotated[int, typer.Option("--tokens", "-n", min=1, max=LARGEST, help=
 RecordFile = Annotated[
     Path | None, typer.Option("--records", help="JSONL file of measurements; an interrupted run resumes from it.")
 ]
+Scores = Annotated[
+    Path | None, typer.Option("--scores", help="Scores of key heads, .tsv, as DuoAttention publishes.")
+]
 Picture = Annotated[Path | None, typer.Option("--picture", help="Picture to write: .png, .svg or .pdf.")]
 JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
 Below = Annotated[int, typer.Option("--dense-below", min=0, help="Prompts shorter than this run dense, in tokens.")]

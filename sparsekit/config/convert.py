@@ -15,7 +15,7 @@ from sparsekit.config.schema import ModelFacts, SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest, read_text, shown
 from sparsekit.patterns import Pattern, parse_pattern
 
-__all__ = ["convert_duo_attention", "convert_minference", "convert_xattention"]
+__all__ = ["convert_duo_attention", "convert_minference", "convert_xattention", "duo_attention_scores"]
 
 MINFERENCE_PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")
 BLOCK_SPARSE_TOP_K = 100  # fixed in MInference's code, which ignores the numbers of the file
@@ -144,26 +144,15 @@ def convert_duo_attention(
     where, runs = str(path), parse_pattern(pattern)
     if not 0 < share <= 1:
         raise SparsekitError(f"share = {shown(share)}: the share of the key heads that stream, above 0 and up to 1.")
-    rows = _plain_rows(read_text(path, "file"), where, "key head")
-    if not rows:
-        raise SparsekitError(f"{where}: empty; want a row of scores for each layer.")
-    for number, (line, values) in enumerate(rows):
-        if len(values) != len(rows[0].values):
-            raise SparsekitError(
-                f"{where} line {line}: layer {number} has {len(values)} scores, layer 0 has {len(rows[0].values)}."
-            )
-    key_heads = len(rows[0].values)
-    if model is not None and model.num_key_heads not in (None, key_heads):
-        raise SparsekitError(f"{where}: {key_heads} key heads a layer, but the model has {model.num_key_heads}.")
+    rows = duo_attention_scores(path, model)
+    key_heads = len(rows[0])
     if group is None:
         if model is None or model.num_heads is None:
             raise SparsekitError(f"{where}: it counts key heads alone; say `group`, query heads of each, or the model.")
         group = model.num_heads // key_heads
     _check_count(where, "layers", len(rows))
     _check_count(where, "query heads", group * key_heads)
-    scores = {
-        (n, head): min(max(value, 0.0), 1.0) for n, row in enumerate(rows) for head, value in enumerate(row.values)
-    }
+    scores = {(n, head): value for n, row in enumerate(rows) for head, value in enumerate(row)}
     order = sorted(scores, key=lambda head: (scores[head], -head[0], head[1]))
     streaming = set(order[: round(share * len(order))])
     dense = parse_pattern("dense")
@@ -178,6 +167,27 @@ def convert_duo_attention(
         "query_heads_of_each": group,
     }
     return _finish(_config(layers, source), where, model, output)
+
+
+def duo_attention_scores(path: str | Path, model: ModelFacts | None = None) -> list[list[float]]:
+    """Of each layer, the score of each key head, cut to 0 to 1: the lower, the less it needs beyond sinks and window.
+
+    Raises:
+        SparsekitError: the file, the line, and what does not fit there, or does not fit `model`'s key heads.
+    """
+    where = str(path)
+    rows = _plain_rows(read_text(path, "file"), where, "key head")
+    if not rows:
+        raise SparsekitError(f"{where}: empty; want a row of scores for each layer.")
+    for number, (line, values) in enumerate(rows):
+        if len(values) != len(rows[0].values):
+            raise SparsekitError(
+                f"{where} line {line}: layer {number} has {len(values)} scores, layer 0 has {len(rows[0].values)}."
+            )
+    key_heads = len(rows[0].values)
+    if model is not None and model.num_key_heads not in (None, key_heads):
+        raise SparsekitError(f"{where}: {key_heads} key heads a layer, but the model has {model.num_key_heads}.")
+    return [[min(max(value, 0.0), 1.0) for value in row.values] for row in rows]
 
 
 # ---- MInference's JSON

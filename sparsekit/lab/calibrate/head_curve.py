@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.config import ArchFacts
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.calibrate.effects import Effect, judges
 from sparsekit.lab.calibrate.head_rules import HeadShare
 from sparsekit.lab.calibrate.mixture import Chosen, whole_layers, write_heads
 from sparsekit.lab.calibrate.probe import Probe, own_layers
+from sparsekit.lab.calibrate.ranking import Head
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.calibrate.rule_base import Given, apply_rule, parse_rule
 from sparsekit.lab.progress import progress
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["HeadCurve", "head_curve"]
 
 BY_LAYER = "layer"  # the last layers, as TriangleMix
+
+Way = tuple[float, str, Chosen]  # share, order, heads
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def head_curve(
     shares: Sequence[float],
     *,
     ranks: Sequence[str] = ("gradient",),
+    scores: Mapping[Head, float] | None = None,
     pattern: Pattern | str | Mapping[str, Any] = "triangle",
     whole_groups: bool = False,
     rank_prompts: Mapping[str, Any] | None = None,
@@ -88,7 +91,7 @@ def head_curve(
     Args:
         found: the probe that ranks the heads; of other prompts than these.
         shares: of all heads. By layer, the last layers of about that share.
-        ranks: orders of the heads, as `HeadShare` has them.
+        ranks: orders of the heads, as `HeadShare` has them. scores: of (layer, head), for the order `scores`.
         whole_groups: choose all heads of a key head, or none.
         rank_prompts: `samples`, `tokens` and `tasks` of orders that are measured; they are drawn from the next seed.
         tasks, tokens, samples, seed: of the prompts: `samples` for each task and length.
@@ -113,7 +116,7 @@ def head_curve(
         return {task: judge.effect(write(chosen)) for task, judge in judged.items()}
 
     open_ = [i for i in range(arch.num_layers) if i not in own_layers(model)]
-    ways = _ways(arch, open_, shares, rules, found, measure)
+    ways = _ways(open_, shares, rules, Given(arch, found, measure, scores))
     rows = []
     with progress("heads against layers", len(ways) * len(tasks) * len(tokens), quiet=quiet) as step:
         for length in tokens:
@@ -141,15 +144,12 @@ def head_curve(
     return HeadCurve(arch.name, described, made_on(model), tuple(rows))
 
 
-def _ways(
-    arch: ArchFacts, open_: Sequence[int], shares: Sequence[float], rules: Sequence[Any], found: Probe, measure: Any
-) -> list[tuple[float, str, Chosen]]:
-    """(share, way, heads): by layer first, at each share, then by head in each order."""
-    given = Given(arch, found, measure)
-    ways: list[tuple[float, str, Chosen]] = []
+def _ways(open_: Sequence[int], shares: Sequence[float], rules: Sequence[Any], given: Given) -> list[Way]:
+    """By layer first, at each share, then by head in each order."""
+    ways: list[Way] = []
     for share in shares:
         last = open_[len(open_) - max(round(share * len(open_)), 1) :]
-        ways.append((share, BY_LAYER, whole_layers(last, arch)))
+        ways.append((share, BY_LAYER, whole_layers(last, given.arch)))
         ways += [(share, rule.rank, apply_rule(rule, given)[0]) for rule in rules if rule.share == share]
     return ways
 

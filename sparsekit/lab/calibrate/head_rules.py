@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any, Literal
 
@@ -24,11 +25,15 @@ class _HeadRule(Rule, Prompts):
     """Heads in an order, from the lowest on."""
 
     tasks: str = Field(MIXED_TASKS, description="tasks, comma-separated")
-    rank: Literal["gradient", "signed", "gradient_mass", "alone", "refined"] = Field(
-        "gradient", description="order of the heads: gradient, signed, gradient_mass, alone or refined"
+    rank: Literal["gradient", "signed", "gradient_mass", "alone", "refined", "scores"] = Field(
+        "gradient", description="order of the heads: gradient, signed, gradient_mass, alone, refined or scores"
     )
     band: float = Field(0.1, gt=0, le=1, description="refined: share of the heads around the cut that is measured")
     whole_groups: bool = Field(False, description="choose all heads of a key head, or none")
+
+    @property
+    def probed(self) -> bool:
+        return self.rank != "scores"
 
     @abstractmethod
     def heads(self, given: Given) -> Chosen: ...
@@ -38,11 +43,16 @@ class _HeadRule(Rule, Prompts):
 
     def _order(self, given: Given) -> list[Unit]:
         """Heads, or groups, by rising score; `refined` begins with the gradient."""
-        assert given.probe is not None
-        by = "gradient" if self.rank in ("alone", "refined") else self.rank
-        scores = head_scores(given.probe, by)
-        order = in_order(scores, given.arch, whole_groups=self.whole_groups)
+        order = in_order(self._scores(given), given.arch, whole_groups=self.whole_groups)
         return sorted(order, key=lambda unit: self._harm(given, [unit])) if self.rank == "alone" else order
+
+    def _scores(self, given: Given) -> Mapping[Head, float]:
+        if self.rank != "scores":
+            assert given.probe is not None
+            return head_scores(given.probe, "gradient" if self.rank in ("alone", "refined") else self.rank)
+        if given.scores is None:
+            raise SparsekitError("rank 'scores' needs a table of scores: --scores FILE.tsv.")
+        return given.scores
 
     def _refined(self, given: Given, order: list[Unit], cut: int) -> list[Unit]:
         """The order, with heads around the cut by the divergence of what is surely chosen and that one head."""

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsekit.config import ModelFacts
+from sparsekit.config.convert import duo_attention_scores
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.lab.calibrate.mixture import Chosen
-from sparsekit.lab.calibrate.probe import LayerProbe, Probe
+from sparsekit.lab.calibrate.probe import LayerProbe, Probe, own_layers
+from sparsekit.models import facts
 
-__all__ = ["SCORES", "Head", "chosen_of", "head_scores", "in_order"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["SCORES", "Head", "chosen_of", "head_scores", "in_order", "read_scores"]
 
 Head = tuple[int, int]  # layer, query head
 
@@ -55,6 +62,20 @@ def head_scores(probe: Probe, by: str = "gradient") -> dict[Head, float]:
             "longer prompts, or a model of full attention."
         )
     return found
+
+
+def read_scores(path: str | Path, model: PreTrainedModel) -> dict[Head, float]:
+    """A score of each query head of each layer of full attention: its key head's, of a table such as DuoAttention's.
+
+    Raises:
+        SparsekitError: the file, the line, and what does not fit there, or does not fit the model.
+    """
+    arch, own = facts(model), own_layers(model, some=True)
+    rows = duo_attention_scores(path, arch)
+    if len(rows) != arch.num_layers:
+        raise SparsekitError(f"{path}: scores of {len(rows)} layers, but the model has {arch.num_layers}.")
+    each = {layer: arch.heads(layer) // arch.num_key_heads for layer in range(arch.num_layers) if layer not in own}
+    return {(layer, h): rows[layer][h // size] for layer, size in each.items() for h in range(arch.heads(layer))}
 
 
 def in_order(scores: Mapping[Head, float], arch: ModelFacts, *, whole_groups: bool = False) -> list[tuple[Head, ...]]:

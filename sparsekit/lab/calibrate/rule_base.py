@@ -33,11 +33,13 @@ class Given:
         arch: of the model.
         probe: of the same model, for rules that read one.
         measure: runs the model with these heads sparse, on the prompts that the rule's fields describe; task -> effect.
+        scores: of (layer, query head), for rules that are given an order; the lowest run the pattern first.
     """
 
     arch: ModelFacts
     probe: Probe | None = None
     measure: Callable[[Chosen, Any], Mapping[str, Effect]] | None = None
+    scores: Mapping[tuple[int, int], float] | None = None
 
     def layers(self) -> list[tuple[float, int]]:
         """(Grad(Middle) as a share of the largest, layer), the smallest first; ties go to the deeper layer."""
