@@ -20,9 +20,9 @@ from sparsekit.cli.about import describe_patterns, doctor, named_models, validat
 from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.check import check
 from sparsekit.cli.evaluate import eval_, report, sweep
-from sparsekit.cli.head_choice import agreement, head_curve
+from sparsekit.cli.head_choice import agreement, duo_attention, head_curve
 from sparsekit.cli.inspect import inspect
-from sparsekit.cli.options import Config, Json, Model, Seed, Tokens, Yaml, command_line
+from sparsekit.cli.options import STREAMING, Config, Json, Model, Seed, Tokens, Yaml, command_line
 from sparsekit.cli.printing import busy, mark_first, print_doctor, print_explanation, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, device_of
@@ -310,7 +310,7 @@ def _convert_duo_attention(
     share: Annotated[float, typer.Option("--share", help="Share of the key heads that stream, the lowest scores.")],
     pattern: Annotated[
         str, typer.Option("--pattern", help="What these heads run, as in YAML; DuoAttention's config.json has its own.")
-    ] = "{name: a_shape, sink_tokens: 128, window_tokens: 256}",
+    ] = STREAMING,
     group: Annotated[
         int | None, typer.Option("--group", min=1, help="Query heads of a key head, without --model.")
     ] = None,
@@ -334,7 +334,7 @@ def _say_shape(config: SparseConfig, model: str | None) -> None:
         typer.echo(f"for a model of {layers} layers and {heads} query heads; --model checks it", err=True)
 
 
-for _name, _measured in (("head-curve", head_curve), ("agreement", agreement)):
+for _name, _measured in (("head-curve", head_curve), ("agreement", agreement), ("duo-attention", duo_attention)):
     calibrate_app.command(_name)(_measured)
 app.add_typer(calibrate_app, name="calibrate")
 for _name, _command in (

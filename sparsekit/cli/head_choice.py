@@ -1,4 +1,4 @@
-"""`sparsekit calibrate head-curve` and `agreement`: orders of heads, and what they are worth."""
+"""`sparsekit calibrate head-curve`, `agreement` and `duo-attention`: orders of heads, and what they are worth."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from sparsekit.cli.calibrate import pattern_of
 from sparsekit.cli.options import (
+    STREAMING,
     Corpus,
     Dtype,
     ExactDtype,
@@ -22,10 +23,12 @@ from sparsekit.cli.options import (
     Seeds,
     Tasks,
     Weights,
+    command_line,
     load_weights,
 )
 from sparsekit.cli.printing import show
-from sparsekit.lab.options import Device, Lengths, numbers_of, shares_of, tasks_of, words_of
+from sparsekit.errors import SparsekitError, shown, writing
+from sparsekit.lab.options import LARGEST, Device, Lengths, numbers_of, shares_of, tasks_of, words_of
 
 
 def head_curve(
@@ -109,3 +112,52 @@ def agreement(
         records=records,
     )
     show({**found.to_dict(), "model": model}, found.table(), as_json, output)
+
+
+def duo_attention(
+    model: Weights,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Gates to write, .tsv; a .json of that name says how.")
+    ],
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=LARGEST, help="Steps, each on a prompt of its own.")
+    ] = 150,
+    tokens: Lengths = "4096",
+    tasks: Tasks = "passkeys10",
+    corpus: Corpus = None,
+    pattern: Annotated[
+        str, typer.Option("--pattern", help="What a gate of 0 runs: a static pattern, as in YAML.")
+    ] = STREAMING,
+    full: Annotated[
+        str,
+        typer.Option("--full", help="Full attention mixed in: of the dense model, or of the gated one's q, k and v."),
+    ] = "dense",
+    rate: Annotated[float, typer.Option("--lr", help="Learning rate of the gates.")] = 0.02,
+    reg: Annotated[float, typer.Option("--reg", help="Weight of the mean gate in the loss.")] = 0.05,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Train a gate for each key head between dense attention and a pattern, as DuoAttention finds retrieval heads."""
+    from sparsekit.lab.calibrate.duo_attention import train_gates
+
+    if output.suffix != ".tsv":
+        raise SparsekitError(f"output {shown(str(output))}: must end in .tsv.")
+    found = train_gates(
+        *load_weights(model, device, dtype),
+        pattern_of(pattern, "--pattern"),
+        steps=steps,
+        tasks=tasks_of(tasks, corpus),
+        tokens=numbers_of(tokens, "--tokens"),
+        full=full,
+        learning_rate=rate,
+        regularisation=reg,
+        seed=seed,
+    )
+    with writing(output, folders=True) as part:
+        part.write_text(found.to_tsv(), encoding="utf-8")
+    said = {**found.to_dict(), "model": model, "corpus": corpus, "command": command_line()}
+    show(said, found.table(), as_json, output.with_suffix(".json"))
+    if not as_json:
+        typer.echo(found.summary())

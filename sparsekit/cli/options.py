@@ -54,8 +54,9 @@ RecordFile = Annotated[
     Path | None, typer.Option("--records", help="JSONL file of measurements; an interrupted run resumes from it.")
 ]
 Scores = Annotated[
-    Path | None, typer.Option("--scores", help="Scores of key heads, .tsv, as DuoAttention publishes.")
+    Path | None, typer.Option("--scores", help="Scores of key heads, .tsv, as `calibrate duo-attention -o` writes.")
 ]
+STREAMING = "{name: a_shape, sink_tokens: 128, window_tokens: 256}"  # of DuoAttention's published scores
 Picture = Annotated[Path | None, typer.Option("--picture", help="Picture to write: .png, .svg or .pdf.")]
 JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
 Below = Annotated[int, typer.Option("--dense-below", min=0, help="Prompts shorter than this run dense, in tokens.")]

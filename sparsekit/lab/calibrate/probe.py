@@ -221,23 +221,32 @@ def _section_rows(lengths: Tensor, tokens: int, sections: Sections) -> Tensor:
 
 
 @contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradient for parameters."""
+    asked = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in asked:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_(True)
+
+
+@contextmanager
 def activations_alone(model: PreTrainedModel) -> Iterator[None]:
     """Gradients for what comes out of the embedding, none for parameters."""
 
     def start(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         return out.detach().requires_grad_()
 
-    asked = [weight for weight in model.parameters() if weight.requires_grad]
     embedding: Any = model.get_input_embeddings()
     hook = embedding.register_forward_hook(start)
-    for weight in asked:
-        weight.requires_grad_(False)
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         hook.remove()
-        for weight in asked:
-            weight.requires_grad_(True)
 
 
 def own_layers(model: PreTrainedModel, *, some: bool = False) -> dict[int, str]:

@@ -126,6 +126,43 @@ def test_heads_by_rule_then_their_curve_and_agreement(tiny, right) -> None:
     assert "--shares 'a'" in out(*curve, "--shares", "a", code=1)
 
 
+def test_gates_of_key_heads_then_what_reads_them(tiny, right) -> None:
+    """The table of `duo-attention` is a config by `convert`, an order of `head-curve`, and one of a rule, gated."""
+    pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
+    short = ["--steps", "3", "--tokens", "300,350", "--tasks", "needle4", "--pattern", pattern, "--lr", "0.2"]
+    said = out("calibrate", "duo-attention", "m", *short, "--full", "gated", "-o", "gates/a.tsv")
+    assert "gates of its key heads" in said and "3 steps: loss " in said
+    table = [[float(word) for word in line.split("\t")] for line in Path("gates/a.tsv").read_text().splitlines()]
+    assert len(table) == 4 and all(len(row) == 2 and 0 <= min(row) <= max(row) < 1 for row in table)
+    made = json.loads(Path("gates/a.json").read_text())
+    assert made["kind"] == "duo-attention" and made["model"] == "m" and made["full"] == "gated"
+    assert made["gates"] == [pytest.approx(row, abs=1e-6) for row in table]
+    assert len(made["steps"]) == 3 and made["loss"]["first"] == pytest.approx(made["loss"]["last"])
+    assert made["prompts"] == {"tasks": ["needle4"], "tokens": [300, 350], "seed": 0}
+    assert made["pattern"]["window_tokens"] == 64 and made["command"].startswith("sparsekit")
+
+    out("convert", "duo-attention", "gates/a.tsv", "--share", "0.5", "--group", "2", "-o", "c.yaml")
+    streaming = [p.name for layer in load("c.yaml").resolve().layers for p, heads in layer.groups() for _ in heads]
+    assert streaming.count("a_shape") == 8
+
+    Path("b.tsv").write_text("1 0.5\n1 1\n1 1\n0.2 0.1\n")
+    out("calibrate", "probe", "m", "--samples", "1", "--tokens", "300", *SHORT, "-o", "probe.json")
+    common = ["--scores", "b.tsv", "--pattern", pattern]
+    curve = ["calibrate", "head-curve", "m", "--probe", "probe.json", *common, "--samples", "2", "--tokens", "300"]
+    found = json.loads(out(*curve, "--shares", "0.25,0.5", "--json"))
+    assert [row["by"] for row in found["rows"]] == ["layer", "gradient", "scores"] * 2 and found["scores"] == "b.tsv"
+    by = {(row["by"], row["share"]): row["kl"] for row in found["rows"]}
+    assert by["scores", 0.25] == by["layer", 0.25] < 1e-9  # the last layer's heads, either way
+    assert by["scores", 0.5] != by["layer", 0.5] > 1e-9
+
+    rule = ["calibrate", "rule", "m", "--rule", "head_share", *common, "-o", "c.yaml", *GATE]
+    out(*rule, "--share", "0.375", "--rank", "scores")
+    chosen = {i: [h for p, hs in layer.groups() if p.name == "triangle" for h in hs]
+              for i, layer in enumerate(load("c.yaml").resolve().layers)}  # fmt: skip
+    assert chosen == {0: [2, 3], 1: [], 2: [], 3: [0, 1, 2, 3]}
+    assert "--scores 'b.tsv': read by --rank scores alone" in out(*rule, "--share", "0.25", code=1)
+
+
 def test_what_fails_the_gate_is_not_written(tiny) -> None:
     pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
     rule = ["--rule", "list", "--layers", "1-3", "--pattern", pattern, "-o", "c.yaml"]
@@ -180,6 +217,13 @@ def test_inspect(tiny) -> None:
         (["probe", "m", "--seeds", "a"], "--seeds 'a': want whole numbers, comma-separated"),
         (["probe", "m", "--picture", "x.gif", "--samples", "1", "--tokens", "400"], "must end in .png"),
         (["rule", "m", "--rule", "suffix", "-o", "c.yaml"], "needs a probe"),
+        (["rule", "m", "--rule", "head_share", "--share", "0.5", "--rank", "scores", "-o", "c.yaml"], "--scores FILE"),
+        (["duo-attention", "m", "-o", "gates.json"], "output 'gates.json': must end in .tsv"),
+        (["duo-attention", "m", "-o", "g.tsv", "--pattern", "minference"], "unknown pattern 'minference'"),
+        (["duo-attention", "m", "-o", "g.tsv", "--pattern", "flexprefill"], "want a static one"),
+        (["duo-attention", "m", "-o", "g.tsv", "--tokens", "9000"], "the model has 4096 positions"),
+        (["duo-attention", "m", "-o", "g.tsv", "--tokens", "900"], "passkeys10: tokens = 900 is too small"),
+        (["duo-attention", "m", "-o", "g.tsv", "--full", "both"], "full = 'both': one of dense, gated"),
         (["rule", "m", "--pattern", "triangle,a_shape", "--rule", "search", "-o", "c.yaml"], "one pattern for all"),
         (["rule", "m", "--rule", "suffix", "--k", "2", "-o", "c.yaml"], "rule 'suffix': unknown field 'k' = 2"),
         (["tune", "m", "--patterns", "{name: triangle", "-o", "c.yaml"], "--patterns '{name: triangle'"),
