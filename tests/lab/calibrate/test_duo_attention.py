@@ -87,6 +87,23 @@ def test_gates_of_one_are_dense_and_of_zero_the_pattern(kind, fields, pattern, m
         torch.testing.assert_close(h, _written_out(model, ids, pattern, PROMPT, [2]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", FULL)
+def test_on_a_gpu_in_bfloat16(full: str) -> None:
+    """Dense bit for bit at gates of 1, and gradients that float64 on the CPU has too."""
+    model, ids = _model(), _ids()
+    gates = torch.full((3, 2), 0.5, requires_grad=True)
+    h_full, h = gated_states(model, ids, PROMPT, gates, LAST, full)
+    (h_full - h).pow(2).mean().backward()
+    on_gpu = model.to("cuda", torch.bfloat16)
+    half = torch.full((3, 2), 0.5, device="cuda", requires_grad=True)
+    h_full, h = gated_states(on_gpu, ids, PROMPT, half, LAST, full)
+    (h_full - h).pow(2).mean().backward()
+    assert torch.cosine_similarity(half.grad.cpu().flatten(), gates.grad.flatten(), dim=0) > 0.98
+    _, h_ones = gated_states(on_gpu, ids, PROMPT, torch.ones(3, 2, device="cuda"), LAST, full)
+    torch.testing.assert_close(h_ones, h_full, rtol=0, atol=0)
+
+
 def test_full_is_of_the_dense_model_or_of_the_gated_ones_inputs() -> None:
     """Layers 0 and 1 stream and layer 2 does not: it puts out what it did in the dense model, or attends densely."""
     model, ids = _model(), _ids()
