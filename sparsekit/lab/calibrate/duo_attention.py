@@ -158,7 +158,7 @@ def gated_states(
             blocks.extend(kept_blocks(pattern, q, prompt_tokens))
         softmax = softmax_of(module, q, kwargs)
         sparse: Any = checkpoint(kept_attention, q, k, v, softmax, blocks, use_reentrant=False)
-        gate = gates[layer].repeat_interleave(q.shape[1] // k.shape[1])[:, None].to(wide(q))  # (H, 1)
+        gate = gates[layer].repeat_interleave(q.shape[1] // gates.shape[1])[:, None].to(wide(q))  # (H, 1)
         dense_out = outputs.pop(layer)
         if full == "gated":
             dense_out = run(module, q, k, v, mask, **kwargs)[0]
