@@ -157,7 +157,9 @@ def gated_states(
         if not blocks:
             blocks.extend(kept_blocks(pattern, q, prompt_tokens))
         softmax = softmax_of(module, q, kwargs)
-        sparse: Any = checkpoint(kept_attention, q, k, v, softmax, blocks, use_reentrant=False)
+        sparse: Any = checkpoint(
+            kept_attention, q, k, v, softmax, blocks, use_reentrant=False, preserve_rng_state=False
+        )
         gate = gates[layer].repeat_interleave(q.shape[1] // gates.shape[1])[:, None].to(wide(q))  # (H, 1)
         dense_out = outputs.pop(layer)
         if full == "gated":
