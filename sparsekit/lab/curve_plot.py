@@ -19,7 +19,8 @@ BY_LAYER = (COLOURS["sink"], "s")
 
 
 def head_curve_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """A line of two panels for each task and length: KL from dense (logarithmic), and the score beside dense's.
+    """A line of two panels for each task and length: KL from dense (logarithmic), and the score beside dense's,
+    where there are answers.
 
     Args:
         rows: of `HeadCurve`; bars are 95% intervals.
@@ -37,7 +38,8 @@ def head_curve_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for line, (task, tokens) in enumerate(cases):
         own = [row for row in rows if (row["task"], row["tokens"]) == (task, tokens)]
         ways = sorted({row["by"] for row in own}, key=lambda way: (way == "layer", way))
-        panels = [figure.add_subplot(len(cases), 2, 2 * line + column + 1) for column in range(2)]
+        answers = own[0]["score"] is not None
+        panels = [figure.add_subplot(len(cases), 2, 2 * line + column + 1) for column in range(1 + answers)]
         for way, (colour, marker) in zip(ways, [*LOOKS[: len(ways) - ("layer" in ways)], BY_LAYER], strict=False):
             shown = sorted((row for row in own if row["by"] == way), key=lambda row: row["heads_share"])
             label = "last layers" if way == "layer" else f"by head, {way}"
@@ -46,16 +48,19 @@ def head_curve_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
             low = [min(row["kl_half_width"], 0.95 * row["kl"]) for row in shown]  # a logarithm's axis has no zero
             high = [row["kl_half_width"] for row in shown]
             panels[0].errorbar(share, [row["kl"] for row in shown], yerr=[low, high], label=label, **looks)
+            if not answers:
+                continue
             score, least, most = zip(*(row["score"] for row in shown), strict=True)
             below = [max(a - b, 0.0) for a, b in zip(score, least, strict=True)]
             above = [max(b - a, 0.0) for a, b in zip(score, most, strict=True)]
             panels[1].errorbar(share, score, yerr=[below, above], label=label, **looks)
         if any(row["kl"] > 0 for row in own):
             panels[0].set_yscale("log")
-        panels[1].axhline(own[0]["dense_score"][0], color=INK, linewidth=1, linestyle=":", label="dense")
-        panels[1].set_ylim(0, 1.05)
+        if answers:
+            panels[1].axhline(own[0]["dense_score"][0], color=INK, linewidth=1, linestyle=":", label="dense")
+            panels[1].set_ylim(0, 1.05)
         said = f"{task}, {tokens:,} tokens, {own[0]['samples']} prompts"
-        for axes, what in zip(panels, ("KL from dense, nats a token", "score"), strict=True):
+        for axes, what in zip(panels, ("KL from dense, nats a token", "score"), strict=False):
             axes.set_title(f"{what}: {said}", fontsize=10, color=INK)
             axes.set_xlabel("share of heads that run the pattern, %", color=INK)
             axes.spines[["top", "right"]].set_visible(False)

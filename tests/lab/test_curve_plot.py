@@ -40,3 +40,10 @@ def test_two_tasks_are_two_lines_and_no_divergence_has_a_linear_axis() -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(SparsekitError, match="no rows"):
         head_curve_figure([], "model")
+
+
+def test_text_has_no_panel_of_scores() -> None:
+    row = {"share": 0.5, "heads_share": 0.5, "kl": 0.1, "kl_half_width": 0.01, "score": None, "dense_score": None}
+    rows = [{**row, "task": "perplexity", "tokens": 100, "by": by, "samples": 2} for by in ("layer", "gradient")]
+    [axes] = head_curve_figure(rows, "model").axes
+    assert axes.get_title().startswith("KL from dense, nats a token: perplexity")

@@ -34,7 +34,7 @@ Way = tuple[float, str, Chosen]  # share, order, heads
 
 @dataclass(frozen=True)
 class HeadCurve:
-    """One row a task, length, share and way to choose.
+    """One row a task, length, share and way to choose. `score` and `dense_score` are None of text, which has no answer.
 
     `kl_below_layer` is the mean of (KL by layer - KL by this way) over the same prompts, with half the width of its 95%
     interval: above 0 where this way diverges less. `tile_density` is that of all layers with full attention, dense ones
@@ -60,11 +60,14 @@ class HeadCurve:
         head = ["task", "tokens", "share", "by", "heads", "tiles", "KL", "95%", "score", "95%", "dense", "below layer"]
         rows = []
         for row in self.rows:
-            score, low, high = row["score"]
             paired = "" if row["kl_below_layer"] is None else "{:.5f} +- {:.5f}".format(*row["kl_below_layer"])
-            numbers = [f"{row['tile_density']:.3f}", f"{row['kl']:.5f}", f"{row['kl_half_width']:.5f}", f"{score:.2f}"]
+            numbers = [f"{row['tile_density']:.3f}", f"{row['kl']:.5f}", f"{row['kl_half_width']:.5f}"]
             where = [row["task"], str(row["tokens"]), f"{row['share']:.2f}", row["by"], f"{row['heads_share']:.3f}"]
-            rows.append([*where, *numbers, f"{low:.2f}-{high:.2f}", f"{row['dense_score'][0]:.2f}", paired])
+            scores = ["", "", ""]  # of text, which has no answer
+            if row["score"] is not None:
+                score, low, high = row["score"]
+                scores = [f"{score:.2f}", f"{low:.2f}-{high:.2f}", f"{row['dense_score'][0]:.2f}"]
+            rows.append([*where, *numbers, *scores, paired])
         return head, rows
 
 
@@ -124,14 +127,14 @@ def head_curve(
                 [(name, judge)] = judges(
                     model, tokenizer, [kind], tokens=[length], samples=samples, seed=seed, records=kept
                 ).items()
-                beside: dict[float, Effect] = {}
+                answers, beside = judge.prompts[0].task.metric != "nll", {}
                 for share, by, chosen in ways:
                     effect = judge.effect(write(chosen))
                     if by == BY_LAYER:
                         beside[share] = effect
                     count = sum(map(len, chosen.values())) / sum(map(arch.heads, range(arch.num_layers)))
                     where = {"task": name, "tokens": length, "share": share, "by": by, "heads_share": count}
-                    rows.append({**where, **_row(effect, beside[share] if by != BY_LAYER else None, len(open_))})
+                    rows.append({**where, **_row(effect, beside[share] if by != BY_LAYER else None, len(open_), answers)})
                     step(1)
     described = {
         "probe": {"samples": found.samples, **found.prompts},
@@ -154,7 +157,7 @@ def _ways(open_: Sequence[int], shares: Sequence[float], rules: Sequence[Any], g
     return ways
 
 
-def _row(effect: Effect, beside: Effect | None, layers: int) -> dict[str, Any]:
+def _row(effect: Effect, beside: Effect | None, layers: int, answers: bool = True) -> dict[str, Any]:
     kl, width = mean_interval(effect.kl)
     paired = None
     if beside is not None:
@@ -163,8 +166,8 @@ def _row(effect: Effect, beside: Effect | None, layers: int) -> dict[str, Any]:
         "kl": kl,
         "kl_half_width": width,
         "kl_below_layer": paired,
-        "score": share_interval(effect.score),
-        "dense_score": share_interval(effect.dense_score),
+        "score": share_interval(effect.score) if answers else None,
+        "dense_score": share_interval(effect.dense_score) if answers else None,
         "same": share_interval(effect.same),
         "tile_density": (sum(effect.tile_density.values()) + layers - len(effect.tile_density)) / layers,
         "samples": len(effect.kl),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsekit.lab.calibrate.effects import Effect
-from sparsekit.lab.calibrate.head_curve import _row
+from sparsekit.lab.calibrate.head_curve import HeadCurve, _row
 
 RECORDS = Path(__file__).parents[3] / "docs" / "results" / "head-curve-qwen2.5-coder-1.5b.jsonl"
 
@@ -31,3 +31,11 @@ def test_tiles_of_the_records_follow_the_share_of_the_heads() -> None:
         saved.setdefault((row["task"], row["tokens"]), set()).add((1 - row["tile_density"]) / row["heads_share"])
     for each in saved.values():
         assert max(each) == pytest.approx(min(each), abs=1e-5)
+
+
+def test_text_has_no_score() -> None:
+    row = _row(Effect((1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (1.0, 1.0), {}), None, 4, answers=False)
+    assert row["score"] is None and row["dense_score"] is None and row["kl"] == 1.0
+    where = {"task": "perplexity", "tokens": 100, "share": 0.5, "by": "layer", "heads_share": 0.5}
+    head, [cells] = HeadCurve("model", {}, {}, ({**where, **row},)).table()
+    assert len(cells) == len(head) and cells[head.index("score")] == cells[head.index("dense")] == ""
