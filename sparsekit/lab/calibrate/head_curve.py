@@ -134,7 +134,8 @@ def head_curve(
                         beside[share] = effect
                     count = sum(map(len, chosen.values())) / sum(map(arch.heads, range(arch.num_layers)))
                     where = {"task": name, "tokens": length, "share": share, "by": by, "heads_share": count}
-                    rows.append({**where, **_row(effect, beside[share] if by != BY_LAYER else None, len(open_), answers)})
+                    paired = beside[share] if by != BY_LAYER else None
+                    rows.append({**where, **_row(effect, paired, len(open_), answers)})
                     step(1)
     described = {
         "probe": {"samples": found.samples, **found.prompts},
