@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.device import capability_of
 
-__all__ = ["HEAD_SIZES", "interpreted", "on_device"]
+__all__ = ["HEAD_SIZES", "interpreted", "on_device", "steps_of"]
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 192, 256)
 
@@ -147,6 +147,14 @@ def launch(
     device = next(x.device for x in args if isinstance(x, Tensor))
     kinds = tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else type(x) for x in args)
     _start(kernel, (id(kernel), device, kinds, *options.values(), special), (programs,), args, options, {})
+
+
+def steps_of(*tensors: Tensor) -> tuple[int, ...]:
+    """The first three strides of each; 0 in a dimension of one element, where a stride means nothing.
+
+    Kernels are looked up by these: the stride of a single sample would be another one for every number of keys.
+    """
+    return tuple(s if n > 1 else 0 for x in tensors for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
 
 
 def load_step(columns: int) -> int:

@@ -27,6 +27,7 @@ from sparsekit.kernels.launch import (
     launch,
     load_step,
     on_device,
+    steps_of,
 )
 from sparsekit.kernels.primitives import LOG2E, MASKED, _offset
 from sparsekit.kernels.select.grid import BlockGrid
@@ -308,7 +309,7 @@ def pooled_means_triton(
     dtype = torch.float16 if half else torch.float32
     out_q = torch.empty(samples, heads, grid.rows, dim, dtype=dtype, device=q.device)
     out_k = torch.empty(samples, key_heads, grid.columns, dim, dtype=dtype, device=q.device)
-    steps = (*q.stride()[:3], *k.stride()[:3])
+    steps = steps_of(q, k)
     numbers = (geometry.q_offset, heads, key_heads, grid.rows, grid.columns)
     warps = warps or max(block_tokens // 64, 1)
     options = {"BLOCK": block_tokens, "D": dim, "DP": _padded(dim), "HALF": half, "num_warps": warps}
@@ -398,7 +399,7 @@ def antidiagonal_lse(
     seen = [_by_strides(x, n, stride, step) for x, n in ((q, tile.m), (k, max(tile.n, per)))]
     tma = tile.tma and _has_tma(q.device) and _starts_whole(geometry, stride) and None not in seen
     d_q, d_k = [None if x is None or not tma else x[0] for x in seen]
-    steps = (*q.stride()[:3], *k.stride()[:3], 0, 0)
+    steps = (*steps_of(q, k), 0, 0)
     if tma:
         (q_rows, q_columns), (k_rows, k_columns) = [x[1:] for x in seen if x is not None]
         steps = (*q_rows, q.stride(2), *k_rows, k.stride(2), q_columns, k_columns)

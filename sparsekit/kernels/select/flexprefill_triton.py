@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
-from sparsekit.kernels.launch import _padded, launch, load_step, on_device
+from sparsekit.kernels.launch import _padded, launch, load_step, on_device, steps_of
 from sparsekit.kernels.primitives import LOG2E, _whole
 from sparsekit.kernels.select.grid import BLOCK, CODES, LOWEST, BlockGrid, Budgets
 
@@ -253,7 +253,7 @@ def choose_triton(
     small = torch.empty(3, samples, heads, dtype=torch.int32, device=device)
     wanted, aware = small[:2], small[2]
     scale, cap, softmax_options = _softmax_options(softmax)
-    steps = q.stride()[:3]
+    steps = steps_of(q)
     with on_device(device):
         chunks = -(-columns * BLOCK // CHUNK)
         tokens = (sums, mass, counts, sums.shape[-1], columns, chunks)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.device import capability_of, processors_of
-from sparsekit.kernels.launch import _check, _padded, _pointer_form, _precision, _start, on_device
+from sparsekit.kernels.launch import _check, _padded, _pointer_form, _precision, _start, on_device, steps_of
 from sparsekit.kernels.primitives import LOG2E, MASKED, UNSEEN, _load_rows, _logits, _offset
 from sparsekit.plan import span_numbers
 
@@ -265,7 +265,7 @@ def _sums_of(
     part = torch.empty(2 * rows * splits * block_m, dtype=torch.float32, device=q.device)
     spans = span_numbers(geometry, geometry.batch, q.device, behind)
     sinks = softmax.sink_logits
-    steps = (*q.stride()[:3], *k.stride()[:3])
+    steps = steps_of(q, k)
     scalars = (float(softmax.scale), float(softmax.softcap or 1.0), geometry.q_offset, queries, splits, batch)
     options: dict[str, Any] = {
         "KEY_HEADS": key_heads,

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.device import capability_of
-from sparsekit.kernels.launch import _padded, _precision, launch, on_device
+from sparsekit.kernels.launch import _padded, _precision, launch, on_device, steps_of
 from sparsekit.kernels.primitives import LN2, LOG2E, MASKED, _offset
 from sparsekit.kernels.select.bits import WORD
 from sparsekit.kernels.select.block_scores_triton import _check
@@ -140,7 +140,7 @@ def query_block_lse_triton(
     tile = tile_for(q.dtype, dim) if tile is None else tile
     means = k_means.to(q.dtype).contiguous()
     out = torch.empty(samples, heads, n_rows, grid.columns, dtype=torch.float32, device=q.device)
-    steps = q.stride()[:3]
+    steps = steps_of(q)
     numbers = (
         geometry.q_offset, float(softmax.scale), float(softmax.softcap or 1.0), samples, heads,
         heads // means.shape[1], first_row, n_rows, grid.columns,
@@ -153,7 +153,7 @@ def query_block_lse_triton(
     }  # fmt: skip
     with on_device(q.device):
         args = (q, means, grid.spans, out, *steps, *numbers)
-        launch(_query_lse, samples * heads * n_rows, args, options, (*steps, grid.columns))
+        launch(_query_lse, samples * heads * n_rows, args, options, (*steps, grid.columns % 16 == 0, grid.columns == 1))
     return out
 
 
