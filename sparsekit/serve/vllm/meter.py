@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.plan import BlockPlan
 
 __all__ = ["FOLDER", "METER", "LayerCounts", "Meter", "counts_of_workers"]
@@ -108,9 +109,9 @@ class Meter:
             if pairs is not None:
                 counts.kept_pairs += pairs
                 return
-            sums = plan.sums()[0].double() * (heads / plan.heads)
+            sums = plan_totals(plan).sums[0].double() * (heads / plan.heads)
             counts.on_device = sums if counts.on_device is None else counts.on_device + sums
-            if sums.is_cuda:  # another thread reads it, on another stream
+            if counts.on_device.is_cuda:  # another thread reads it, on another stream
                 counts.summed = torch.cuda.Event()
                 counts.summed.record()
 
