@@ -6,7 +6,7 @@ dense last rows, and whole steps without such a chunk. A step's metadata is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import count, product, takewhile
@@ -19,9 +19,10 @@ from sparsekit.call.keys import Keys, pages_of
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
+from sparsekit.patterns import DynamicPattern
 from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, why_dense
 from sparsekit.serve.vllm.layers import Bound
-from sparsekit.serve.vllm.meter import METER
+from sparsekit.serve.vllm.meter import METER, LayerCounts
 from sparsekit.serve.vllm.settings import OFF, Served, Settings
 from sparsekit.serve.vllm.steps import Told, current
 
@@ -329,30 +330,42 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
 
 _SCRATCHED: set[int] = set()
 WARM_TOKENS = 4096  # of a chunk that compiles kernels
+TILE_ROWS = 128  # of a chunk that is short beside its keys: the kernel cuts its rows over keys
+FEWEST_KEYS = 256
+WHOLE = 16 * 128  # tokens: the kernels of tables tell whether their columns are a multiple of 16
 OFF_BLOCK = 200  # tokens: no multiple of a block, and more than one
+FIRST_TOKENS = (0, 40), (8, 40)
+FAR = 1 << 20  # tokens that a prompt goes on
 
 
-def warm_chunks(longest: int, rows: int) -> list[Chunk]:
+def warm_chunks(longest: int, rows: int, pays_from: Collection[int] = ()) -> list[Chunk]:
     """Chunks that have every kernel compiled which a prompt of up to `longest` tokens may ask for.
 
-    The largest one; then one that ends at each power of two, where tables of key blocks double, and one that neither
-    begins nor ends on a block, as where decoding shares its step; and a prompt's first few tokens, of which windows
-    drop nothing.
+    A prompt's first few tokens, of which windows drop nothing. At each power of two, where tables of key blocks double:
+    as long as any, shorter, and of few rows; such as begin and end on a block, and neither, as where decoding shares
+    their step; in the middle of a prompt, and its last one. And the largest one, which takes the most memory, when what
+    is kept between calls is there already.
+
+    Args:
+        rows: of the largest chunk.
+        pays_from: prompts below each of these run dense in some heads, tokens.
     """
-    few = min(rows, WARM_TOKENS)
-    doubled = takewhile(lambda end: end < longest, (few << power for power in count()))
-    ends = [end - off for end in (*doubled, longest) for off in (0, OFF_BLOCK)]
-    parts = [(longest - rows, longest), *((max(end - few, 0), end) for end in ends if end > 0)]
-    pairs = dict.fromkeys([*parts, (0, min(few, OFF_BLOCK))])
-    return [Chunk(first, end, end + (1 << 20)) for first, end in pairs]
+    sizes = [min(rows, size) for size in (rows, WARM_TOKENS, TILE_ROWS)]
+    doubled = takewhile(lambda end: end < longest, (FEWEST_KEYS << power for power in count()))
+    ends = [end - off for end in (*doubled, longest // WHOLE * WHOLE, longest) for off in (0, OFF_BLOCK) if end > off]
+    spans = list(dict.fromkeys([*FIRST_TOKENS, *((max(end - size, 0), end) for end in ends for size in sizes)]))
+    chunks = [Chunk(first, end, end + more) for more in (FAR, 0) for first, end in spans]
+    chunks += [Chunk(*span, below - 1) for below in sorted(pays_from) for span in spans if span[1] < below]
+    return [*chunks, Chunk(longest - rows, longest, longest + FAR)]
 
 
 def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
-    """Run the largest chunk of the longest prompt, in each config; then what compiles kernels.
+    """Run what compiles kernels, in each config, and the largest chunk of the longest prompt.
 
     The cache is not there yet: all its pages are one of zeros.
     """
-    chunks = warm_chunks(bound.longest, min(len(q), bound.longest))
+    dynamic = {x for p in bound.patterns.values() for x in p.patterns if isinstance(x, DynamicPattern)}
+    chunks = warm_chunks(bound.longest, min(len(q), bound.longest), {x.dense_below(q.device) for x in dynamic})
     for chunk, (name, patterns) in product(chunks, bound.patterns.items()):
         part = part_of(patterns, chunk, q.device, page=bound.page, dense_here=name in bound.dense_here)
         if part is not None:
@@ -360,4 +373,6 @@ def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> N
             k, v = cache.transpose(1, 2).chunk(2, -1)
             table = torch.zeros(1, -(-part.end // bound.page), dtype=torch.int32, device=q.device)
             some = q[: part.geometry.q_len]
-            attend_part(part, patterns, some, Keys(k, v, table).at(part.reads), softmax, torch.empty_like(some))
+            keys = Keys(k, v, table).at(part.reads)
+            plan = attend_part(part, patterns, some, keys, softmax, torch.empty_like(some))
+            METER.keep(LayerCounts(), plan, part.pairs, q.shape[1])  # in counts that nobody reads
