@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsekit.config import ModelFacts
-from sparsekit.serve.vllm import meter, steps
+from sparsekit.serve.vllm import meter, requests, steps
 from sparsekit.serve.vllm.settings import FIELDS, SALTED, TESTED, WRAPPED, settings_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -73,5 +73,7 @@ def test_every_metric_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hooks_are_counted() -> None:
-    source = Path(steps.__file__).read_text()
-    assert len(re.findall(r"^ +hook\(V[12], ", source, re.MULTILINE)) == 5
+    for module, pattern, count in ((steps, r"hook\(V[12], ", 5), (requests, r"hook\([A-Z]", 4)):
+        source = Path(str(module.__file__)).read_text()
+        assert len(re.findall(rf"^ +{pattern}", source, re.MULTILINE)) == count
+    assert "five methods of the two model runners; and in `requests.py`:\nfour of" in PAGE
