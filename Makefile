@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 VLLM := .venv-vllm
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-vllm lint gpu-test evidence clean
+.PHONY: demo test venv-vllm test-vllm lint gpu-test evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsekit demo
@@ -18,8 +18,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
-# Real engines of vLLM on a CPU, in an environment of their own: vLLM takes other releases than the project.
-test-vllm: $(VLLM)/.installed
+# vLLM for a CPU, in an environment of its own: it takes other releases than the project.
+venv-vllm: $(VLLM)/.installed
+
+# Its real engines.
+test-vllm: venv-vllm
 	OMP_NUM_THREADS=2 PYTHONPATH=tests/serve/vllm $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/serve
 
 lint: $(VENV)/.dev

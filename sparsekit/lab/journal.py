@@ -95,7 +95,10 @@ class Journal:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other process holds the file within this block, by a lock beside it that ends with the process."""
+        """No other process holds the file within this block, by a lock beside it that ends with the process.
+
+        `FILE.lock` goes with the block; only a process that was killed leaves one, which holds nobody up.
+        """
         lock = FileLock(f"{self.path}.lock", timeout=0)
         with writable(self.path, self.what):
             try:
@@ -108,6 +111,8 @@ class Journal:
         try:
             yield
         finally:
+            with suppress(OSError):  # while it is held: who opened it meanwhile sees that its lock has no name
+                os.unlink(lock.lock_file)
             lock.release()
 
     def no_row(self, line: int, why: str) -> SparsekitError:
@@ -156,7 +161,7 @@ def _json(line: bytes) -> Any | None:
 def replacing(journal: Journal, kept: str = "") -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Write a file anew; yields what adds a row. Until all of them are there, the file is as before.
 
-    They are gathered in `FILE.part`, which stays where the block does not end.
+    They are gathered in `FILE.part`, which stays with its rows where the block does not end.
 
     Args:
         kept: lines of the file that stay, at its top.
@@ -173,6 +178,11 @@ def replacing(journal: Journal, kept: str = "") -> Iterator[Callable[[Mapping[st
     with journal.held():
         with writable(journal.path, journal.what):
             part.path.write_text(kept, encoding="utf-8")
-        yield part.append
-        with writable(journal.path, journal.what):
-            part.path.replace(journal.path)
+        try:
+            yield part.append
+            with writable(journal.path, journal.what):
+                part.path.replace(journal.path)
+        finally:
+            with suppress(OSError):
+                if part.path.stat().st_size == len(kept.encode()):  # no row of it is new
+                    part.path.unlink()

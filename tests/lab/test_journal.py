@@ -85,6 +85,41 @@ def test_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
         add({"n": 9})
 
 
+def test_nothing_is_left_but_the_rows_of_a_block_that_did_not_end(tmp_path: Path) -> None:
+    with replacing(journal(tmp_path / "x")) as add:
+        assert (tmp_path / "x.lock").exists()
+        add({"n": 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    for rows in (0, 1):
+        with suppress(KeyboardInterrupt), replacing(journal(tmp_path / "x"), kept='{"n": 0}\n') as add:
+            for n in range(rows):
+                add({"n": n})
+            raise KeyboardInterrupt
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.part"][: 1 + rows]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there an open file cannot be removed")
+def test_one_writer_at_a_time_though_locks_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened the lock's file before its holder removed it, and locks it after, has not got the file."""
+    import fcntl
+
+    flock, inside = fcntl.flock, list[str]()
+
+    def late(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_NB and not inside:  # between the opening and the lock another one comes and goes
+            inside.append("began")
+            with journal(tmp_path / "x").held():
+                pass
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(SparsekitError, match="being written by another process"), journal(tmp_path / "x").held():
+        pass
+    assert inside
+    with journal(tmp_path / "x").held():
+        pass
+
+
 def test_the_demo_reads_what_a_kill_left(tmp_path: Path) -> None:
     row = {
         "setting": "dense", "config": None, "task": "passkey", "tokens": 8, "score": 1.0, "kl_nats_per_token": 0.0,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsekit.config import ModelFacts
-from sparsekit.serve.vllm import meter, steps
+from sparsekit.serve.vllm import meter, requests, steps
 from sparsekit.serve.vllm.settings import FIELDS, SALTED, TESTED, WRAPPED, settings_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -54,14 +54,26 @@ def test_the_error_of_a_request_is_quoted() -> None:
 def test_every_metric_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prometheus_client", reason="comes with vLLM: `make test-vllm` runs this")
     worker: dict[str, Any] = {
-        "rank": 1, "fallbacks": {"off": 2},
-        "layers": {"3": {**meter.LayerCounts("triangle", 1, 2, 3.0, 4.0, 5.0).to_dict()}},
+        "rank": 1,
+        "configs": {
+            name: {
+                "layers": {"3": meter.LayerCounts(name, 1, 2, kept, 4.0, 5.0).to_dict()}, "fallbacks": {"short": 2},
+            }
+            for name, kept in (("a", 3.0), ("b", 1.0))
+        },
     }  # fmt: skip
     monkeypatch.setattr(meter, "counts_of_workers", lambda: [worker])
-    found = {sample.name for family in meter._Collector().collect() for sample in family.samples}
-    assert found == {row[0].strip("`") for row in _cells("Seen from outside")}
+    samples = [sample for family in meter._Collector().collect() for sample in family.samples]
+    assert {sample.name for sample in samples} == {row[0].strip("`") for row in _cells("Seen from outside")}
+    density = {x.labels["config"]: (x.labels["patterns"], x.value) for x in samples if x.name == "sparsekit:density"}
+    assert density == {"a": ("a", 0.75), "b": ("b", 0.25)}
+    assert all(
+        {"rank", "config", "layer", "patterns", "reason"} >= set(sample.labels) > {"config"} for sample in samples
+    )
 
 
 def test_hooks_are_counted() -> None:
-    source = Path(steps.__file__).read_text()
-    assert len(re.findall(r"^ +hook\(V[12], ", source, re.MULTILINE)) == 5
+    for module, pattern, count in ((steps, r"hook\(V[12], ", 5), (requests, r"hook\([A-Z]", 4)):
+        source = Path(str(module.__file__)).read_text()
+        assert len(re.findall(rf"^ +{pattern}", source, re.MULTILINE)) == count
+    assert "five methods of the two model runners; and in `requests.py`:\nfour of" in PAGE

@@ -90,21 +90,21 @@ def test_chunks_are_told_from_decodes_and_short_ones() -> None:
         (5, 467, (736, 800, 900)),
     ]
     assert dict(METER.fallbacks) == {
-        "the prompt is below dense_below_tokens": 1,
-        "the request said off": 1,
+        ("a", "the prompt is below dense_below_tokens"): 1,
+        ("off", "the request said off"): 1,
     }
     dynamic = _settings("version: 1\nmin_queries: 16\ndefault: block_topk\n")
     assert [row.row for row in chunks_of(common, Told(prompts, lambda _: None), dynamic)] == [1, 4, 5, 6]
-    assert METER.fallbacks["a chunk below min_queries"] == 1
+    assert METER.fallbacks["a", "a chunk below min_queries"] == 1
 
 
 def test_a_batch_that_cannot_be_cut_stays_whole() -> None:
-    common, prompts = _batch([(300, 300, 300), (1, 10, 5)])
+    common, prompts = _batch([(300, 300, 300), (1, 10, 5), (64, 800, 900)])
     assert uncut(common) == ""
     common.mm_req_doc_ranges = {0: [(1, 2)]}
     assert uncut(common) == "mm_req_doc_ranges"
     assert chunks_of(common, Told(prompts, lambda _: None), _settings()) == []
-    assert dict(METER.fallbacks) == {"the batch has mm_req_doc_ranges": 1}
+    assert dict(METER.fallbacks) == {("a", "the batch has mm_req_doc_ranges"): 2}  # chunks
 
 
 def test_rows_are_cut_out_with_their_metadata() -> None:
@@ -228,7 +228,7 @@ def test_a_prompt_below_what_one_of_two_patterns_pays_from_is_met_too() -> None:
 def test_reading_the_counts_does_not_hold_up_who_starts_kernels() -> None:
     """A number on a GPU is waited for without the lock; what is counted meanwhile is added to it."""
     meter, begun, done = Meter(), threading.Event(), threading.Event()
-    counts = meter.layers.setdefault(0, LayerCounts())
+    counts = meter.layers.setdefault(("a", 0), LayerCounts())
     counts.on_device = torch.tensor(3.0)
     counts.summed = SimpleNamespace(synchronize=lambda: (begun.set(), done.wait(10)))
     found: list[dict[str, Any]] = []
@@ -241,8 +241,23 @@ def test_reading_the_counts_does_not_hold_up_who_starts_kernels() -> None:
     assert not adding.is_alive() and reader.is_alive()
     done.set()
     reader.join(10)
-    assert found[0]["layers"]["0"]["kept_pairs"] == 8
-    assert counts.on_device is None and meter.report()["layers"]["0"]["kept_pairs"] == 8
+    assert found[0]["configs"]["a"]["layers"]["0"]["kept_pairs"] == 8
+    assert counts.on_device is None and meter.report()["configs"]["a"]["layers"]["0"]["kept_pairs"] == 8
+
+
+def test_counts_are_apart_by_config() -> None:
+    """A layer's density is of one config; a choice of none has its reasons."""
+    meter = Meter()
+    for config, kept in (("a", 3), ("b", 5), ("b", 5)):
+        with meter.measured(config, 7, torch.device("cpu")) as counts:
+            counts.causal_pairs += 10
+        meter.keep(counts, None, kept, 1)  # type: ignore[arg-type]
+    meter.fall_back("off", "the request said off")
+    found = meter.report()["configs"]
+    assert {name: config["layers"].get("7", {}).get("density") for name, config in found.items()} == {
+        "a": 0.3, "b": 0.5, "off": None,
+    }  # fmt: skip
+    assert found["off"]["fallbacks"] == {"the request said off": 1}
 
 
 def test_the_second_runner_forgets_requests_that_have_ended() -> None:

@@ -1,50 +1,40 @@
 """`sparsekit bench serve`: two vLLM servers that are running, stock and with sparsekit, asked in turns over HTTP.
 
-It needs nothing but their addresses: no vLLM here. First that both answer alike where nothing is sparse; then time to
-the first token by length, decoding alone, and a mixed load of clients that wait for their answers.
+It needs nothing but their addresses: no vLLM here. First that the second runs sparsekit, that both take what will be
+asked, and that they answer alike where nothing is sparse; then time to the first token by length, decoding alone, and a
+mixed load of clients that wait for their answers.
 """
 
 from __future__ import annotations
 
-import json
+import secrets
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from sparsekit.errors import SparsekitError, shown
+from sparsekit.lab.bench.serve_client import Answer, Server, ask, has_sparsekit, server_at
 from sparsekit.lab.bench.timing import Record, spread
 from sparsekit.lab.options import Lengths, Rows, numbers_of
+from sparsekit.lab.progress import Bar, progress
 from sparsekit.lab.provenance import place
+from sparsekit.serve.vllm.settings import OFF
 
 __all__ = ["bench_serve", "command"]
 
 SHORT = 200  # tokens of the prompt on which both servers are to agree
-TIMEOUT = 1800.0  # of an answer, seconds
-
-
-class Server(NamedTuple):
-    """One of the two, and what a request to it says."""
-
-    name: str
-    url: str
-    model: str
-    choice: str | None  # of the server's configs
-
-
-class Answer(NamedTuple):
-    """When tokens of one request came: seconds from its sending; and what they said."""
-
-    times: list[float]
-    text: str
+SAID = 8  # tokens of their answers to it
+DECODED = 128  # tokens of a prompt whose answer is timed: short, so that decoding is nearly all
+LOAD = (2048, 65536)  # tokens of the mixed load's prompts, unless the server takes fewer
+NONCE = 8  # tokens
+IDS = range(10, 900)  # of prompts: in any vocabulary, and nothing special
 
 
 def bench_serve(
@@ -56,63 +46,124 @@ def bench_serve(
     rounds: int = 3,
     clients: int = 16,
     requests: int = 32,
-    load_tokens: tuple[int, int] = (2048, 65536),
+    load_tokens: tuple[int, int] | None = None,
     new_tokens: int = 128,
     out: Path | str | None = None,
     show: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of `first token`, `decode` and `load`, one for each server and length, with ratios to stock.
 
-    Prompts are random token ids, the same for both, new in every round: no prefix cache answers for them. Servers on
-    one machine take turns; each has the machine alone while it is asked.
+    Prompts are random token ids, the same for both, new in every round. They begin with a few that are new in every
+    run: no prefix cache answers for them. Servers on one machine take turns; each has the machine alone while it is
+    asked. One server with sparsekit may be both: as the first it is asked for `off`.
 
     Args:
         stock, sparse: addresses, `http://host:port`.
         config: the request's choice at the second server; default the server's default.
         lengths: of prompts whose first token is timed.
         clients, requests, load_tokens, new_tokens: the mixed load: so many clients, prompts of lengths drawn evenly on
-            a logarithmic scale, tokens of an answer. 0 requests leave it out.
+            a logarithmic scale (default 2,048 to 65,536 tokens, as far as the servers take them), tokens of an answer.
+            0 requests leave it out.
+        show: is given lines to print; with it, progress goes to stderr.
 
     Raises:
-        SparsekitError: a server that does not answer, or another answer on a short prompt than stock's.
+        SparsekitError: a server that does not answer, that is too short for a prompt, or has no sparsekit where it
+            should; another answer on a short prompt than stock's; a prompt that came from a cache after all.
     """
     if not lengths or min(lengths) < 1 or min(rounds, clients, new_tokens) < 1 or requests < 0:
         raise SparsekitError("lengths, rounds, clients and new_tokens are 1 at least, requests 0 at least.")
-    servers = [Server("stock", stock, _model(stock), None), Server("sparsekit", sparse, _model(sparse), config)]
-    _check_alike(servers)
-    facts = {"case": "serve", "model": servers[1].model, "rounds": rounds}
+    prompts, say = _Prompts(), show or (lambda _: None)
+    servers = _servers(stock, sparse, config, prompts)
+    _check_alike(servers, prompts)
+    for tokens in lengths:
+        _check_room(servers, f"--tokens {tokens}", tokens, 1)
+    sizes = {}
+    if requests:
+        sizes["decode"] = [DECODED] * clients
+        sizes["load"] = _mix(requests, *_load_tokens(servers, load_tokens, new_tokens, say))
+    facts, quiet = {"case": "serve", "model": servers[1].model, "rounds": rounds}, show is None
     with Record(out, place(torch.device("cpu"))) as record:
 
-        def add(**row: Any) -> None:
-            record.add({**facts, **row})
-            if show is not None:
-                show(_line(row))
+        def add(server: Server, **row: Any) -> None:
+            record.add({**facts, "server": server.name, "config": server.choice, **row})
+            say(_line(record.rows[-1]))
 
+        say(
+            f"time to the first token, median (p20-p80) of {rounds}; x: stock's time through this one's, "
+            "above 1 is faster"
+        )
         for tokens in lengths:
-            times: dict[str, list[float]] = {server.name: [] for server in servers}
-            for turn in range(rounds + 1):
-                for server in servers if turn % 2 else servers[::-1]:
-                    first = _ask(server, _prompt(tokens, turn), 1).times[0] * 1e3
-                    times[server.name] += [first] * (turn > 0)
-            for name, all_ms in times.items():
+            found = _first_tokens(servers, prompts, tokens, rounds, quiet)
+            for server, all_ms in zip(servers, found, strict=True):
                 ms = spread(all_ms)
-                add(
-                    kind="first token",
-                    server=name,
-                    tokens=tokens,
-                    **ms,
-                    faster=_ratio(median(times["stock"]), ms["ms"]),
-                )
+                add(server, kind="first token", tokens=tokens, **ms, faster=_ratio(median(found[0]), ms["ms"]))
+            if why := _untold(*found):
+                say(f"{'':>17}  {why}: more --rounds may tell them apart")
         if requests:
-            prompts = {"decode": [128] * clients, "load": _mix(requests, *load_tokens)}
-            for kind, sizes in prompts.items():
-                base: dict[str, Any] = {}
-                for server in servers:
-                    row = _load(server, sizes, clients, new_tokens)
-                    base = base or row
-                    faster = _ratio(row["requests_per_second"], base["requests_per_second"])
-                    add(kind=kind, server=server.name, clients=clients, new_tokens=new_tokens, **row, faster=faster)
+            say(
+                f"{clients} clients, {new_tokens} tokens an answer; x: this one's rate through stock's, "
+                "above 1 is faster"
+            )
+        for kind, all_tokens in sizes.items():
+            base: dict[str, Any] = {}
+            for server in servers:
+                with progress(f"{kind}, {server.name}", len(all_tokens), quiet=quiet) as bar:
+                    row = _load(server, prompts, all_tokens, clients, new_tokens, bar)
+                base = base or row
+                faster = _ratio(row["requests_per_second"], base["requests_per_second"])
+                add(server, kind=kind, clients=clients, new_tokens=new_tokens, **row, faster=faster)
     return record.rows
+
+
+# ---- what is asked, and of whom
+
+
+class _Prompts:
+    """Prompts by length and seed: the same in every run, but for a few tokens at their beginning."""
+
+    def __init__(self) -> None:
+        self.run = secrets.token_hex(8)
+
+    def __call__(self, tokens: int, seed: int) -> list[int]:
+        nonce, ids = Random(f"{self.run} {tokens} {seed}"), Random(f"{tokens} {seed}")
+        return [*nonce.choices(IDS, k=NONCE), *ids.choices(IDS, k=tokens)][:tokens]
+
+
+def _servers(stock: str, sparse: str, config: str | None, prompts: _Prompts) -> list[Server]:
+    first, second = server_at(stock, "stock"), server_at(sparse, "sparsekit", config)
+    if has_sparsekit(first):
+        first = first._replace(choice=OFF)
+    if not has_sparsekit(second):
+        raise SparsekitError(
+            f"{second.url} has no sparsekit: it ignores a request's config. The second server is one that was started "
+            "with --additional-config '{\"sparsekit\": CONFIG}'."
+        )
+    return [server._replace(salt=f"{prompts.run}-{server.name}") for server in (first, second)]
+
+
+def _check_room(servers: Sequence[Server], option: str, tokens: int, new_tokens: int) -> None:
+    """That a prompt and its answer fit, by what the servers say of themselves."""
+    for server in servers:
+        if server.limit is not None and tokens + new_tokens > server.limit:
+            answer = "an answer's first token" if new_tokens == 1 else f"an answer of {new_tokens:,} tokens"
+            raise SparsekitError(
+                f"{option}: a prompt of {tokens:,} tokens and {answer} need more than the {server.limit:,} "
+                f"positions of {server.url} (--max-model-len)."
+            )
+
+
+def _load_tokens(
+    servers: Sequence[Server], asked: tuple[int, int] | None, new_tokens: int, say: Callable[[str], None]
+) -> tuple[int, int]:
+    """The shortest and the longest prompt of the mixed load."""
+    _check_room(servers, f"--new-tokens {new_tokens}", DECODED, new_tokens)
+    if asked is not None:
+        _check_room(servers, f"--load-tokens {asked[0]},{asked[1]}", asked[1], new_tokens)
+        return asked
+    least, most = (min([size, *(x.limit - new_tokens for x in servers if x.limit is not None)]) for size in LOAD)
+    if most < LOAD[1]:
+        say(f"--load-tokens {least},{most}: longer prompts do not fit the servers' --max-model-len")
+    return least, most
 
 
 def _mix(requests: int, least: int, most: int) -> list[int]:
@@ -120,60 +171,55 @@ def _mix(requests: int, least: int, most: int) -> list[int]:
     return [round(least * (most / least) ** pick.random()) for _ in range(requests)]
 
 
-def _ratio(a: float, b: float) -> float:
-    return round(a / b, 4)
-
-
-def _prompt(tokens: int, seed: int) -> list[int]:
-    pick = Random(f"{tokens} {seed}")
-    return [pick.randrange(10, 900) for _ in range(tokens)]
-
-
-def _open(url: str, body: Any = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")
-        raise SparsekitError(f"{url}: {error.code} {shown(said)}") from None
-    except (OSError, ValueError) as error:
-        raise SparsekitError(f"{url}: {getattr(error, 'reason', error)}; is the server up?") from None
-
-
-def _model(url: str) -> str:
-    with _open(f"{url}/v1/models") as answer:
-        return str(json.load(answer)["data"][0]["id"])
-
-
-def _ask(server: Server, ids: list[int], new_tokens: int) -> Answer:
-    """One answer, streamed."""
-    body = {
-        "model": server.model, "prompt": ids, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True,
-        "stream": True, **({} if server.choice is None else {"vllm_xargs": {"sparsekit": server.choice}}),
-    }  # fmt: skip
-    begun, times, text = time.perf_counter(), [], ""
-    with _open(f"{server.url}/v1/completions", body) as answer:
-        for line in answer:
-            if line.startswith(b"data: {"):
-                choice = json.loads(line[6:])["choices"][0]
-                times.append(time.perf_counter() - begun)
-                text += choice["text"]
-    if not times:
-        raise SparsekitError(f"{server.url}: no token came for a prompt of {len(ids)} tokens.")
-    return Answer(times, text)
-
-
-def _check_alike(servers: Sequence[Server]) -> None:
+def _check_alike(servers: Sequence[Server], prompts: _Prompts) -> None:
     """Both say the same on a prompt that is too short to run sparse, twice each."""
-    said = {server.name: {_ask(server, _prompt(SHORT, 0), 8).text for _ in range(2)} for server in servers}
+    tokens = min([SHORT, *(server.limit - SAID for server in servers if server.limit is not None)])
+    said = {server.name: {ask(server, prompts(tokens, 0), SAID).text for _ in range(2)} for server in servers}
     if said["stock"] != said["sparsekit"]:
         raise SparsekitError(
             f"on a short prompt the servers say {shown(said)}: they do not serve the same model in the same way."
         )
 
 
-def _load(server: Server, sizes: Sequence[int], clients: int, new_tokens: int) -> dict[str, Any]:
+# ---- times
+
+
+def _timed(server: Server, ids: Sequence[int], new_tokens: int) -> Answer:
+    answer = ask(server, ids, new_tokens)
+    if answer.cached:
+        raise SparsekitError(
+            f"{server.url}: {answer.cached:,} of a prompt's {len(ids):,} tokens came from a cache, so that its time is "
+            "not the prompt's; start the server with --no-enable-prefix-caching and without a KV connector."
+        )
+    return answer
+
+
+def _first_tokens(
+    servers: Sequence[Server], prompts: _Prompts, tokens: int, rounds: int, quiet: bool
+) -> list[list[float]]:
+    """Milliseconds of each server, which take turns; after a reading of each that does not count."""
+    times: list[list[float]] = [[] for _ in servers]
+    with progress(f"{tokens:,} tokens", len(servers) * (rounds + 1), quiet=quiet) as bar:
+        bar.says(f"{tokens:,} tokens: a reading of each server that does not count, then {rounds}")
+        for turn in range(rounds + 1):
+            for server, all_ms in list(zip(servers, times, strict=True))[:: 1 if turn % 2 else -1]:
+                first = _timed(server, prompts(tokens, turn), 1).times[0] * 1e3
+                all_ms += [first] * (turn > 0)
+                bar(1)
+    return times
+
+
+def _untold(stock: Sequence[float], sparse: Sequence[float]) -> str:
+    """Why times do not tell which server is faster, or nothing."""
+    if len(stock) < 2:
+        return "one round has no spread"
+    (low, high), (other_low, other_high) = ((x["ms_p20"], x["ms_p80"]) for x in (spread(stock), spread(sparse)))
+    return "these p20-p80 overlap" if low <= other_high and other_low <= high else ""
+
+
+def _load(
+    server: Server, prompts: _Prompts, sizes: Sequence[int], clients: int, new_tokens: int, bar: Bar
+) -> dict[str, Any]:
     """A closed loop: each client sends its next prompt when its last answer is whole."""
     waiting, lock, answers = list(enumerate(sizes)), threading.Lock(), list[Answer]()
     failed: list[Exception] = []
@@ -185,12 +231,13 @@ def _load(server: Server, sizes: Sequence[int], clients: int, new_tokens: int) -
                     return
                 seed, tokens = waiting.pop(0)
             try:
-                answer = _ask(server, _prompt(tokens, 1000 + seed), new_tokens)
+                answer = _timed(server, prompts(tokens, 1000 + seed), new_tokens)
             except Exception as error:  # told where the loop is waited for
                 failed.append(error)
                 return
             with lock:
                 answers.append(answer)
+                bar(1)
 
     threads = [threading.Thread(target=client, daemon=True) for _ in range(min(clients, len(sizes)))]
     begun = time.perf_counter()
@@ -211,16 +258,28 @@ def _load(server: Server, sizes: Sequence[int], clients: int, new_tokens: int) -
     }  # fmt: skip
 
 
+def _ratio(a: float, b: float) -> float:
+    return round(a / b, 4)
+
+
 def _at(values: Sequence[float], share: float) -> float:
     return values[min(int(len(values) * share), len(values) - 1)]
 
 
+# ---- words
+
+
 def _line(row: dict[str, Any]) -> str:
+    default = ", its default config" if row["server"] == "sparsekit" else ""
+    name = row["server"] + (f", config {row['config']}" if row["config"] else default)
     if row["kind"] == "first token":
-        return f"{row['tokens']:>9,} tokens  {row['ms']:10.1f} ms  {row['faster']:.3f} x  {row['server']}"
+        return (
+            f"{row['tokens']:>10,} tokens  {row['ms']:10.1f} ms ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})  "
+            f"{row['faster']:.3f} x  {name}"
+        )
     return (
-        f"{row['kind']:>16}  {row['requests_per_second']:8.3f} requests/s  {row['faster']:.3f} x  gap p50 "
-        f"{row['gap_ms_p50']:.1f} ms, p99 {row['gap_ms_p99']:.1f} ms  {row['server']}"
+        f"{row['kind']:>17}  {row['requests_per_second']:8.3f} requests/s  {row['faster']:.3f} x  gap p50 "
+        f"{row['gap_ms_p50']:.1f} ms, p99 {row['gap_ms_p99']:.1f} ms  {name}"
     )
 
 
@@ -232,15 +291,19 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Timed readings of each length.")] = 3,
     clients: Annotated[int, typer.Option(min=1, help="Of the mixed load.")] = 16,
     requests: Annotated[int, typer.Option(min=0, help="Of the mixed load; 0: none.")] = 32,
-    load_tokens: Annotated[str, typer.Option(help="Shortest and longest prompt of the mixed load.")] = "2048,65536",
+    load_tokens: Annotated[
+        str | None,
+        typer.Option(help="Shortest and longest prompt of the mixed load; default 2048,65536, as far as they fit."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer in the mixed load.")] = 128,
     output: Rows = None,
 ) -> None:
     """Time to the first token, decoding and a mixed load: vLLM with sparsekit against vLLM, in turns over HTTP."""
-    ends = numbers_of(load_tokens, "--load-tokens")
-    if len(ends) != 2 or ends[0] > ends[1] or ends[0] < 1:
+    ends = None if load_tokens is None else numbers_of(load_tokens, "--load-tokens")
+    if ends is not None and (len(ends) != 2 or ends[0] > ends[1] or ends[0] < 1):
         raise SparsekitError(f"--load-tokens {shown(load_tokens)}: the shortest and the longest, such as 2048,65536.")
     bench_serve(
         stock, sparse, config=config, lengths=numbers_of(tokens, "--tokens"), rounds=rounds, clients=clients,
-        requests=requests, load_tokens=(ends[0], ends[1]), new_tokens=new_tokens, out=output, show=typer.echo,
+        requests=requests, load_tokens=None if ends is None else (ends[0], ends[1]), new_tokens=new_tokens, out=output,
+        show=typer.echo,
     )  # fmt: skip

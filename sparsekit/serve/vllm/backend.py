@@ -107,7 +107,7 @@ class Step:
             if part is not None:
                 yield Run(row, part, patterns, pages_of(table[row.row][None], page_tokens, part.reads))
             elif why := why_dense(patterns, row.chunk, table.device):
-                METER.fall_back(f"{patterns.patterns[0].name}: the prompt is below {why}")
+                METER.fall_back(row.served.name, f"{patterns.patterns[0].name}: the prompt is below {why}")
 
     def others(self, runs: list[Run]) -> list[Other]:
         """The rest of the batch: rows without a run, and what of a row its run leaves."""
@@ -189,13 +189,14 @@ def chunks_of(common: Any, told: Told, settings: Settings) -> list[Row]:
             continue
         served = settings.choose(told.extra_args(row))
         if served is None:
-            METER.fall_back("the request said off" if settings.default != OFF else "off by default")
+            METER.fall_back(OFF, "the request said off" if settings.default != OFF else "off by default")
         elif why := served.why_dense(queries, prompt):
-            METER.fall_back(why)
+            METER.fall_back(served.name, why)
         else:
             rows.append(Row(row, starts[row], Chunk(end - queries, end, prompt), served))
     if rows and (field := uncut(common)):
-        METER.fall_back(f"the batch has {field}")
+        for row in rows:
+            METER.fall_back(row.served.name, f"the batch has {field}")
         return []
     return rows
 
@@ -281,7 +282,7 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             rows = run.part.geometry.q_len
             here = slice(run.row.begin, run.row.begin + rows)
             q = query[here].view(rows, self.num_heads, self.head_size)
-            with METER.measured(bound.layer, query.device) as counts:
+            with METER.measured(run.row.served.name, bound.layer, query.device) as counts:
                 plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), output[here].view(q.shape))
             counts.rows += rows
             counts.causal_pairs += self.num_heads * (rows * (2 * run.part.end - rows + 1)) / 2

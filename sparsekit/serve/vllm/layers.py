@@ -74,8 +74,7 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
             group, longest = groups.setdefault(key, len(groups)), vllm_config.model_config.max_model_len
             page = vllm_config.cache_config.block_size or Bound.page
             module.impl.sparsekit = Bound(index, mine, group, here, longest, page)
-            said = " | ".join(f"{name}: {p}" if len(settings.configs) > 1 else str(p) for name, p in mine.items())
-            METER.layers.setdefault(index, LayerCounts()).patterns = said
+            METER.layers.update({(name, index): LayerCounts(str(patterns)) for name, patterns in mine.items()})
     backend = next(iter(found.values())).attn_backend.get_name()
     METER.about = {"sparsekit": __version__, "rank": rank, "backend": backend, "exact_prefix": settings.exact_prefix}
     for name, served in settings.configs.items():

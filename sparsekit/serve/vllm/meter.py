@@ -1,4 +1,4 @@
-"""What ran: chunks, rows, pairs and time of each layer, and what fell back with the reason.
+"""What ran, by config: chunks, rows, pairs and time of each layer, and what fell back with the reason.
 
 Each worker counts for itself and writes its counts to a file of its own once a second, where something changed; the
 API server's collector reads the files when Prometheus asks. `report()` has the same, for `collective_rpc`.
@@ -34,7 +34,7 @@ PENDING = 256  # intervals of a layer that may wait to be read
 
 @dataclass
 class LayerCounts:
-    """One layer, since the start: chunks and rows run here; pairs kept, and those of dense attention.
+    """One layer under one config, since the start: chunks and rows run here; pairs kept, and those of dense attention.
 
     `seconds` is the device's time, on a GPU between two events.
     """
@@ -73,20 +73,20 @@ class Meter:
     def reset(self) -> None:
         """Forget everything; the layers of another model follow."""
         with self.lock:
-            self.layers: dict[int, LayerCounts] = {}
-            self.fallbacks: Counter[str] = Counter()
+            self.layers: dict[tuple[str, int], LayerCounts] = {}  # by config and layer
+            self.fallbacks: Counter[tuple[str, str]] = Counter()  # by config and reason
             self.about: dict[str, Any] = {}
             self.changed = False
 
-    def fall_back(self, why: str) -> None:
+    def fall_back(self, config: str, why: str) -> None:
         """A prompt's chunk that is vLLM's in every layer, or in the layers of which `why` tells."""
-        self.fallbacks[why] += 1
+        self.fallbacks[config, why] += 1
         self.changed = True
 
     @contextmanager
-    def measured(self, layer: int, device: torch.device) -> Iterator[LayerCounts]:
+    def measured(self, config: str, layer: int, device: torch.device) -> Iterator[LayerCounts]:
         """The time of a layer's chunk; what it kept is added to what this yields."""
-        counts = self.layers.setdefault(layer, LayerCounts())
+        counts = self.layers.setdefault((config, layer), LayerCounts())
         if device.type == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
@@ -116,7 +116,10 @@ class Meter:
                 counts.summed.record()
 
     def report(self, *, wait: bool = True) -> dict[str, Any]:
-        """What is known of this worker, in plain numbers; with `wait`, of all that was started."""
+        """What is known of this worker, in plain numbers; with `wait`, of all that was started.
+
+        `configs` has `layers` by number and `fallbacks` by reason, for each config that ran or was chosen.
+        """
         with self.lock:
             taken = [(counts, counts.on_device, counts.summed) for counts in self.layers.values()]
             last = [counts.pending[-1][1] for counts in self.layers.values() if counts.pending]
@@ -131,8 +134,12 @@ class Meter:
                 counts.kept_pairs += kept
             for counts in self.layers.values():
                 counts.settle()
-            layers = {str(i): counts.to_dict() for i, counts in sorted(self.layers.items())}
-            return {**self.about, "layers": layers, "fallbacks": dict(self.fallbacks)}
+            configs: dict[str, Any] = {}
+            for (config, layer), counts in sorted(self.layers.items()):
+                _of(configs, config)["layers"][str(layer)] = counts.to_dict()
+            for (config, why), chunks in self.fallbacks.items():
+                _of(configs, config)["fallbacks"][why] = chunks
+            return {**self.about, "configs": configs}
 
     def publish(self, rank: int) -> None:
         """From now on write the counts for the API server, from a thread that wakes once a second."""
@@ -150,6 +157,11 @@ class Meter:
                 part.write_text(json.dumps(self.report(wait=False)), encoding="utf-8")
                 part.replace(path)
             time.sleep(1)
+
+
+def _of(configs: dict[str, Any], config: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = configs.setdefault(config, {"layers": {}, "fallbacks": {}})
+    return found
 
 
 METER = Meter()
@@ -174,27 +186,30 @@ class _Collector:
             "causal_pairs": "Query-key pairs of dense attention over the same rows, all heads.",
             "seconds": "Device time of sparsekit in a layer.",
         }
-        workers = counts_of_workers()
-        labels = ["rank", "layer", "patterns"]
+        configs = [
+            ([str(worker.get("rank", 0)), config], counts)
+            for worker in counts_of_workers()
+            for config, counts in worker["configs"].items()
+        ]
+        labels = ["rank", "config", "layer", "patterns"]
         for name, text in layered.items():
             family = CounterMetricFamily(f"sparsekit:{name}", text, labels=labels)
-            for worker in workers:
-                for layer, counts in worker["layers"].items():
-                    family.add_metric([str(worker.get("rank", 0)), layer, counts["patterns"]], counts[name])
+            for where, config in configs:
+                for layer, counts in config["layers"].items():
+                    family.add_metric([*where, layer, counts["patterns"]], counts[name])
             yield family
         density = GaugeMetricFamily(
             "sparsekit:density", "Kept pairs over causal pairs, since the start.", labels=labels
         )
         fell = CounterMetricFamily(
-            "sparsekit:fallback_chunks", "Prompt chunks that ran dense, by reason.", labels=["rank", "reason"]
+            "sparsekit:fallback_chunks", "Prompt chunks that ran dense, by reason.", labels=["rank", "config", "reason"]
         )
-        for worker in workers:
-            rank = str(worker.get("rank", 0))
-            for layer, counts in worker["layers"].items():
+        for where, config in configs:
+            for layer, counts in config["layers"].items():
                 if counts["density"] is not None:
-                    density.add_metric([rank, layer, counts["patterns"]], counts["density"])
-            for reason, count in worker["fallbacks"].items():
-                fell.add_metric([rank, reason], count)
+                    density.add_metric([*where, layer, counts["patterns"]], counts["density"])
+            for reason, count in config["fallbacks"].items():
+                fell.add_metric([*where, reason], count)
         yield density
         yield fell
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import expose
-from sparsekit.serve.vllm.settings import KEY, Settings, facts_of, refuse, settings_of, source_of
+from sparsekit.serve.vllm.settings import KEY, Served, Settings, facts_of, refuse, settings_of, source_of
 from sparsekit.serve.vllm.steps import check_hooks, hook
 
 __all__ = ["checked_settings", "hook_requests"]
@@ -34,10 +34,12 @@ def checked_settings(vllm_config: Any) -> Settings | None:
 
 
 def hook_requests() -> None:
-    """Around the processor of requests, in the API server, and the scheduler, in the engine's process."""
+    """Around what takes and processes requests, in the API server, and the scheduler, in the engine's process."""
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
+    hook(AsyncLLM, "generate", _check_choice)
     hook(InputProcessor, "__init__", _check_at_start)
     hook(InputProcessor, "process_inputs", _check_request)
     hook(Scheduler, "__init__", _cap_cache)
@@ -53,6 +55,29 @@ def _check_at_start(init: Callable[..., Any]) -> Callable[..., Any]:
     return started
 
 
+def _check_choice(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A choice that there is not is refused when a request comes: the status of a streamed answer is sent before the
+    request is processed."""
+
+    def begun(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        _served(self.input_processor.sparsekit, sampling_params)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    return begun
+
+
+def _served(settings: Settings | None, params: Any) -> Served | None:
+    """What a request's parameters choose."""
+    if settings is None:
+        return None
+    try:
+        return settings.choose(None if params is None else params.extra_args)
+    except SparsekitError as error:
+        from vllm.exceptions import VLLMValidationError  # which the HTTP server answers with a 400
+
+        raise VLLMValidationError(str(error)) from None
+
+
 def _check_request(process: Callable[..., Any]) -> Callable[..., Any]:
     """A request's config is one that there is, and its pages are told apart by it."""
 
@@ -60,13 +85,7 @@ def _check_request(process: Callable[..., Any]) -> Callable[..., Any]:
         request = process(self, *args, **kwargs)
         settings: Settings | None = self.sparsekit
         if settings is not None:
-            params = request.sampling_params
-            try:
-                served = settings.choose(None if params is None else params.extra_args)
-            except SparsekitError as error:
-                from vllm.exceptions import VLLMValidationError  # which the HTTP server answers with a 400
-
-                raise VLLMValidationError(str(error)) from None
+            served = _served(settings, request.sampling_params)
             request.cache_salt = settings.salt(served, _prompt_tokens(request), request.cache_salt)
         return request
 

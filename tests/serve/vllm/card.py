@@ -110,8 +110,11 @@ def check(out: str, backend: str) -> None:
                 ]
         note(out, part="check", backend=backend, config=name, runner=report["runner"], told=report["backend"],
              **{f"{stat} from {k}": round(v, 4) for k, x in far.items() for stat, v in (("mean", sum(x) / len(x)), ("max", max(x)))})  # fmt: skip
-    note(out, part="check", backend=backend, fallbacks=report["fallbacks"],
-         chunks={i: x["chunks"] for i, x in report["layers"].items()}, memory=torch.cuda.max_memory_allocated())  # fmt: skip
+    ran = {
+        name: {"chunks": {i: x["chunks"] for i, x in config["layers"].items()}, "fallbacks": config["fallbacks"]}
+        for name, config in report["configs"].items()
+    }
+    note(out, part="check", backend=backend, configs=ran, memory=torch.cuda.max_memory_allocated())
 
 
 # ---- speed: an engine that does as it is told, line by line

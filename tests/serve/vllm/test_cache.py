@@ -110,7 +110,7 @@ def test_the_report_counts_what_ran(start: Callable[..., Any]) -> None:
     llm = start(CONFIGS["triangle"])
     _ask(llm, prompt(1000))
     said = report(llm)
-    layer = said["layers"]["0"]
+    layer = said["configs"]["default"]["layers"]["0"]
     assert (layer["chunks"], layer["rows"]) == (2, 1000 - 32)
     i = range(1000 - 32)
     kept = sum(min(n + 1, 64) + min(max(n + 1 - 64, 0), 8) for n in i)
@@ -118,4 +118,4 @@ def test_the_report_counts_what_ran(start: Callable[..., Any]) -> None:
     assert layer["causal_pairs"] == 8 * sum(n + 1 for n in i)
     assert layer["seconds"] > 0
     assert said["runner"].endswith("CPUModelRunner")
-    assert said["fallbacks"] == {}
+    assert said["configs"]["default"]["fallbacks"] == {}

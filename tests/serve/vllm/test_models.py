@@ -46,10 +46,10 @@ def test_soft_cap_sinks_and_sliding_layers(
     for ids, output in zip(prompts, outputs, strict=True):
         assert largest_difference(reference, ALL, ids, output.outputs[0]) < ROUNDING
     assert largest_difference(reference, None, prompts[0], outputs[0].outputs[0]) > 10 * ROUNDING
-    said = report(llm)
-    assert list(said["layers"]) == ["1"]
-    assert said["layers"]["1"]["patterns"].startswith("a_shape(")
-    assert said["layers"]["1"]["rows"] == sum(map(len, prompts))
+    layers = report(llm)["configs"]["all"]["layers"]
+    assert list(layers) == ["1"]
+    assert layers["1"]["patterns"].startswith("a_shape(")
+    assert layers["1"]["rows"] == sum(map(len, prompts))
     without(reference.model)
     assert largest_difference(reference, ALL, prompts[0], outputs[0].outputs[0]) > 10 * ROUNDING
 
@@ -101,5 +101,5 @@ def test_drafts_are_verified_by_vllm(
         assert largest_difference(reference, CONFIGS["triangle"], ids, said) < ROUNDING
         want = reference.log_probabilities([*ids, *said.token_ids[:-1]], len(ids), CONFIGS["triangle"])
         assert want.argmax(-1).tolist() == list(said.token_ids)
-    layer = report(llm)["layers"]["0"]
+    layer = report(llm)["configs"]["default"]["layers"]["0"]
     assert layer["rows"] == sum(len(ids) - 32 for ids in prompts)

@@ -56,7 +56,7 @@ def test_a_full_cache_cancelled_prompts_and_a_thousand_requests(
         engine.add_request(f"cancelled {i}", {"prompt_token_ids": prompt(1500, seed=i)}, params)
     for _ in range(2):
         engine.step()
-    rows = report(llm)["layers"]["0"]["rows"]
+    rows = report(llm)["configs"]["triangle"]["layers"]["0"]["rows"]
     assert 0 < rows < 1500 - 32  # in the middle of a prompt
     engine.abort_request([f"cancelled {i}" for i in range(3)])
     prompts = [prompt(900 + 10 * i, seed=i) for i in range(6)]
@@ -70,7 +70,7 @@ def test_a_full_cache_cancelled_prompts_and_a_thousand_requests(
     assert held.pop("steps") <= 1  # the last batch's
     empty.pop("steps")
     assert held == empty
-    assert list(report(llm)["layers"]) == ["0", "1"]
+    assert list(report(llm)["configs"]["triangle"]["layers"]) == ["0", "1"]
     [after] = generate(llm, prompts[:1], [None])
     assert largest_difference(reference, config, prompts[0], after.outputs[0]) < ROUNDING
 

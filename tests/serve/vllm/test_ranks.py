@@ -26,8 +26,8 @@ def test_two_ranks_have_their_heads(
             assert largest_difference(reference, config, ids, output.outputs[0]) < ROUNDING
     ranks = llm.collective_rpc("sparsekit_report")
     assert [said["rank"] for said in ranks] == [0, 1]
-    assert all(said["layers"]["0"]["chunks"] > 0 for said in ranks)
-    assert "heads 4: triangle" in ranks[1]["layers"]["0"]["patterns"]
+    assert all(said["configs"]["heads"]["layers"]["0"]["chunks"] > 0 for said in ranks)
+    assert "heads 4: triangle" in ranks[1]["configs"]["heads"]["layers"]["0"]["patterns"]
 
 
 def test_two_stages_have_their_layers(
@@ -43,7 +43,7 @@ def test_two_stages_have_their_layers(
     prompts = [prompt(n, seed=n) for n in (700, 1100)]
     for ids, output in zip(prompts, generate(llm, prompts, [None] * 2), strict=True):
         assert largest_difference(reference, by_layer, ids, output.outputs[0]) < ROUNDING
-    stages = [said["layers"] for said in llm.collective_rpc("sparsekit_report")]
+    stages = [said["configs"]["default"]["layers"] for said in llm.collective_rpc("sparsekit_report")]
     assert [list(layers) for layers in stages] == [["0"], ["1"]]
     assert stages[0]["0"]["patterns"].startswith("triangle(")
     assert stages[1]["1"]["patterns"].startswith("a_shape(")

@@ -71,9 +71,11 @@ def test_a_served_model_says_what_apply_says(server: Server, smollm: Path) -> No
         assert dense["logprobs"]["token_logprobs"] != got["logprobs"]["token_logprobs"]  # the sparse layers did run
 
 
-def test_unknown_names_are_a_400(server: Server) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_names_are_a_400(server: Server, stream: bool) -> None:
+    """Also where the answer is to be streamed, whose status vLLM sends before it processes the request."""
     with pytest.raises(urllib.error.HTTPError) as error:
-        complete(server.url, prompt="Hello", max_tokens=1, vllm_xargs={"sparsekit": "trianglemx"})
+        complete(server.url, prompt="Hello", max_tokens=1, stream=stream, vllm_xargs={"sparsekit": "trianglemx"})
     assert error.value.code == 400
     said = json.load(error.value)["error"]["message"]
     assert said == "sparsekit='trianglemx': this server has off, trianglemix. Did you mean 'trianglemix'?"
@@ -90,9 +92,10 @@ def test_metrics_stand_beside_vllms(server: Server) -> None:
             break
         time.sleep(0.5)
     assert any(line.startswith("vllm:") for line in lines)
-    chunks = [value for name, value in ours.items() if name.startswith('sparsekit:chunks_total{layer="29"')]
+    last = '{config="trianglemix",layer="29"'
+    chunks = [value for name, value in ours.items() if name.startswith(f"sparsekit:chunks_total{last}")]
     assert chunks and chunks[0] >= 1, ours
-    density = [value for name, value in ours.items() if name.startswith('sparsekit:density{layer="29"')]
+    density = [value for name, value in ours.items() if name.startswith(f"sparsekit:density{last}")]
     assert density and 0 < density[0] < 1
     started = [line for line in server.log.read_text().splitlines() if "sparsekit 0" in line]
     assert "over CPU_ATTN, config 'trianglemix': layers 0-20: vLLM (dense); layers 21-29: triangle(" in started[0]
