@@ -19,7 +19,7 @@ from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.patch.call import check_arguments, in_common_dtype, outside_autocast, softmax_of
 from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.decide import decodes, of_layer, verdict
-from sparsekit.patch.mask import COPIED, call_of, descriptor_width
+from sparsekit.patch.mask import COPIED, call_of, check_call, descriptor_width
 from sparsekit.patch.model import own_attention
 from sparsekit.patch.state import DOORS, LAYERS, Attention, Call, Layer, Verdict, layer_of_copy
 
@@ -54,6 +54,8 @@ def make_attention(original: str) -> Attention:
             found = verdict(layer, rows, attention_mask, call)
             if found.ran and not found.why:
                 assert call is not None
+                if layer.patterns.reused is not None:
+                    check_call(module, attention_mask, call)
                 return _run(layer, module, query, key, value, call, kwargs)
             if found.ran:
                 _note(layer, found)

@@ -224,6 +224,11 @@ class Door:
         """Of this thread's forward, by the width of their descriptors."""
         return self._of_thread.by_width
 
+    def in_progress(self, width: int) -> int:
+        """Forwards of this thread whose descriptors have that width and are still held."""
+        held = [forward.descriptor() for forward in self.forwards if forward.thread == threading.get_ident()]
+        return sum(descriptor is not None and descriptor.shape[-1] == width for descriptor in held)
+
     def begin(self, descriptor: Tensor, call: Call) -> None:
         """Remember the forward that this descriptor is made for: `apply` and `remove` must not come between layers.
 

@@ -301,6 +301,41 @@ def test_threads_have_plans_of_their_own(model: PreTrainedModel, monkeypatch: py
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_masks_that_were_copied_do_not_mix_forwards_up(model: PreTrainedModel, copied: bool) -> None:
+    """As hooks copy them to another device: a copy tells its width alone, and another forward's plan may lie there."""
+    held: list[BaseException] = []
+
+    def copy(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()} if copied else kwargs
+
+    def stop_within() -> None:
+        """A forward that made its plan and goes no further; its frames, and with them its mask, are held."""
+        hook = model.model.layers[2].register_forward_pre_hook(_fail)
+        try:
+            _logits(model, _ids(tokens=LONG, seed=1))
+        except RuntimeError as error:
+            held.append(error)
+        hook.remove()
+
+    with sparsekit.apply(model, SHARED):
+        expected = _logits(model, _ids(tokens=LONG))
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(copy, with_kwargs=True)
+        assert torch.equal(_logits(model, _ids(tokens=LONG)), expected)
+        hook = _between(model, stop_within)
+        if copied:
+            with pytest.raises(SparsekitError, match="several forwards of this model are in progress in one thread"):
+                _logits(model, _ids(tokens=LONG))
+        else:
+            assert torch.equal(_logits(model, _ids(tokens=LONG)), expected)
+        assert held
+        hook.remove()
+        held.clear()
+        gc.collect()
+        assert torch.equal(_logits(model, _ids(tokens=LONG)), expected)
+
+
 def _fail(*_: Any) -> None:
     raise RuntimeError("inside")
 
@@ -392,6 +427,24 @@ def test_gradients_are_refused_and_leave_nothing(model: PreTrainedModel) -> None
         assert _plans_kept(model) == 0
         model.eval()
         assert torch.equal(_logits(model, ids), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PATTERNS)
+def test_on_a_gpu(name: str) -> None:
+    """The pairs are those of the layer that chose them, on the card too."""
+    model = tiny("llama", initializer_range=0.1).to("cuda")
+    rule = {**PATTERNS[name], "dense_below_tokens": 0}
+    config = {"layers": {"1": rule, "2": {"reuse": 1}, "3": {"reuse": 1, "heads": MAP}}}
+    with sparsekit.apply(model, config) as handle:
+        _logits(model, _ids(tokens=LONG).to("cuda"))
+        made, same, mapped = (layer.plan for layer in handle._applied.layers[1:])
+        rows = handle.report().layers
+    assert isinstance(made, BlockPlan) and isinstance(mapped, BlockPlan)
+    assert same is made
+    mask = made.to("cpu").to_mask().expand(-1, 4, -1, -1)
+    assert torch.equal(mapped.to("cpu").to_mask(), mask[:, MAP])
+    assert [row.plan_of for row in rows] == [None, None, 1, 1]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -326,10 +326,10 @@ def kept_keys(plan: BlockPlan, heads: int) -> Tensor:
     kept[plan.rows_of(plan.dense_rows, 0)] = True
     kept |= torch.tensor(plan.all_dense)
     if plan.tokens is not None:
-        for head in range(plan.heads):
-            tokens = plan.tokens[0, head].long().cpu()
-            for row in range(rows):
-                kept[head * rows + row, tokens[plan.columns_of(0, head, row).cpu()]] = True
+        for place in range(plan.heads * rows):
+            of_head, of_row = divmod(place, rows)
+            columns = plan.tokens[0, of_head].cpu()[plan.columns_of(0, of_head, of_row).cpu()]
+            kept[place, columns.long()] = True
     return kept.view(plan.heads, rows, keys).repeat_interleave(heads // plan.heads, 0)
 
 
