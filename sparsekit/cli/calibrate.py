@@ -262,10 +262,13 @@ def _calibrate_reuse(
     output: Yaml,
     pattern: Annotated[str, typer.Option("--pattern", help="Dynamic pattern of all these layers.")] = "block_topk",
     anchors: Annotated[
-        int | None, typer.Option("--anchors", min=1, help="Layers that choose, at most (default: a quarter).")
+        int | None, typer.Option("--anchors", min=1, help="How many layers choose (default: a quarter).")
     ] = None,
     recall: Annotated[
         float | None, typer.Option("--recall", help="Or: as few as keep this share of each layer's own choice.")
+    ] = None,
+    run: Annotated[
+        int | None, typer.Option("--run", min=1, help="Layers in a row that one plan serves, at most.")
     ] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="Layers that run it, such as `5,7,10-20`.")] = None,
     samples: Samples = 8,
@@ -289,6 +292,7 @@ def _calibrate_reuse(
         pattern_of(pattern, "--pattern"),
         anchors=anchors,
         recall=recall,
+        run=run,
         layers=None if layers is None else parse_range(layers),
         samples=samples,
         tokens=tokens,

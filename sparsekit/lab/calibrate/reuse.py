@@ -1,13 +1,13 @@
 """Which layers choose for themselves, and which reuse whose plan: measured, then chosen by dynamic programming.
 
-Kascade's way (arXiv 2512.16391): of every layer and head, how much of its attention mass the pairs hold that each head
-of each earlier layer chose; anchor layers that keep most in the layers behind them; and of every reusing head, the
-anchor's head that keeps most.
+Kascade's way (arXiv 2512.16391): of every layer and head, how much of its attention mass lies on the pairs that each
+head of each earlier layer chose; anchor layers that keep most in the layers up to the next anchor; and a map of heads.
 
 We depart from the published code (github.com/microsoft/kascade). Its similarity is a ratio to the layer's own choice in
-the worst query, weighted by how much the layer's attention changes the residual stream; its first anchor is layer 0.
-Ours is the mass lost against the layer's own choice, the mean over queries. The first anchor is the first sparse layer,
-and a layer may reuse an anchor further away where that keeps more.
+the worst query, weighted by how much the layer's attention changes the residual stream; ours is the mass lost against
+the layer's own choice, the mean over queries. Its first anchor is layer 0; ours is the first sparse layer. Its heads
+take the anchor's head that keeps most, so that many take the same one; ours take one each, so that a layer sees as much
+of the prompt as its anchor does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sparsekit.plan import BlockPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ReuseSearch", "choose_anchors", "choose_reuse", "kept_keys", "row_mass"]
+__all__ = ["ReuseSearch", "choose_anchors", "choose_reuse", "kept_keys", "one_to_one", "row_mass"]
 
 LAYERS_PER_ANCHOR = 4
 
@@ -101,7 +101,7 @@ class ReuseSearch:
 
 
 def choose_anchors(lost: Tensor, anchors: int | None = None) -> list[int]:
-    """At most so many of n layers, the first among them, that lose least where each layer takes the nearest before it.
+    """So many of n layers, the first among them, that lose least where each layer takes the nearest before it.
 
     Args:
         lost: float64 (n, n), `lost[i, a]` of layer i under the choice of layer a <= i; infinite: not allowed. What is
@@ -120,14 +120,34 @@ def choose_anchors(lost: Tensor, anchors: int | None = None) -> list[int]:
             better = ends < best[m, a + 1 :]
             best[m, a + 1 :] = torch.where(better, ends, best[m, a + 1 :])
             since[m, a + 1 :] = torch.where(better, a, since[m, a + 1 :])
-    whole = best[:, count]
-    m = int(whole.argmin()) if anchors is not None else int(whole.isfinite().nonzero()[0])
+    m = int(best[:, count].isfinite().nonzero()[0]) if anchors is None else anchors
     chosen, end = [], count
     while m:
         end = int(since[m, end])
         chosen.append(end)
         m -= 1
     return chosen[::-1]
+
+
+def one_to_one(worth: Tensor) -> list[int]:
+    """A column for each row of (H, H), none twice, of a large sum: the best pairs first, exchanged while that gains.
+
+    The result is as good as any that differs from it in two rows.
+    """
+    left, of = worth.clone(), [0] * len(worth)
+    for _ in of:
+        row, column = divmod(int(left.argmax()), len(of))
+        of[row] = column
+        left[row], left[:, column] = -math.inf, -math.inf
+    columns = torch.tensor(of)
+    while True:
+        given = worth[:, columns]  # [a, b]: what row a has from the column of row b
+        own = given.diagonal()
+        gain = given + given.T - own[:, None] - own[None]
+        a, b = divmod(int(gain.argmax()), len(of))
+        if float(gain[a, b]) <= 1e-9:
+            return columns.tolist()
+        columns[[a, b]] = columns[[b, a]]
 
 
 def choose_reuse(
@@ -137,6 +157,7 @@ def choose_reuse(
     *,
     anchors: int | None = None,
     recall: float | None = None,
+    run: int | None = None,
     layers: Sequence[int] | None = None,
     samples: int = 8,
     tokens: int = 2048,
@@ -149,8 +170,10 @@ def choose_reuse(
     """Anchors and head maps for a pattern in all, or some, full-attention layers of a model.
 
     Args:
-        anchors: layers that choose for themselves, at most; default a quarter of the layers, rounded up.
+        anchors: how many layers choose for themselves; default a quarter of the layers, rounded up.
         recall: in place of `anchors`: as few as keep, in every layer, this share of the mass that its own choice keeps.
+        run: layers in a row that one plan serves at most, its anchor included; default a third more than the mean of
+            `anchors`, or 4. Mass does not tell that what a shared plan drops is dropped in all of its layers.
         layers: those that run the pattern; default all that are full causal attention. The others are dense.
         samples, tokens, seed, tasks: of the prompts. The pattern is measured at any length, also below the one from
             which it runs on such a device.
@@ -172,41 +195,46 @@ def choose_reuse(
         raise SparsekitError(
             f"recall = {recall}: a share of the mass that a layer's own choice keeps, above 0 up to 1."
         )
+    count = len(sparse)
+    wanted = None if recall is not None else anchors or -(-count // LAYERS_PER_ANCHOR)
+    longest = run if run is not None else (LAYERS_PER_ANCHOR if wanted is None else -(-4 * count // (3 * wanted)))
+    least = 1 if wanted is None else -(-count // wanted)
+    if longest < least:
+        raise SparsekitError(f"run = {run}: {wanted} plans have to serve {count} layers; at least {least}.")
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
     kept, weights = Records(records), content_of_model(model, tokenizer)
     with progress("reuse", len(prompts) * len(sparse), quiet=quiet) as step:
         found = [_measure(model, tokenizer, prompt, runs, sparse, kept, weights, step) for prompt in prompts]
     mass = torch.stack(found).mean(0)
-    count = len(sparse)
     own = mass[range(count), range(count)].diagonal(dim1=-2, dim2=-1).mean(-1)  # (n,)
     if float(own.min()) >= 1 - 1e-6:
         raise SparsekitError(
             f"pattern = {runs}: it keeps every pair of a prompt of {tokens} tokens in some layer, so there is "
             "nothing to choose; take longer prompts (--tokens) or a smaller budget."
         )
-    shared = mass.amax(-1).mean(-1)  # (n, n): layer, anchor
+    maps = {(i, a): one_to_one(mass[i, a]) for i in range(count) for a in range(i)}
+    heads = range(mass.shape[-1])
+    maps |= {(i, i): list(heads) for i in range(count)}
+    shared = torch.zeros(count, count, dtype=torch.float64)
+    for (i, a), of in maps.items():
+        shared[i, a] = mass[i, a][heads, of].mean()
     lost = own[:, None] - shared
-    lost.fill_diagonal_(0)
     if recall is not None:
         lost[shared < recall * own[:, None]] = math.inf
         lost.fill_diagonal_(0)
-    most = None if recall is not None else anchors or -(-count // LAYERS_PER_ANCHOR)
-    chosen = choose_anchors(lost, most)
-    at, maps = [], []
-    for i in range(count):
-        before = [a for a in chosen if a <= i]
-        a = i if i in chosen else min(before, key=lambda a: (float(lost[i, a]), i - a))
-        at.append(a)
-        heads = range(mass.shape[-1])
-        maps.append(tuple(heads) if a == i else tuple(map(int, _head_map(mass[i, a]))))
-    runs_kept = [float(mass[i, a][range(len(m)), m].mean()) for i, (a, m) in enumerate(zip(at, maps, strict=True))]
+    lost[torch.arange(count)[:, None] - torch.arange(count) >= longest] = math.inf
+    chosen = choose_anchors(lost, wanted)
+    at = [max(a for a in chosen if a <= i) for i in range(count)]
+    kept_mass = [float(shared[i, a]) for i, a in enumerate(at)]
+    of_layer = [maps[i, a] for i, a in enumerate(at)]
     described = {
         "by": "sparsekit calibrate reuse",
         "scored_on": "attention mass that a plan keeps",
         "anchors": [sparse[a] for a in chosen],
-        "least_recall" if recall is not None else "most_anchors": recall if recall is not None else most,
+        "longest_run": longest,
+        **({} if recall is None else {"least_recall": recall}),
         "own_mass": round(float(own.mean()), 5),
-        "kept_mass": round(sum(runs_kept) / count, 5),
+        "kept_mass": round(sum(kept_mass) / count, 5),
         "prompts": {
             "tasks": sorted({p.task.name for p in prompts}),
             "tokens": tokens,
@@ -216,8 +244,8 @@ def choose_reuse(
         **made_on(model),
     }
     of = tuple(sparse[a] for a in at)
-    config = _config(arch, runs, sparse, of, maps, described, dense_below_tokens)
-    return ReuseSearch(config, tuple(sparse), of, tuple(maps), tuple(own.tolist()), tuple(runs_kept))
+    config = _config(arch, runs, sparse, of, of_layer, described, dense_below_tokens)
+    return ReuseSearch(config, tuple(sparse), of, tuple(map(tuple, of_layer)), tuple(own.tolist()), tuple(kept_mass))
 
 
 def _layers(arch: ArchFacts, own: Mapping[int, str], wanted: Sequence[int] | None) -> list[int]:
@@ -235,13 +263,6 @@ def _layers(arch: ArchFacts, own: Mapping[int, str], wanted: Sequence[int] | Non
     if len(heads) > 1:
         raise SparsekitError(f"layers: they have {sorted(heads)} query heads; layers that share a plan have as many.")
     return sparse
-
-
-def _head_map(mass: Tensor) -> list[int]:
-    """Of mass (H, H there): the head there that keeps most; of equal ones the own number, else the first."""
-    best = mass.amax(-1)
-    own = mass.diagonal() >= best
-    return [h if own[h] else int(mass[h].argmax()) for h in range(len(mass))]
 
 
 # ---- measuring

@@ -75,8 +75,10 @@ def test_reuse(tiny, right) -> None:
     text = out("calibrate", "reuse", "m", "--anchors", "2", "--layers", "1-3", "--report", "r.json", *common)
     assert "written to c.yaml" in text and "kept mass" in text
     config = load("c.yaml")
-    anchors = [layer.layer for layer in config.resolve().layers if layer.shared]
-    assert json.loads(Path("r.json").read_text())["anchors"][0] == anchors[0] == 1
+    layers = config.resolve().layers
+    anchors = [layer.layer for layer in layers if not (layer.dense or layer.reused)]
+    assert json.loads(Path("r.json").read_text())["anchors"] == anchors == config.provenance["anchors"]
+    assert anchors[0] == 1 and len(anchors) == 2 and layers[0].dense
     assert config.provenance["by"] == "sparsekit calibrate reuse" and config.provenance["gate"]["passed"]
     assert "one of the two" in out("calibrate", "reuse", "m", "--anchors", "2", "--recall", "0.9", *common, code=1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import Reuse
 from sparsekit.kernels import geometry_for
-from sparsekit.lab.calibrate.reuse import ReuseSearch, choose_anchors, choose_reuse, kept_keys, row_mass
+from sparsekit.lab.calibrate.reuse import ReuseSearch, choose_anchors, choose_reuse, kept_keys, one_to_one, row_mass
 from sparsekit.patterns import BlockTopK, Dense, DynamicUnion, VerticalSlash, parse_pattern, static_plan
 
 TOPK = {"name": "block_topk", "top_k": 2}
@@ -32,10 +32,9 @@ def tiny(smollm2):
 
 def _brute_force(lost: Tensor, anchors: int) -> float:
     best = math.inf
-    for count in range(anchors):
-        for others in combinations(range(1, len(lost)), count):
-            chosen = (0, *others)
-            best = min(best, sum(float(lost[i, max(a for a in chosen if a <= i)]) for i in range(len(lost))))
+    for others in combinations(range(1, len(lost)), anchors - 1):
+        chosen = (0, *others)
+        best = min(best, sum(float(lost[i, max(a for a in chosen if a <= i)]) for i in range(len(lost))))
     return best
 
 
@@ -46,7 +45,7 @@ def test_anchors_lose_least(seed: int) -> None:
     lost.fill_diagonal_(0)
     for anchors in range(1, 8):
         chosen = choose_anchors(lost, anchors)
-        assert chosen[0] == 0 and len(chosen) <= anchors and chosen == sorted(set(chosen))
+        assert chosen[0] == 0 and len(chosen) == anchors and chosen == sorted(set(chosen))
         spent = sum(float(lost[i, max(a for a in chosen if a <= i)]) for i in range(7))
         assert spent == pytest.approx(_brute_force(lost, anchors))
 
@@ -60,6 +59,21 @@ def test_as_few_anchors_as_are_allowed() -> None:
     assert choose_anchors(lost) == [0, 3]
     lost.fill_(math.inf).fill_diagonal_(0)
     assert choose_anchors(lost) == list(range(6))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_heads_take_one_head_each(seed: int) -> None:
+    """As good as any permutation that differs in two heads; of so few, nearly as good as the best of all."""
+    worth = torch.rand(6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    of = one_to_one(worth)
+    assert sorted(of) == list(range(6))
+    sums = {p: float(worth[range(6), p].sum()) for p in permutations(range(6))}
+    mine = sums[tuple(of)]
+    assert all(
+        mine >= total - 1e-9 for p, total in sums.items() if sum(x != y for x, y in zip(p, of, strict=True)) == 2
+    )
+    assert mine >= 0.9 * max(sums.values())
+    assert one_to_one(torch.eye(5)) == list(range(5))
 
 
 # ---- what is measured
@@ -157,6 +171,15 @@ def test_a_recall_is_held_in_every_layer(tiny) -> None:
     assert tight.config.provenance["least_recall"] == 1.0
 
 
+def test_a_plan_serves_no_more_layers_than_it_may(tiny) -> None:
+    model, tokenizer = tiny
+    found = choose_reuse(model, tokenizer, TOPK, recall=0.1, run=2, **OPTIONS)
+    assert found.anchors == (0, 2)
+    assert found.anchor == (0, 0, 2, 2)
+    assert all(sorted(heads) == list(range(4)) for heads in found.heads)
+    assert choose_reuse(model, tokenizer, TOPK, anchors=3, run=2, **OPTIONS).config.provenance["longest_run"] == 2
+
+
 def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny
     path = tmp_path / "records.jsonl"
@@ -180,6 +203,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "both": (TOPK, {"anchors": 2, "recall": 0.9}, r"anchors = 2 and recall = 0\.9: one of the two"),
     "too many": (TOPK, {"anchors": 5}, "anchors = 5: at least 1 and at most 4"),
     "a recall above 1": (TOPK, {"recall": 1.5}, r"recall = 1\.5: a share"),
+    "a run too short": (TOPK, {"anchors": 2, "run": 1}, "run = 1: 2 plans have to serve 4 layers; at least 2"),
     "a layer too many": (TOPK, {"layers": [1, 4]}, r"layers: 4: layers that are full causal attention are 0-3\."),
     "one layer": (TOPK, {"layers": [1]}, "layers: 1 of them; two at least"),
     "everything": ({"name": "block_topk", "top_k": 100}, {}, "it keeps every pair of a prompt of 700 tokens"),
