@@ -91,7 +91,7 @@ CONSTRAINTS = [
 ]  # fmt: skip
 NAMES = [
     "version", "model", "default", "layers", "heads", "name", "of", "num_layers", "num_heads", "window_tokens",
-    "threshold", "reuse",
+    "threshold",
     "axes", "tasks", "lengths", "seeds", "question", "base", "constraints", "search", "path", "values", "low",
     "high", "log",
     "budget", "kl", "prompts", "count",

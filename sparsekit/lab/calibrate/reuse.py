@@ -172,8 +172,8 @@ def choose_reuse(
     Args:
         anchors: how many layers choose for themselves; default a quarter of the layers, rounded up.
         recall: in place of `anchors`: as few as keep, in every layer, this share of the mass that its own choice keeps.
-        run: layers in a row that one plan serves at most, its anchor included; default a third more than the mean of
-            `anchors`, or 4. Mass does not tell that what a shared plan drops is dropped in all of its layers.
+        run: layers in a row that one plan serves at most, its anchor included; default as few as `anchors` allow, or 4.
+            Mass does not tell that what a shared plan drops is dropped in all of its layers (docs/reuse.md).
         layers: those that run the pattern; default all that are full causal attention. The others are dense.
         samples, tokens, seed, tasks: of the prompts. The pattern is measured at any length, also below the one from
             which it runs on such a device.
@@ -197,8 +197,8 @@ def choose_reuse(
         )
     count = len(sparse)
     wanted = None if recall is not None else anchors or -(-count // LAYERS_PER_ANCHOR)
-    longest = run if run is not None else (LAYERS_PER_ANCHOR if wanted is None else -(-4 * count // (3 * wanted)))
     least = 1 if wanted is None else -(-count // wanted)
+    longest = run if run is not None else max(least, LAYERS_PER_ANCHOR if wanted is None else 0)
     if longest < least:
         raise SparsekitError(f"run = {run}: {wanted} plans have to serve {count} layers; at least {least}.")
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
@@ -243,9 +243,11 @@ def choose_reuse(
         },
         **made_on(model),
     }
-    of = tuple(sparse[a] for a in at)
-    config = _config(arch, runs, sparse, of, of_layer, described, dense_below_tokens)
-    return ReuseSearch(config, tuple(sparse), of, tuple(map(tuple, of_layer)), tuple(own.tolist()), tuple(kept_mass))
+    anchor = tuple(sparse[a] for a in at)
+    config = _config(arch, runs, sparse, anchor, of_layer, described, dense_below_tokens)
+    return ReuseSearch(
+        config, tuple(sparse), anchor, tuple(map(tuple, of_layer)), tuple(own.tolist()), tuple(kept_mass)
+    )
 
 
 def _layers(arch: ArchFacts, own: Mapping[int, str], wanted: Sequence[int] | None) -> list[int]:
