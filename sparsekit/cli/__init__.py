@@ -327,6 +327,32 @@ def _convert_duo_attention(
     typer.echo(str(output))
 
 
+@convert_app.command("kascade")
+def _convert_kascade(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.npy", help="A head map, as in kascade's results/head_mappings.")
+    ],
+    output: Yaml,
+    pattern: Annotated[str, typer.Option("--pattern", help="What the anchor layers run, as in YAML.")] = "xattention",
+    anchors: Annotated[
+        str | None, typer.Option("--anchors", help="Anchor layers, such as `0,2,8` (default: by the file's name).")
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option("--group", min=1, help="Query heads of a key head, without --model.")
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Convert Kascade's head map: which layers reuse whose choice."""
+    with busy("converting"):
+        from sparsekit.config import parse_range, parse_yaml
+        from sparsekit.config.kascade import convert_kascade
+
+        runs, own = parse_yaml(pattern, "--pattern"), None if anchors is None else parse_range(anchors)
+        config = convert_kascade(file, output, pattern=runs, anchors=own, group=group, model=_facts(model))
+    _say_shape(config, model)
+    typer.echo(str(output))
+
+
 def _say_shape(config: SparseConfig, model: str | None) -> None:
     """What only a model can tell: whether the file's columns are its query heads."""
     if model is None:

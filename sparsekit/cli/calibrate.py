@@ -255,6 +255,56 @@ def _calibrate_heads(
     _gate_and_write(loaded, config, output, gate)
 
 
+@calibrate_app.command("reuse")
+@gated
+def _calibrate_reuse(
+    model: Weights,
+    output: Yaml,
+    pattern: Annotated[str, typer.Option("--pattern", help="Dynamic pattern of all these layers.")] = "block_topk",
+    anchors: Annotated[
+        int | None, typer.Option("--anchors", min=1, help="How many layers choose (default: a quarter).")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option("--recall", help="Or: as few as keep this share of each layer's own choice.")
+    ] = None,
+    run: Annotated[
+        int | None, typer.Option("--run", min=1, help="Layers in a row that one plan serves, at most.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Layers that run it, such as `5,7,10-20`.")] = None,
+    samples: Samples = 8,
+    tokens: Length = 2048,
+    seed: Seed = 0,
+    tasks: Tasks = "needle4,passkey",
+    corpus: Corpus = None,
+    dense_below: Below = 1024,
+    gate: Gate = GATE,
+    report: Annotated[Path | None, typer.Option("--report", help="JSON file of every layer's choice.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Choose which layers reuse whose plan, head by head (Kascade); write the config if it passes the gate."""
+    from sparsekit.config import parse_range
+    from sparsekit.lab.calibrate.reuse import choose_reuse
+
+    loaded = load_weights(model, device, dtype)
+    found = choose_reuse(
+        *loaded,
+        pattern_of(pattern, "--pattern"),
+        anchors=anchors,
+        recall=recall,
+        run=run,
+        layers=None if layers is None else parse_range(layers),
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        tasks=tasks_of(tasks, corpus),
+        dense_below_tokens=dense_below,
+        records=gate.records,
+    )
+    show(found.to_dict(), found.table(), False, report)
+    _gate_and_write(loaded, _signed(found.config, model), output, gate)
+
+
 @calibrate_app.command("gate")
 @gated
 def _calibrate_gate(

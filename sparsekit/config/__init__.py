@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from sparsekit.config.budget import Budget, MeasuredOn
+from sparsekit.config.facts import ArchFacts, ModelFacts
 from sparsekit.config.giving_back import give_back
+from sparsekit.config.layers import LayerPatterns, Reused
 from sparsekit.config.ranges import format_range, parse_range
-from sparsekit.config.schema import ArchFacts, LayerPatterns, ModelFacts, ResolvedConfig, SparseConfig, load
+from sparsekit.config.reuse import Reuse
+from sparsekit.config.schema import ResolvedConfig, SparseConfig, load
 from sparsekit.config.strict_yaml import parse_yaml
 
 __all__ = [
@@ -15,6 +18,8 @@ __all__ = [
     "MeasuredOn",
     "ModelFacts",
     "ResolvedConfig",
+    "Reuse",
+    "Reused",
     "SparseConfig",
     "format_range",
     "give_back",

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsekit.config.facts import ModelFacts
 from sparsekit.config.ranges import MOST, format_range
-from sparsekit.config.schema import ModelFacts, SparseConfig, load
+from sparsekit.config.schema import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest, read_text, shown
 from sparsekit.patterns import Pattern, parse_pattern
 

@@ -22,7 +22,9 @@ import torch
 from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.config.drawing import draw_heads
 from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, total
-from sparsekit.config.schema import LayerPatterns, ModelFacts, ResolvedConfig, SparseConfig, load
+from sparsekit.config.facts import ModelFacts
+from sparsekit.config.layers import LayerPatterns
+from sparsekit.config.schema import ResolvedConfig, SparseConfig, load
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
 from sparsekit.patterns.attention import static_plan_heads
@@ -62,7 +64,7 @@ def explain(
     rows, unknown = [], []
     for layer in resolved.layers:
         kind = facts.kind(layer.layer), facts.window(layer.layer)
-        key = (layer.patterns, layer.pattern_of_head, own.get(layer.layer), kind)
+        key = (layer.patterns, layer.pattern_of_head, layer.reused, own.get(layer.layer), kind)
         if key not in counted:
             counted[key] = _count(layer, own.get(layer.layer), facts, geometry, because)
             unknown += [counted[key].why] if counted[key].pairs is None else []
@@ -152,7 +154,16 @@ def _count(
         density_at_most=at_most,
         dense_below=0 if own or because else max(below.values(), default=0),
         model_tiles=windowed[1] if windowed else None,
+        estimates=counts is None and not own and _estimates(executed),
+        plan_of=None if layer.reused is None else layer.reused.layer,
     )
+
+
+def _estimates(layer: LayerPatterns) -> bool:
+    """Whether some head's pattern has to look at q and k itself."""
+    there = (None,) * len(layer.pattern_of_head) if layer.reused is None else layer.reused.heads
+    own = {i for i, head in zip(layer.pattern_of_head, there, strict=True) if head is None}
+    return any(isinstance(layer.patterns[i], DynamicPattern) for i in own)
 
 
 def _executed(layer: LayerPatterns, geometry: Geometry) -> LayerPatterns:

@@ -27,6 +27,8 @@ class LayerExplanation:
         dense_below: prompts shorter than this, tokens, run dense on a GPU in place of a dynamic pattern; 0: none do.
         tile_density: tiles visited / tiles of dense causal attention.
         tiles, dense_tiles: tiles of `block_q` x `block_kv` tokens that are visited, and that dense attention visits.
+        estimates: whether it has to choose from q and k itself, which costs time that is not predicted.
+        plan_of: the layer whose plan it reuses, if it does: then it estimates nothing.
         model_tiles: what the unpatched model visits where its layer has a window; None: `dense_tiles`, or not known.
         pairs, dense_pairs: query-key pairs.
         plan_bytes: of the plan's tensors, which layers of one pattern share.
@@ -49,6 +51,8 @@ class LayerExplanation:
     density_at_most: float | None = None
     dense_below: int = 0
     model_tiles: int | None = None
+    estimates: bool = False
+    plan_of: int | None = None
     attention_flops: int | None = None
     dense_attention_flops: int | None = None
     pair_flops: int | None = None
@@ -168,6 +172,13 @@ class Explanation:
             f"FLOPs: attention of one layer, 4 x head_dim for each pair of a visited {self.block_q} x {self.block_kv} "
             "tile and query head; share: its part of the whole prefill, linear layers included, all at one rate.",
         ]
+        reusing = [row.layer for row in self.layers if row.plan_of is not None]
+        if reusing:
+            estimating = [row.layer for row in self.layers if row.estimates]
+            lines.append(
+                f"Layers {format_range(reusing)} reuse plans and have no index cost; "
+                + (f"layers {format_range(estimating)} estimate." if estimating else "at this length none estimates.")
+            )
         if self.prefill_ratio is not None and self.dense_attention_share is not None:
             lines.append(
                 f"Predicted prefill of {self.tokens:,} tokens: {self.prefill_ratio:.3f} of the dense one's time, in "

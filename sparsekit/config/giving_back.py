@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from sparsekit.config.ranges import format_range, parse_range
+from sparsekit.config.reuse import Reuse
 from sparsekit.config.schema import SparseConfig, load
+from sparsekit.patterns import Pattern
 
 __all__ = ["give_back"]
 
@@ -17,23 +19,19 @@ def give_back(
 ) -> SparseConfig:
     """The config with these layers dense, and these heads of other layers; its provenance says so.
 
-    Its budget says no more what was found on prompts: that was another config.
+    A layer that reused the plan of one of them then runs the pattern itself by which that plan was made. Its budget
+    says no more what was found on prompts: that was another config.
     """
     if not (layers or heads):
         return config
+    config = _unshared(config, layers, heads)
     whole = _give_back_layers(config, [layer for layer in layers if layer not in heads]) if layers else config
     data = whole.to_dict()
     for layer, some in heads.items():
-        mine = {}
-        for key, rule in data.pop("heads", {}).items():
-            numbers = parse_range(key)
-            rest = [n for n in numbers if n != layer]
-            mine.update({format_range(rest): rule} if rest else {})
-            if layer in numbers:
-                kept = {format_range(left): p for k, p in rule.items() if (left := _without(parse_range(k), some))}
-                mine[str(layer)] = kept
-        mine[str(layer)] = {**mine.get(str(layer), {}), format_range(sorted(some)): "dense"}
-        data["heads"] = mine
+        before = {n: rule for key, rule in data.get("heads", {}).items() for n in parse_range(key)}.get(layer, {})
+        kept = {format_range(left): p for k, p in before.items() if (left := _without(parse_range(k), some))}
+        mine = _left(data.get("heads", {}), [layer])
+        data["heads"] = {**mine, str(layer): {**kept, format_range(sorted(some)): "dense"}}
     if heads:
         made = data.get("provenance", {})
         said = dict(made.get("heads_given_back_to_dense", {}))
@@ -44,7 +42,51 @@ def give_back(
     return load(data)
 
 
-def _without(numbers: Sequence[int], others: Sequence[int]) -> list[int]:
+def _unshared(config: SparseConfig, layers: Sequence[int], heads: Mapping[int, Sequence[int]]) -> SparseConfig:
+    """The config in which layers that reuse the plan of one of these, or of these heads, choose for themselves."""
+    rules = {n: rule for key, rule in config.layers.items() for n in parse_range(key)}
+    own = {n: {h: p for k, p in by.items() for h in parse_range(k)} for key, by in config.heads.items()
+           for n in parse_range(key)}  # fmt: skip
+    whole: dict[Pattern, list[int]] = {}
+    single: dict[int, dict[int, Pattern]] = {}
+    for layer, rule in rules.items():
+        if not isinstance(rule, Reuse) or layer in layers:
+            continue
+        some = heads.get(rule.reuse, ())
+        if rule.reuse not in layers and not (some if rule.heads is None else set(some) & set(rule.heads)):
+            continue
+        base, there = rules.get(rule.reuse, config.default), own.get(rule.reuse, {})
+        assert isinstance(base, Pattern)
+        if rule.heads is not None:
+            base = base.of_heads(rule.heads)
+            there = {h: there[n].of_heads(rule.heads) for h, n in enumerate(rule.heads) if n in there}
+        whole.setdefault(base, []).append(layer)
+        single[layer] = {**there, **own.get(layer, {})}
+    if not whole:
+        return config
+    data = config.to_dict()
+    changed = {format_range(sorted(some)): pattern.to_yaml() for pattern, some in whole.items()}
+    data["layers"] = {**_left(data["layers"], [*single]), **changed}
+    of_heads = {str(layer): _by_head(some) for layer, some in single.items() if some}
+    data["heads"] = {**_left(data.get("heads", {}), [*single]), **of_heads}
+    if not data["heads"]:
+        del data["heads"]
+    return load(data)
+
+
+def _by_head(patterns: Mapping[int, Pattern]) -> dict[str, Any]:
+    heads: dict[Pattern, list[int]] = {}
+    for head, pattern in sorted(patterns.items()):
+        heads.setdefault(pattern, []).append(head)
+    return {format_range(some): pattern.to_yaml() for pattern, some in heads.items()}
+
+
+def _left(rules: Mapping[str, Any], numbers: Collection[int]) -> dict[str, Any]:
+    """The rules without these layers."""
+    return {format_range(left): rule for key, rule in rules.items() if (left := _without(parse_range(key), numbers))}
+
+
+def _without(numbers: Sequence[int], others: Collection[int]) -> list[int]:
     return [n for n in numbers if n not in others]
 
 
@@ -52,14 +94,8 @@ def _give_back_layers(config: SparseConfig, layers: Sequence[int]) -> SparseConf
     if not layers:
         return config
     given, data = set(layers), config.to_dict()
-    for name in ("layers", "heads"):
-        kept = {}
-        for key, value in data.get(name, {}).items():
-            rest = [n for n in parse_range(key) if n not in given]
-            if rest:
-                kept[format_range(rest)] = value
-        data[name] = kept
-    data["layers"] = {**data["layers"], format_range(sorted(given)): "dense"}
+    data["layers"] = {**_left(data.get("layers", {}), given), format_range(sorted(given)): "dense"}
+    data["heads"] = _left(data.get("heads", {}), given)
     if not data["heads"]:
         del data["heads"]
     made = data.get("provenance", {})

@@ -5,143 +5,26 @@ Explicit head > layer rule > default. Nothing is guessed: what does not fit is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sparsekit.config.budget import Budget
+from sparsekit.config.facts import ModelFacts
+from sparsekit.config.layers import LayerPatterns
 from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
+from sparsekit.config.reuse import AnyPattern, LayerRule, Reuse, resolve_reuse
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
-from sparsekit.patterns import AShape, Pattern, bounded, parse_pattern
+from sparsekit.patterns import Pattern, bounded, parse_pattern
 
-__all__ = ["ArchFacts", "LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
+__all__ = ["ResolvedConfig", "SparseConfig", "load"]
 
 MOST_IN_A_FIELD = 4096  # values of a list; a model has at most 1,024 layers, and heads of a layer
-Size = Annotated[int, Field(ge=1, strict=True)]
-_LIST = Field(strict=False)  # YAML has lists, and no tuples
-AnyPattern = Annotated[Pattern, BeforeValidator(lambda value: parse_pattern(value, where=""))]
-
-
-class ModelFacts(BaseModel):
-    """What a config may say about its model. The numbers are checked against the real one; the name is a label.
-
-    `num_layers` and `num_heads` (query heads) are needed to resolve a config; the kinds of layers say which of them can
-    run sparse, and the rest lets `explain` predict time. `sparsekit.models.facts` reads them off a model.
-
-    Attributes:
-        num_heads: query heads, of the layer that has most.
-        layer_heads: query heads of each layer, where they differ.
-        head_dim: of the keys; not known where layers differ in it.
-        intermediate_size: one number, or one a layer.
-        layer_types: the kind of each layer, "full_attention", "sliding_attention", or a name of the model's own; not
-            given: all are full, or all slide where there is a window.
-        sliding_window: of the layers that slide, tokens, the query itself included; or one a layer, null for none. That
-            of a full layer cuts nothing off.
-        not_computed: of each layer what no kernel here computes, or nothing: it cannot run sparse.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    name: str | None = None
-    num_layers: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
-    layer_heads: Annotated[tuple[Size, ...], _LIST] | None = None
-    num_key_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=1)
-    hidden_size: int | None = Field(None, ge=1)
-    intermediate_size: Size | Annotated[tuple[Size, ...], _LIST] | None = None
-    vocab_size: int | None = Field(None, ge=1)
-    layer_types: Annotated[tuple[str, ...], _LIST] | None = None
-    sliding_window: Size | Annotated[tuple[Size | None, ...], _LIST] | None = None
-    not_computed: Annotated[tuple[str, ...], _LIST] | None = None
-
-    _bounded = field_validator("*", mode="before")(bounded)
-
-    @model_validator(mode="after")
-    def _one_a_layer(self) -> ModelFacts:
-        for name in ("layer_heads", "intermediate_size", "layer_types", "sliding_window", "not_computed"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.num_layers:
-                raise SparsekitError(f"{name} has {len(value)} values; one for each of num_layers is needed")
-        return self
-
-    def heads(self, layer: int) -> int:
-        """Query heads of the layer, of a model whose counts are known."""
-        assert self.num_heads is not None
-        return self.num_heads if self.layer_heads is None else self.layer_heads[layer]
-
-    def kind(self, layer: int) -> str:
-        """Of the layer's attention."""
-        if self.layer_types is not None:
-            return self.layer_types[layer]
-        return "full_attention" if self.window(layer) is None else "sliding_attention"
-
-    def window(self, layer: int) -> int | None:
-        """Of the layer's mask, tokens."""
-        if isinstance(self.sliding_window, tuple):
-            return self.sliding_window[layer]
-        slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
-        return self.sliding_window if slides else None
-
-
-class ArchFacts(ModelFacts):
-    """Those of a model that is there: what it is called and counts is known."""
-
-    name: str
-    model_type: str = Field(exclude=True)  # of transformers; a config file has no such field
-    num_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    num_key_heads: int = Field(ge=1)
-
-
-@dataclass(frozen=True)
-class LayerPatterns:
-    """One layer: its different patterns, and for each query head which of them it runs."""
-
-    layer: int
-    patterns: tuple[Pattern, ...]
-    pattern_of_head: tuple[int, ...]
-    first_head: int = 0  # the model's number of head 0 here: a process may have a part of the heads
-
-    @property
-    def dense(self) -> bool:
-        return all(pattern.name == "dense" for pattern in self.patterns)
-
-    def within(self, window: int | None) -> bool:
-        """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
-        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.sink_tokens == 0]
-        return len(windows) == len(self.patterns) and max(windows) <= (window or 0)
-
-    def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
-        """Each pattern with its query heads, as the model numbers them."""
-        for i, pattern in enumerate(self.patterns):
-            yield pattern, tuple(h for h, own in enumerate(self.pattern_of_head, self.first_head) if own == i)
-
-    def of_heads(self, first: int, count: int) -> LayerPatterns:
-        """The same layer with `count` of its query heads alone, from head `first` on."""
-        chosen = self.pattern_of_head[first : first + count]
-        used = sorted(set(chosen))
-        kept = []
-        for i in used:
-            heads = [head for head, pattern in enumerate(self.pattern_of_head) if pattern == i]
-            here = [at for at, head in enumerate(heads) if first <= head < first + count]
-            kept.append(self.patterns[i].of_heads(here))
-        return LayerPatterns(self.layer, tuple(kept), tuple(used.index(i) for i in chosen), first)
-
-    @property
-    def alike(self) -> bool:
-        """Whether all heads run the same, none with a value of its own."""
-        return len(self.patterns) == 1 and self.patterns[0].of_heads([0]) is self.patterns[0]
-
-    def __str__(self) -> str:
-        if len(self.patterns) == 1:
-            return str(self.patterns[0])
-        return "; ".join(f"heads {format_range(heads)}: {pattern}" for pattern, heads in self.groups())
 
 
 @dataclass(frozen=True)
@@ -161,8 +44,8 @@ class ResolvedConfig:
             model: the real model's facts; default what the file says.
 
         Raises:
-            SparsekitError: a rule names such a layer and gives it another sparse pattern, or a layer is to run here
-                whose attention no kernel computes.
+            SparsekitError: a rule names such a layer and gives it another sparse pattern, a layer is to run here whose
+                attention no kernel computes, or one reuses the plan of a layer that keeps its own attention.
         """
         facts, own = model or self.config.model, {}
         for i, patterns in enumerate(self.layers):
@@ -186,6 +69,13 @@ class ResolvedConfig:
                     f"layer {i} runs {patterns}, but {facts.not_computed[i]}, which no kernel here computes; leave the "
                     f"layer dense{', with dense_impl: model' if patterns.dense else ''}."
                 )
+        for i, patterns in enumerate(self.layers):
+            if patterns.reused is not None and patterns.reused.layer in own:
+                there = patterns.reused.layer
+                raise SparsekitError(
+                    f"layer {i}: reuse = {there}: that layer keeps its own attention ({own[there]}) and makes no plan; "
+                    "reuse one that is full causal attention."
+                )
         return own
 
     def window_layers(self, model: ModelFacts | None = None) -> frozenset[int]:
@@ -206,10 +96,11 @@ class ResolvedConfig:
         return frozenset(layer for key in (*self.config.layers, *self.config.heads) for layer in parse_range(key))
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """One object a layer, for result files: layer, and its patterns with all their parameters and heads."""
+        """One object a layer, for result files: layer, whose plan it reuses, its patterns with parameters and heads."""
         return [
             {
                 "layer": layer.layer,
+                **({} if layer.reused is None else {"reuse": layer.reused.layer, "of_head": list(layer.reused.heads)}),
                 "patterns": [
                     {**pattern.model_dump(mode="json"), "heads": format_range(heads)}
                     for pattern, heads in layer.groups()
@@ -229,7 +120,7 @@ class SparseConfig(BaseModel):
         min_queries: a call with fewer queries is decoding, and runs the model's own attention.
         dense_impl: dense layers run the model's own attention function ("model"), or sparsekit's kernel ("kernel").
         default: the pattern of layers that no rule names.
-        layers: "0-15" or "3" or "0,4,8-11" -> pattern.
+        layers: "0-15" or "3" or "0,4,8-11" -> pattern, or `{reuse: LAYER}`.
         heads: layers -> query heads -> pattern; wins over `layers`.
         budget: what it promises; it changes nothing that runs, `sparsekit.check` holds the config to it.
         provenance: how calibration wrote this file; free-form.
@@ -243,7 +134,7 @@ class SparseConfig(BaseModel):
     min_queries: int = Field(64, ge=2)
     dense_impl: Literal["model", "kernel"] = "model"
     default: AnyPattern = Field(default_factory=lambda: parse_pattern("dense"))
-    layers: dict[str, AnyPattern] = {}
+    layers: dict[str, LayerRule] = {}
     heads: dict[str, dict[str, AnyPattern]] = {}
     budget: Budget | None = None
     provenance: dict[str, Any] = {}
@@ -333,43 +224,41 @@ class SparseConfig(BaseModel):
         for name, count in (("num_layers", facts.num_layers), ("num_heads", facts.num_heads)):
             if not 1 <= count <= MOST:
                 raise SparsekitError(f"model.{name} = {shown(count)}: it should be from 1 to {MOST:,}.")
-        base: list[Pattern] = [self.default] * facts.num_layers
+        base: list[Pattern | Reuse] = [self.default] * facts.num_layers
+        where: dict[int, str] = {}  # the field that gives a layer its rule, where it is not `default`
         for key, pattern in self.layers.items():
-            for layer in _numbers(f"layers.{shown(key)}", key, facts.num_layers, "layer"):
-                base[layer] = pattern
+            field = f"layers.{shown(key)}"
+            for layer in _numbers(field, key, facts.num_layers, "layer"):
+                base[layer], where[layer] = pattern, field
         rules: dict[int, str] = {}  # the key in `heads` that names the layer, if one does
         for key, by_head in self.heads.items():
             named = _numbers(f"heads.{shown(key)}", key, facts.num_layers, "layer")
             rules |= dict.fromkeys(named, key)
             for heads in by_head:
                 _numbers(f"heads.{shown(key)}.{shown(heads)}", heads, min(map(facts.heads, named)), "head")
-        made: dict[tuple[Pattern, str | None, int], tuple[tuple[Pattern, ...], tuple[int, ...]]] = {}
-        layers = []
-        for i, pattern in enumerate(base):
-            same = (pattern, rules.get(i), facts.heads(i))
+        made: dict[tuple[Pattern, str | None, int], LayerPatterns] = {}
+        layers: list[LayerPatterns] = []
+        for i, rule in enumerate(base):
+            key_of_heads, count = rules.get(i), facts.heads(i)
+            if isinstance(rule, Reuse):
+                own = self._own_heads(key_of_heads)
+                chosen, reused = resolve_reuse(rule, where[i], i, count, layers, own)
+                layers.append(replace(_layer(i, chosen), reused=reused))
+                continue
+            same = (rule, key_of_heads, count)
             if same not in made:
-                made[same] = self._heads_of_layer(i, *same)
-            layers.append(LayerPatterns(i, *made[same]))
+                own = self._own_heads(key_of_heads)
+                made[same] = _layer(i, [own.get(head, rule) for head in range(count)])
+            layers.append(replace(made[same], layer=i))
+        for anchor, (last, reused) in {x.reused.layer: (x.layer, x.reused) for x in layers if x.reused}.items():
+            layers[anchor] = replace(layers[anchor], shared=True)
+            layers[last] = replace(layers[last], reused=replace(reused, last=True))
         return ResolvedConfig(self, tuple(layers))
 
-    def _heads_of_layer(
-        self, layer: int, base: Pattern, key: str | None, num_heads: int
-    ) -> tuple[tuple[Pattern, ...], tuple[int, ...]]:
-        """The different patterns of a layer, and which of them each head runs."""
-        chosen = [base] * num_heads
-        for heads, pattern in self.heads[key].items() if key is not None else ():
-            for head in parse_range(heads):
-                chosen[head] = pattern
-        number: dict[Pattern, int] = {}
-        pattern_of_head = tuple(number.setdefault(pattern, len(number)) for pattern in chosen)
-        alone = next((pattern.name for pattern in number if pattern.whole_layer), "")
-        if alone and len(number) > 1:
-            others = ", ".join(sorted({pattern.name for pattern in number} - {alone})) or "another of its kind"
-            raise SparsekitError(
-                f"layer {layer}: {alone} needs a layer of its own, but other heads run {others}: give all heads of the "
-                f"layer {alone}, or none."
-            )
-        return tuple(number), pattern_of_head
+    def _own_heads(self, key: str | None) -> dict[int, Pattern]:
+        """The patterns that a key of `heads` gives to single heads."""
+        by_head = self.heads[key] if key is not None else {}
+        return {head: pattern for heads, pattern in by_head.items() for head in parse_range(heads)}
 
     def _check_model(self, facts: ModelFacts) -> None:
         for name in ("num_layers", "num_heads", "num_key_heads", "head_dim", "hidden_size"):
@@ -432,6 +321,20 @@ def _check_size(data: Mapping[str, Any], where: str) -> None:
         todo += [(is_field, depth + 1, one) for one in (value.values() if isinstance(value, Mapping) else value)]
 
 
+def _layer(layer: int, of_head: Sequence[Pattern]) -> LayerPatterns:
+    """A layer by the pattern of each of its heads."""
+    number: dict[Pattern, int] = {}
+    pattern_of_head = tuple(number.setdefault(pattern, len(number)) for pattern in of_head)
+    alone = next((pattern.name for pattern in number if pattern.whole_layer), "")
+    if alone and len(number) > 1:
+        others = ", ".join(sorted({pattern.name for pattern in number} - {alone})) or "another of its kind"
+        raise SparsekitError(
+            f"layer {layer}: {alone} needs a layer of its own, but other heads run {others}: give all heads of the "
+            f"layer {alone}, or none."
+        )
+    return LayerPatterns(layer, tuple(number), pattern_of_head)
+
+
 def _numbers(field: str, key: str, count: int, what: str) -> list[int]:
     numbers = parse_range(key)
     if max(numbers) >= count:
@@ -440,7 +343,7 @@ def _numbers(field: str, key: str, count: int, what: str) -> list[int]:
 
 
 def _to_yaml(value: Any) -> Any:
-    if isinstance(value, Pattern):
+    if isinstance(value, Pattern | Reuse):
         return value.to_yaml()
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True)

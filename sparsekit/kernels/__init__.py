@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsekit.kernels.attend.door import attend, choose_call, prepare, softmax_of
+from sparsekit.kernels.attend.door import attend, check_gradients, choose_call, prepare, softmax_of
 from sparsekit.kernels.choose import (
     IMPLEMENTATIONS,
     Choice,
@@ -17,6 +17,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Choice",
     "attend",
+    "check_gradients",
     "choose",
     "choose_call",
     "choose_device",

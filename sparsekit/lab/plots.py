@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.call.geometry import TILES, Geometry
-from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
-from sparsekit.errors import SparsekitError, writing
+from sparsekit.config import LayerPatterns, Reuse, SparseConfig, format_range, load, parse_range
+from sparsekit.errors import SparsekitError, shown, writing
 from sparsekit.patterns import Pattern, StaticPattern, static_plan
 from sparsekit.plan import BlockPlan, unpack
 
@@ -306,7 +306,11 @@ def _resolved_rules(layers: Sequence[LayerPatterns]) -> Iterator[tuple[str, Patt
 def _written_rules(config: SparseConfig) -> Iterator[tuple[str, Pattern]]:
     """What the config says, where it does not say how many layers its model has."""
     yield "other layers" if config.layers else "every layer", config.default
-    for key, pattern in config.layers.items():
+    rules = {n: rule for key, rule in config.layers.items() for n in parse_range(key)}
+    for key, rule in config.layers.items():
+        pattern = rules.get(rule.reuse, config.default) if isinstance(rule, Reuse) else rule
+        if isinstance(pattern, Reuse):
+            raise SparsekitError(f"layers.{shown(key)}: reuse = {pattern.reuse}: that layer reuses a plan itself.")
         yield f"layer{'' if key.isdecimal() else 's'} {key}", pattern
     for key, by_head in config.heads.items():
         for heads, pattern in by_head.items():

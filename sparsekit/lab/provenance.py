@@ -288,7 +288,10 @@ def patterns_of(config: SparseConfig | None) -> list[Pattern]:
     if config is None:
         return []
     heads = (pattern for rule in config.heads.values() for pattern in rule.values())
-    named = [config.default, *config.layers.values(), *heads]
+    from sparsekit.config import Reuse
+
+    whole = (rule for rule in config.layers.values() if not isinstance(rule, Reuse))
+    named = [config.default, *whole, *heads]
     return [*named, *(inner for pattern in named for inner in getattr(pattern, "of", ()))]
 
 

@@ -14,15 +14,14 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels import preferred_tile, prepare
+from sparsekit.kernels import check_gradients, preferred_tile, prepare
 from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.patch.call import check_arguments, in_common_dtype, outside_autocast, softmax_of
 from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.decide import decodes, of_layer, verdict
-from sparsekit.patch.mask import COPIED, call_of, descriptor_width
+from sparsekit.patch.mask import COPIED, call_of, check_call, descriptor_width
 from sparsekit.patch.model import own_attention
 from sparsekit.patch.state import DOORS, LAYERS, Attention, Call, Layer, Verdict, layer_of_copy
-from sparsekit.patterns.attention import plan_heads
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
 KEPT_PLAN_BYTES = 1 << 24
@@ -55,6 +54,8 @@ def make_attention(original: str) -> Attention:
             found = verdict(layer, rows, attention_mask, call)
             if found.ran and not found.why:
                 assert call is not None
+                if layer.patterns.reused is not None:
+                    check_call(module, attention_mask, call)
                 return _run(layer, module, query, key, value, call, kwargs)
             if found.ran:
                 _note(layer, found)
@@ -90,15 +91,10 @@ def _run(
     geometry = _checked(layer, q, k, v, call, kwargs)
     q, k, v = in_common_dtype(q, k, v)
     softmax = softmax_of(module, q, kwargs)
+    check_gradients(q, k, v, softmax.sink_logits)  # before planning: a layer replayed alone finds no plan to reuse
     with outside_autocast(q.device), _timed(layer, q.device) as note_planned:
-        plan = plan_heads(
-            layer.patterns.patterns,
-            layer.patterns.pattern_of_head,
-            q,
-            k,
-            geometry.with_tile(*preferred_tile(q.device)),
-            softmax,
-        )
+        tiled = geometry.with_tile(*preferred_tile(q.device))
+        plan = layer.patterns.plan(q, k, tiled, softmax, call.plans, layer.applied)
         note_planned()
         keys = Keys(k, v)
         run, choice = prepare(q, keys, plan, softmax)

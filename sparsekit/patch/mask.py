@@ -211,3 +211,21 @@ def call_of(module: nn.Module, mask: Tensor | None) -> Call | None:
     if call is None:
         raise SparsekitError(f"{type(module).__name__}: a sparsekit mask reached a model that sparsekit does not know.")
     return call
+
+
+def check_call(module: nn.Module, mask: Tensor | None, call: Call) -> None:
+    """That `call_of` cannot have taken one forward's call for another's, whose plans a layer would then reuse.
+
+    Raises:
+        SparsekitError: several forwards of this thread are in progress, and the mask is a copy, which tells its width
+            alone.
+    """
+    if getattr(mask, "sparsekit_call", None) is call:
+        return
+    door, width = DOORS[id(module.config)], descriptor_width(mask)
+    if door.in_progress(width) > 1:
+        raise SparsekitError(
+            "a layer reuses a plan, and several forwards of this model are in progress in one thread, whose masks were "
+            "copied (to another device), so that they cannot be told apart: run them one after another, or give the "
+            "layer a pattern of its own."
+        )

@@ -19,6 +19,7 @@ class LayerReport:
         plan_bytes: of the plan's tensors.
         ms, plan_ms: plan and kernel together; the plan alone (a static pattern's is made once, and found again).
         impl_why: why `impl`.
+        plan_of: the layer that made the plan, where this one reused it.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class LayerReport:
     ms: float | None = None
     plan_ms: float | None = None
     impl_why: str = ""
+    plan_of: int | None = None
 
     @property
     def sparse(self) -> bool:
@@ -74,10 +76,11 @@ class Report:
 
 
 def report_layer(layer: Layer) -> LayerReport:
-    index, pattern = layer.patterns.layer, str(layer.patterns)
+    index, pattern, reused = layer.patterns.layer, str(layer.patterns), layer.patterns.reused
+    plan_of = None if reused is None else reused.layer
     if layer.plan is None or layer.choice is None:
         share = None if layer.ran == "own" else 1.0
-        return LayerReport(index, layer.ran, layer.why, pattern, density=share, tile_density=share)
+        return LayerReport(index, layer.ran, layer.why, pattern, density=share, tile_density=share, plan_of=plan_of)
     begun, planned, done = layer.times
     if isinstance(done, float):
         plan_ms, ms = (planned - begun) * 1e3, (done - begun) * 1e3
@@ -89,7 +92,7 @@ def report_layer(layer: Layer) -> LayerReport:
     return LayerReport(
         index,
         layer.ran,
-        "the pattern kept every pair" if kept_all else layer.why,
+        f"the {'pattern' if reused is None else 'plan'} kept every pair" if kept_all else layer.why,
         pattern,
         layer.choice.impl,
         density,
@@ -98,4 +101,5 @@ def report_layer(layer: Layer) -> LayerReport:
         ms,
         plan_ms,
         layer.choice.why,
+        plan_of,
     )

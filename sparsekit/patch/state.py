@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsekit.call.geometry import Geometry
 from sparsekit.config import LayerPatterns, ResolvedConfig
 from sparsekit.kernels import Choice
+from sparsekit.patterns.shared import SharedPlans
 from sparsekit.plan import BlockPlan, PlanTotals
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -127,6 +128,7 @@ class Call:
     verdicts: dict[object, Verdict | None] = field(default_factory=dict)
     masks: dict[tuple[torch.device, int], Tensor | None] = field(default_factory=dict)
     whole_masks: dict[tuple[torch.device, bool], Tensor | None] = field(default_factory=dict)
+    plans: SharedPlans = field(default_factory=SharedPlans)  # by what is applied, and the layer that made it
 
     @property
     def dropped(self) -> int:
@@ -166,9 +168,11 @@ class Call:
             self.masks[asked] = mask[:, :, -rows:] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
         return self.masks[asked]
 
-    def forget_masks(self, _: object) -> None:
+    def forget(self, _: object) -> None:
+        """What holds tensors: the forward is over."""
         self.masks.clear()
         self.whole_masks.clear()
+        self.plans.clear()
 
     def _whole_mask(self, device: torch.device, may_skip: bool) -> Tensor | None:
         if (device, may_skip) not in self.whole_masks:
@@ -220,10 +224,15 @@ class Door:
         """Of this thread's forward, by the width of their descriptors."""
         return self._of_thread.by_width
 
+    def in_progress(self, width: int) -> int:
+        """Forwards of this thread whose descriptors have that width and are still held."""
+        held = [forward.descriptor() for forward in self.forwards if forward.thread == threading.get_ident()]
+        return sum(descriptor is not None and descriptor.shape[-1] == width for descriptor in held)
+
     def begin(self, descriptor: Tensor, call: Call) -> None:
         """Remember the forward that this descriptor is made for: `apply` and `remove` must not come between layers.
 
-        Its masks go with the descriptor: one takes a byte for each pair of tokens.
+        Its masks and shared plans go with the descriptor: a mask takes a byte for each pair of tokens.
         """
         frame: FrameType | None = sys._getframe(1)
         outermost = 0
@@ -232,7 +241,7 @@ class Door:
                 outermost = id(frame)
             frame = frame.f_back
         alive = [forward for forward in self.forwards if forward.descriptor() is not None]
-        self.forwards = [*alive, Forward(weakref.ref(descriptor, call.forget_masks), threading.get_ident(), outermost)]
+        self.forwards = [*alive, Forward(weakref.ref(descriptor, call.forget), threading.get_ident(), outermost)]
 
 
 # By id: configs cannot be hashed, and a graph that torch.compile keeps for one module is not run for another where it

@@ -17,7 +17,7 @@ anywhere, which no form of the kernel reads at full speed in pages, the values a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import NamedTuple
@@ -33,9 +33,9 @@ from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, preferred_tile
 from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern
-from sparsekit.patterns.attention import plan_heads
 from sparsekit.patterns.base import rule_of
-from sparsekit.plan import BlockPlan, TokenRule, plan_from_rule, stack_heads
+from sparsekit.patterns.shared import SharedPlans
+from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule, stack_heads
 
 __all__ = ["Chunk", "Part", "attend_part", "dense_tail", "part_of", "why_dense"]
 
@@ -145,11 +145,22 @@ def _needed(rules: Sequence[TokenRule], span: Span, page: int) -> tuple[Ranges, 
     return (((0, head), (tail, span.q_end)) if head else ((tail, span.q_end),)), tail - head
 
 
-def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, softmax: Softmax, out: Tensor) -> BlockPlan:
+def attend_part(
+    part: Part,
+    patterns: LayerPatterns,
+    q: Tensor,
+    keys: Keys,
+    softmax: Softmax,
+    out: Tensor,
+    plans: SharedPlans | None = None,
+    request: Hashable = None,
+) -> BlockPlan:
     """Run a part: the attention of q (n, H, D) into `out` (n, H, D). The host does not wait.
 
     Args:
         keys: of one request, those that the part reads: `keys.at(part.reads)`.
+        plans: those that layers share in this step; None: none of this request's does.
+        request: tells the request from others of the step.
 
     Returns:
         The plan that ran.
@@ -163,15 +174,30 @@ def attend_part(part: Part, patterns: LayerPatterns, q: Tensor, keys: Keys, soft
     if part.rules is not None:
         plan = _plan(part.rules, patterns.pattern_of_head, part.geometry, q.device)
     else:
-        k = keys.gathered_k(part.geometry)
-        plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, part.geometry, softmax)
+        plans = SharedPlans() if plans is None else plans
+        reused = patterns.reused
+        estimates = reused is None or None in reused.heads
+        k = keys.gathered_k(part.geometry) if estimates else keys.k
+        if reused is not None and not plans.has((request, reused.layer)) and _dense_there(patterns, part, q.device):
+            plans.keep((request, reused.layer), dense_plan(part.geometry))
+        plan = patterns.plan(q, k, part.geometry, softmax, plans, request)
         if plan.row_ptr is not None and not plan.on_grid:
-            keys = Keys(k, keys.gathered_v(part.geometry))
+            keys = Keys(k if estimates else keys.gathered_k(part.geometry), keys.gathered_v(part.geometry))
     attend(
         q, keys.k, keys.v, plan, table=keys.table, scale=softmax.scale, softcap=softmax.softcap,
         sink_logits=softmax.sink_logits, out=out.transpose(0, 1)[None],
     )  # fmt: skip
     return plan
+
+
+def _dense_there(patterns: LayerPatterns, part: Part, device: torch.device) -> bool:
+    """Whether the layer whose plan is reused is the engine's at this length: then it made none, and would be dense."""
+    assert patterns.reused is not None
+    taken = {i for i, there in zip(patterns.pattern_of_head, patterns.reused.heads, strict=True) if there is not None}
+    least = [
+        x.dense_below(device) if isinstance(x, DynamicPattern) else 0 for x in map(patterns.patterns.__getitem__, taken)
+    ]
+    return max(part.geometry.prompt_tokens) < max(least)
 
 
 @per_geometry

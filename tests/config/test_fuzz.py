@@ -25,6 +25,7 @@ from sparsekit import SparsekitError, explain, load
 from sparsekit.cli import app, validate
 from sparsekit.config import parse_range
 from sparsekit.config.convert import convert_minference, convert_xattention
+from sparsekit.config.kascade import convert_kascade
 from sparsekit.lab.options import numbers_of, patterns_of
 from sparsekit.lab.sweep import load_question
 from sparsekit.patterns import parse_pattern
@@ -43,6 +44,7 @@ layers:
   "0-2": {name: triangle, sink_tokens: 8, window_tokens: 512, last_tokens: 128}
   3: &a {name: union, of: [a_shape, {name: vertical_slash, vertical_tokens: 30, slash_tokens: 800}]}
   "4": {name: xattention, threshold: [0.9, 0.8, 0.5, 1.0e-3]}
+  "5": {reuse: 4, heads: [3, 0, 0, 1]}
 heads:
   "5": {"0-1": a_shape, 3: {name: block_topk, top_k: 100}}
 budget: {kl: 5e-3, prompts: {source: p.jsonl, count: 3, tokens: [469, 477], next_tokens: 8, kl: 1.0e-3}}
@@ -224,6 +226,7 @@ READERS: dict[str, Callable[[str, Path], Any]] = {
     "question": _asks,
     "minference": lambda text, path: convert_minference(path, path.with_name("out.yaml")),
     "xattention": lambda text, path: convert_xattention(path, path.with_name("out.yaml")),
+    "kascade": lambda text, path: convert_kascade(path, path.with_name("out.yaml"), anchors=[0], group=2),
     "patterns": lambda text, path: [parse_pattern(one) for one in patterns_of(text)],
     "numbers": lambda text, path: numbers_of(text, "--tokens"),
     "range": lambda text, path: parse_range(text),

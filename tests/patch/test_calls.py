@@ -370,7 +370,7 @@ def test_forwards_of_several_threads_keep_their_calls_apart(
     mask = torch.ones(2, TOKENS, dtype=torch.long)
     mask[1, :60] = 0
     jobs = [(_ids(seed=seed), mask[seed : seed + 1]) for seed in range(2)]
-    both, plan = threading.Barrier(2, timeout=60), sparsekit.patch.attention.plan_heads
+    both, plan = threading.Barrier(2, timeout=60), sparsekit.config.layers.plan_heads
     with sparsekit.apply(model, {"default": TRIANGLE}):
         alone = [_logits(model, ids, attention_mask=padding) for ids, padding in jobs]
 
@@ -378,7 +378,7 @@ def test_forwards_of_several_threads_keep_their_calls_apart(
             both.wait()
             return plan(*args)
 
-        monkeypatch.setattr(sparsekit.patch.attention, "plan_heads", at_once)
+        monkeypatch.setattr(sparsekit.config.layers, "plan_heads", at_once)
         with ThreadPoolExecutor(2) as pool:
             together = list(pool.map(lambda job: _logits(model, job[0], attention_mask=job[1]), jobs))
     for got, expected, (_, padding) in zip(together, alone, jobs, strict=True):

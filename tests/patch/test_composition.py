@@ -134,8 +134,8 @@ def test_second_turn(name: str, model: PreTrainedModel) -> None:
     """Its plans keep what any plan of those rows must: causal, itself, nothing twice; and the model stays finite."""
     ids, plans = _ids(), []
     with sparsekit.apply(model, CONFIGS[name]), pytest.MonkeyPatch.context() as patch:
-        made = sparsekit.patch.attention.plan_heads
-        patch.setattr(sparsekit.patch.attention, "plan_heads", lambda *a: plans.append(made(*a)) or plans[-1])
+        made = sparsekit.config.layers.plan_heads
+        patch.setattr(sparsekit.config.layers, "plan_heads", lambda *a: plans.append(made(*a)) or plans[-1])
         cache = DynamicCache(config=model.config)
         _logits(model, ids[:, :250], past_key_values=cache)
         second = _logits(model, ids[:, 250:], past_key_values=cache)

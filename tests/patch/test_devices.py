@@ -93,6 +93,23 @@ def test_offload_by_hooks(place: str, first: str, expected: Tensor, tmp_path: Pa
 
 
 @pytest.mark.gpu
+def test_a_plan_follows_the_layers_to_other_devices(folder: Path) -> None:
+    """Made on a GPU, reused there and on the CPU."""
+    places = _parts(["cpu", "cuda:0", "cuda:0", "cpu"])
+    places = {name: 0 if place == "cuda:0" else place for name, place in places.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places)
+    single = tiny("llama")
+    rule = {"name": "block_topk", "top_k": 1, "force_sink": False, "dense_below_tokens": 0}
+    config = {"layers": {"1": rule, "2-3": {"reuse": 1, "heads": [1, 0, 3, 3]}}}
+    with sparsekit.apply(single, config), sparsekit.apply(model, config) as handle:
+        assert float((_logits(model).cpu() - _logits(single)).abs().max()) < 1e-2  # tf32 on the card
+        rows = handle.report().layers
+    assert [row.ran for row in rows] == ["dense"] + ["sparse"] * 3
+    assert rows[3].impl == "torch"
+    assert rows[3].density == rows[2].density
+
+
+@pytest.mark.gpu
 def test_layers_on_the_cpu_and_on_a_gpu(folder: Path, expected: Tensor) -> None:
     """The mask function is called once, on the embeddings' device; each layer runs on its own."""
     places = _parts(["cpu", "cuda:0", "cuda:0", "cpu"])
@@ -202,6 +219,30 @@ def test_tensor_parallel_heads_keep_their_patterns(tmp_path: Path) -> None:
     assert "threshold=0.9 | 0.2," in ranks[0]["patterns"][3] and "threshold=0.5 | 0.1," in ranks[1]["patterns"][3]
     assert ranks[0]["ran"] == ["sparse", "dense", "sparse", "sparse"]
     assert ranks[1]["ran"] == ["sparse", "sparse", "sparse", "sparse"]
+
+
+def test_tensor_parallel_heads_reuse_plans_of_their_process(tmp_path: Path) -> None:
+    """A head map that keeps to the heads of a process; one that does not is refused in every process."""
+    topk = {"name": "block_topk", "top_k": 1, "force_sink": False}
+    config = {"layers": {"0": topk, "1": {"reuse": 0}, "2": {"reuse": 0, "heads": [1, 0, 3, 3]}}}
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    torch.save(_ids(), tmp_path / "ids.pt")
+    with sparsekit.apply(model, config):
+        expected = _logits(model)
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = _torchrun(script, str(tmp_path), json.dumps(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        got = torch.load(tmp_path / f"rank{rank}.pt")
+        assert float((got["logits"] - expected).abs().max()) < 1e-5
+        assert float((got["compiled"] - expected).abs().max()) < 1e-5
+        assert got["ran"] == ["sparse"] * 3 + ["dense"]
+    config["layers"]["2"]["heads"] = [1, 2, 3, 3]
+    done = _torchrun(script, str(tmp_path), json.dumps(config))
+    assert done.returncode != 0
+    assert "run the plan of head 2, which another process has" in done.stderr
 
 
 def _halve(model: PreTrainedModel, rank: int) -> None:

@@ -63,6 +63,21 @@ def test_layers_of_another_kind_keep_their_own_attention(vllm: Any) -> None:
         bind(model, vllm, named, 0, 0)
 
 
+def test_a_plan_of_another_pipeline_stage_is_refused(vllm: Any) -> None:
+    """And layers that run other plans are not one group."""
+    vllm.model_config.hf_text_config.num_hidden_layers = 4
+    facts = ModelFacts(num_layers=4, num_heads=4)
+    rule = "{name: block_topk, top_k: 4}"
+    text = f"version: 1\nlayers: {{0: {rule}, 1: {rule}, 2: {{reuse: 0}}, 3: {{reuse: 1}}}}\n"
+    whole = nn.ModuleList([Attention(i) for i in range(4)])
+    (line,) = bind(whole, vllm, settings_of(text, facts), 0, 0)
+    assert "layers 2: the plan of layer 0: block_topk(" in line
+    assert len({layer.impl.sparsekit.group for layer in whole}) == 3
+    later = nn.ModuleList([Attention(2), Attention(3)])
+    with pytest.raises(SparsekitError, match="layer 2 reuses the plan of layer 0, which is in another pipeline stage"):
+        bind(later, vllm, settings_of(text, facts), 1, 0)
+
+
 def test_workers_of_all_engines_have_ranks_of_their_own() -> None:
     """Metrics of two workers with one rank would be one series with two values."""
     workers = [

@@ -3,19 +3,23 @@ not read."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparsekit import SparsekitError
+from sparsekit import SparsekitError, load
 from sparsekit.call import keys as keys_module
 from sparsekit.call.geometry import Span
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
+from sparsekit.kernels import attend
+from sparsekit.kernels.select import plan_of_heads
 from sparsekit.patterns import StaticPattern, parse_pattern
+from sparsekit.patterns.shared import SharedPlans
 from sparsekit.plan import TokenRule
 from sparsekit.serve.prompts import Chunk, attend_part, dense_tail, part_of, why_dense
 
@@ -24,14 +28,15 @@ HEADS, KEY_HEADS, DIM = 4, 2, 16
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 64, "last_tokens": 32}
 A_SHAPE = {"name": "a_shape", "sink_tokens": 130, "window_tokens": 100}
 UNION = {"name": "union", "of": [TRIANGLE, A_SHAPE]}
+VERTICAL_SLASH = {"vertical_tokens": 12, "slash_tokens": 24}
 
 
 def _layer(*patterns: object, of_head: tuple[int, ...] = ()) -> LayerPatterns:
     return LayerPatterns(3, tuple(parse_pattern(x) for x in patterns), of_head or (0,) * HEADS)  # type: ignore[arg-type]
 
 
-def _inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(tokens)
+def _inputs(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(tokens + seed)
     q = torch.randn(tokens, HEADS, DIM, generator=g)
     k, v = (torch.randn(tokens, KEY_HEADS, DIM, generator=g) for _ in range(2))
     return q, k, v
@@ -99,6 +104,58 @@ def test_chunks_over_pages_are_the_whole_prompt(name: str, chunk_tokens: int, si
         ran += part.end - first
     if chunk_tokens > 1:  # nothing behind the prompt, and no dense last row where all heads have them
         assert ran == prompt - (32 if name in ("triangle", "union", "dense heads") else 0)
+
+
+@pytest.mark.parametrize("name", ["block_topk", "vertical_slash"])
+@pytest.mark.parametrize("chunk_tokens", [2000, 300])
+def test_a_layer_reuses_the_plan_of_its_request_and_chunk(name: str, chunk_tokens: int) -> None:
+    """Two requests in each step: every one's layers run the pairs that its own first layer chose for this chunk."""
+    fields = {"block_topk": {"top_k": 2, "force_sink": False}, "vertical_slash": VERTICAL_SLASH}[name]
+    config = {"layers": {"0": {"name": name, **fields}, "1": {"reuse": 0, "heads": [1, 1, 3, 0]}}}
+    layers = load({"model": {"num_layers": 2, "num_heads": HEADS}, **config}).resolve().layers
+    inputs = [[_inputs(1100, seed=seed + 10 * layer) for layer in range(2)] for seed in range(2)]
+    for first in range(0, 1100, chunk_tokens):
+        chunk, plans, made = Chunk(first, min(first + chunk_tokens, 1100), 1100), SharedPlans(), {}
+        for (i, layer), request in product(enumerate(layers), range(2)):
+            part = part_of(layer, chunk, CPU, page=16)
+            assert part is not None
+            q, k, v = inputs[request][i]
+            rows = slice(first, part.end)
+            out = torch.empty_like(q[rows])
+            keys = _paged(k, v, 16).at(part.reads)
+            plan = attend_part(part, layer, q[rows], keys, Softmax(0.3), out, plans, request)
+            if i == 0:
+                made[request] = plan
+                continue
+            expected = plan_of_heads(made[request], (1, 1, 3, 0))
+            assert torch.equal(plan.to_mask(), expected.to_mask())
+            dense = Keys(k[: part.end].transpose(0, 1)[None], v[: part.end].transpose(0, 1)[None])
+            wanted = attend(q[rows].transpose(0, 1)[None], dense.k, dense.v, expected, scale=0.3)
+            assert isinstance(wanted, Tensor)
+            torch.testing.assert_close(out, wanted[0].transpose(0, 1), atol=2e-5, rtol=2e-5)
+
+
+def test_a_layer_reuses_what_the_engine_ran_dense() -> None:
+    """Of a prompt too short for the first layer's pattern, which is the engine's there: heads of its own still run."""
+    rule = {"name": "block_topk", "top_k": 1, "dense_below_tokens": 600}
+    config = {"layers": {"0": rule, "1": {"reuse": 0}}, "heads": {"1": {"0": A_SHAPE}}}
+    first, second = load({"model": {"num_layers": 2, "num_heads": HEADS}, **config}).resolve().layers
+    chunk = Chunk(0, 500, 500)
+    assert part_of(first, chunk, CPU) is None
+    part = part_of(second, chunk, CPU)
+    assert part is not None
+    q, k, v = _inputs(500)
+    plan = attend_part(
+        part, second, q, _paged(k, v, 16).at(part.reads), Softmax(0.3), torch.empty_like(q), SharedPlans()
+    )
+    kept = plan.to_mask()[0]
+    assert int(kept[1:].sum()) == 3 * 500 * 501 // 2
+    assert int(kept[0].sum()) < 500 * 501 // 2
+    long = part_of(second, Chunk(0, 700, 700), CPU)
+    assert long is not None
+    q, k, v = _inputs(700)
+    with pytest.raises(SparsekitError, match="layer 1 reuses the plan of layer 0, which made none in this forward"):
+        attend_part(long, second, q, _paged(k, v, 16).at(long.reads), Softmax(0.3), torch.empty_like(q), SharedPlans())
 
 
 def test_the_middle_of_a_prompt_reads_sinks_a_window_and_itself() -> None:

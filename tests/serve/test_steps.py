@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import ModelFacts
+from sparsekit.patterns.shared import SharedPlans
 from sparsekit.serve.vllm import backend
 from sparsekit.serve.vllm.backend import Step, chunks_of, fresh_buffers, rows_of, uncut
 from sparsekit.serve.vllm.layers import Bound
@@ -126,7 +127,7 @@ def test_what_a_run_leaves_joins_the_rows_behind_it() -> None:
     common, prompts = _batch([(1, 50, 40), (300, 300, 300), (1, 301, 300), (64, 800, 900), (2, 70, 68)])
     settings = _settings()
     rows = chunks_of(common, Told(prompts, lambda _: None), settings)
-    step = Step(common, rows, lambda part: part)
+    step = Step(common, rows, lambda part: part, SharedPlans())
     patterns = settings.configs["a"].resolved.layers[0]
     runs = step.runs(Bound(0, {"a": patterns}, 0), 16)
     assert [(run.row.row, run.part.end) for run in runs] == [(1, 268), (3, 800)]
@@ -166,7 +167,7 @@ def test_metadata_in_their_builders_buffers_stay() -> None:
 def test_layers_of_one_group_share_a_runs_pages() -> None:
     common, prompts = _batch([(300, 300, 300)])
     settings = _settings()
-    step = Step(common, chunks_of(common, Told(prompts, lambda _: None), settings), lambda part: part)
+    step = Step(common, chunks_of(common, Told(prompts, lambda _: None), settings), lambda part: part, SharedPlans())
     patterns = settings.configs["a"].resolved.layers[0]
     one, other = (step.runs(Bound(i, {"a": patterns}, 0), 16) for i in range(2))
     assert one is other

@@ -15,7 +15,7 @@ from sparsekit.kernels.choose import Attend, Choice, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
 from sparsekit.plan.memo import RUN
 
-__all__ = ["attend", "choose_call", "prepare", "softmax_of"]
+__all__ = ["attend", "check_gradients", "choose_call", "prepare", "softmax_of"]
 
 
 def attend(
@@ -115,7 +115,7 @@ def prepare(
         SparsekitError: as `attend`.
     """
     k, v, table = keys
-    _check_gradients(q, k, v, softmax.sink_logits)
+    check_gradients(q, k, v, softmax.sink_logits)
     refuse_transforms()
     sinks = softmax.sink_logits
     call = (
@@ -148,7 +148,12 @@ def prepare(
     return found
 
 
-def _check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+def check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    """Refuse a call whose gradients are asked for.
+
+    Raises:
+        SparsekitError: they are.
+    """
     tracked = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if tracked and torch.is_grad_enabled():
         raise SparsekitError(

@@ -6,6 +6,7 @@ from sparsekit.kernels.select.bits import join_rows
 from sparsekit.kernels.select.block_scores import antidiagonal_mass, pooled_means, pooled_scores, row_groups
 from sparsekit.kernels.select.blocks import plan_from_block_bits
 from sparsekit.kernels.select.grid import BlockGrid, block_grid, head_lengths
+from sparsekit.kernels.select.heads import plan_of_heads
 from sparsekit.kernels.select.last_queries import MAX_QUERIES, last_query_sums
 from sparsekit.kernels.select.mean_keys import near_top_bits, query_block_lse
 from sparsekit.kernels.select.slash import plan_from_vertical_slash
@@ -22,6 +23,7 @@ __all__ = [
     "near_top_bits",
     "plan_from_block_bits",
     "plan_from_vertical_slash",
+    "plan_of_heads",
     "pooled_means",
     "pooled_scores",
     "query_block_lse",

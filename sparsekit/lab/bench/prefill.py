@@ -68,7 +68,8 @@ def bench_prefill(
     Returns:
         `config`, `tokens`, `ms` (median, p20, p80), `faster` (the untouched model's median over this one's),
         `tile_density` (visited tiles over dense attention's, mean over the layers that do not keep their own),
-        `sparse_layers`; on a CUDA device `peak_bytes`, all that the process held at its highest, weights included.
+        `sparse_layers`, `plan_ms` (of all layers' plans together, in the last reading); on a CUDA device `peak_bytes`,
+        all that the process held at its highest, weights included.
 
     Raises:
         SparsekitError: an unknown shape, or a config that does not fit the model.
@@ -105,7 +106,8 @@ def bench_prefill(
                     tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
                     density = round(mean(tiles), 4) if tiles else 1.0
                     sparse = sum(layer.sparse for layer in layers)
-                    seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse}
+                    plans = round(sum(layer.plan_ms or 0.0 for layer in layers), 4)
+                    seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse, "plan_ms": plans}
             stock = spread(times[STOCK])["ms"]
             for label, all_ms in times.items():
                 row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
@@ -158,9 +160,10 @@ def _timed(
 
 def _line(row: dict[str, Any]) -> str:
     memory = f", peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
+    plans = f", plans {row['plan_ms']:.2f} ms" if "plan_ms" in row else ""
     return (
         f"{row['tokens']:>9,} tokens  {row['ms']:10.1f} ms  {row['faster']:.3f} x  "
-        f"tile density {row['tile_density']:.3f}{memory}  {row['config']}"
+        f"tile density {row['tile_density']:.3f}{plans}{memory}  {row['config']}"
     )
 
 

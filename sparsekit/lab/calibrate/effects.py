@@ -131,6 +131,8 @@ class Judge:
         code = content_of_code([prompt.task, *patterns_of(config)])
         layers = {str(number): str(layer) for number, layer in sparse.items()}
         key = {**place, "code": code, "prompt": prompt.key, "layers": layers}
+        maps = {str(number): list(layer.reused.heads) for number, layer in sparse.items() if layer.reused is not None}
+        key |= {"of_head": maps} if maps else {}
         row: dict[str, Any] | None = self.records.get(key)
         return row if row is not None else self.records.add(key, self._measure(config, sparse, prompt))
 

@@ -43,7 +43,7 @@ from sparsekit.patch.call import softmax_of
 from sparsekit.patch.capture import wrap_attention
 from sparsekit.patch.handle import left_alone
 from sparsekit.patterns import parse_pattern
-from sparsekit.patterns.attention import plan_heads
+from sparsekit.patterns.shared import SharedPlans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -158,6 +158,7 @@ def _look(
     ids, target = ask(tokenizer, prompt.sample)
     names = [str(tokenizer.decode([token])) for token in ids.tolist()]
     found: dict[int, dict[str, Any]] = {}
+    plans = SharedPlans()
     has: dict[int, str] = {}  # what the softmax of each layer that called attention has besides its keys
 
     def attention(run: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -174,7 +175,7 @@ def _look(
             seen = columns(q, k, softmax, score_tokens)
             found[layer] = _measures(seen, k, v, names, prompt.tokens, epsilon, learned=softmax.sink_logits is not None)
             if layer in sparse:
-                kept_out = _kept(sparse[layer], q, k, v, softmax, seen, found[layer])
+                kept_out = _kept(sparse[layer], q, k, v, softmax, seen, found[layer], plans)
         if layer in sparse and gradient:
             full = out.detach()
 
@@ -251,14 +252,21 @@ def _measures(
 
 
 def _kept(
-    patterns: LayerPatterns, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, seen: Columns, into: dict[str, Any]
+    patterns: LayerPatterns,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax: Softmax,
+    seen: Columns,
+    into: dict[str, Any],
+    plans: SharedPlans,
 ) -> Tensor:
     """Note the mass that a layer's pattern drops; return the dense output's part that comes from the kept pairs.
 
     Kept pairs have the sum exp(lse) of exponentials, all pairs exp(dense lse): their ratio is the mass that is kept,
     and the sparse output times it is the kept pairs' sum of P V. No mask is made.
     """
-    plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, geometry_for(q, k), softmax)
+    plan = patterns.plan(q, k, geometry_for(q, k), softmax, plans)
     out, lse = attend(
         q.detach(),
         k.detach(),

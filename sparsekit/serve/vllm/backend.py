@@ -20,6 +20,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import DynamicPattern
+from sparsekit.patterns.shared import SharedPlans
 from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, why_dense
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER, LayerCounts
@@ -83,8 +84,9 @@ class Other(NamedTuple):
 class Step:
     """The prompts' chunks of a step, and for each group of layers what of them runs here and what does not."""
 
-    def __init__(self, common: Any, rows: list[Row], build: Callable[[Any], Any]) -> None:
+    def __init__(self, common: Any, rows: list[Row], build: Callable[[Any], Any], plans: SharedPlans) -> None:
         self._common, self._rows, self._build = common, rows, build
+        self.plans = plans
         self._runs: dict[tuple[int, int], list[Run]] = {}
         self._others: dict[tuple[int, ...], list[Other]] = {}
 
@@ -242,7 +244,7 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                         with fresh_buffers(self):
                             return build(0, part, True, **more)
 
-                    metadata.sparsekit = Step(common_attn_metadata, rows, rest)
+                    metadata.sparsekit = Step(common_attn_metadata, rows, rest, told.plans)
             return metadata
 
     class Impl(stock.get_impl_cls()):  # type: ignore[misc]
@@ -275,15 +277,16 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 super().forward(layer, query[part], k, v, kv_cache, metadata, output[part])
             pages = self._pages(kv_cache)
             for run in runs:
-                self._run(bound, run, query, Keys(*pages, run.table), output)
+                self._run(bound, run, query, Keys(*pages, run.table), output, step.plans)
             return output
 
-        def _run(self, bound: Bound, run: Run, query: Tensor, keys: Keys, output: Tensor) -> None:
+        def _run(self, bound: Bound, run: Run, query: Tensor, keys: Keys, output: Tensor, plans: SharedPlans) -> None:
             rows = run.part.geometry.q_len
             here = slice(run.row.begin, run.row.begin + rows)
             q = query[here].view(rows, self.num_heads, self.head_size)
             with METER.measured(run.row.served.name, bound.layer, query.device) as counts:
-                plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), output[here].view(q.shape))
+                out = output[here].view(q.shape)
+                plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), out, plans, run.row.row)
             counts.rows += rows
             counts.causal_pairs += self.num_heads * (rows * (2 * run.part.end - rows + 1)) / 2
             METER.keep(counts, plan, run.part.pairs, self.num_heads)
@@ -374,6 +377,7 @@ def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> N
             k, v = cache.transpose(1, 2).chunk(2, -1)
             table = torch.zeros(1, -(-part.end // bound.page), dtype=torch.int32, device=q.device)
             some = q[: part.geometry.q_len]
-            keys = Keys(k, v, table).at(part.reads)
-            plan = attend_part(part, patterns, some, keys, softmax, torch.empty_like(some))
+            own = replace(patterns, reused=None)  # a layer that reuses a plan holds one as large
+            keys, out = Keys(k, v, table).at(part.reads), torch.empty_like(some)
+            plan = attend_part(part, own, some, keys, softmax, out)
             METER.keep(LayerCounts(), plan, part.pairs, q.shape[1])  # in counts that nobody reads

@@ -67,9 +67,15 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
             runs = not patterns.dense or served.config.dense_impl == "kernel"
             if runs and index not in own[name] and facts.window(index) is None:
                 _check(module, patterns)
+                if patterns.reused is not None and patterns.reused.layer not in found:
+                    raise SparsekitError(
+                        f"{KEY}: layer {index} reuses the plan of layer {patterns.reused.layer}, which is in another "
+                        "pipeline stage; give this layer a pattern of its own, or start the server without "
+                        "--pipeline-parallel-size."
+                    )
                 mine[name] = _of_rank(patterns, module, tp_rank)
         if mine:
-            key = tuple((name, p.patterns, p.pattern_of_head) for name, p in mine.items())
+            key = tuple((name, p.patterns, p.pattern_of_head, p.reused, p.shared) for name, p in mine.items())
             here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
             group, longest = groups.setdefault(key, len(groups)), vllm_config.model_config.max_model_len
             page = vllm_config.cache_config.block_size or Bound.page

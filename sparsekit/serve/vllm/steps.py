@@ -8,19 +8,23 @@ checked before a model is loaded, and again on the loaded runner.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsekit.errors import SparsekitError
+from sparsekit.patterns.shared import SharedPlans
 
 __all__ = ["Told", "check_hooks", "check_runner", "current", "hook", "hook_runners", "missing"]
 
 
-class Told(NamedTuple):
+@dataclass(frozen=True)
+class Told:
     """Of the rows of the step whose metadata is being built."""
 
     prompt_tokens: Any  # int numpy array, at least one number a row
     extra_args: Callable[[int], Mapping[str, Any] | None]  # of a row's request
+    plans: SharedPlans = field(default_factory=SharedPlans)  # of all cache groups' layers, by row and layer
 
 
 _told: Told | None = None

@@ -47,6 +47,7 @@ def test_rows_and_file(config: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     stock, ours = rows[2:]
     assert stock["sparse_layers"] == 0 and ours["sparse_layers"] == 2
+    assert "plan_ms" not in stock and 0 < ours["plan_ms"] < ours["ms"]
     assert stock["tile_density"] == 1 and 0.5 < ours["tile_density"] < 0.9
     assert not any(key == "density" for row in rows for key in row)  # which is a share of pairs elsewhere
     assert ours["faster"] == pytest.approx(stock["ms"] / ours["ms"], rel=1e-3)

@@ -69,6 +69,20 @@ def test_probe_then_rule(tiny, right) -> None:
     assert sum(not layer.dense for layer in load("c.yaml").resolve().layers) == 4
 
 
+def test_reuse(tiny, right) -> None:
+    pattern = "{name: block_topk, top_k: 2}"
+    common = ["--pattern", pattern, "--samples", "1", "--tokens", "600", "-o", "c.yaml", *GATE]
+    text = out("calibrate", "reuse", "m", "--anchors", "2", "--layers", "1-3", "--report", "r.json", *common)
+    assert "written to c.yaml" in text and "kept mass" in text
+    config = load("c.yaml")
+    layers = config.resolve().layers
+    anchors = [layer.layer for layer in layers if not (layer.dense or layer.reused)]
+    assert json.loads(Path("r.json").read_text())["anchors"] == anchors == config.provenance["anchors"]
+    assert anchors[0] == 1 and len(anchors) == 2 and layers[0].dense
+    assert config.provenance["by"] == "sparsekit calibrate reuse" and config.provenance["gate"]["passed"]
+    assert "one of the two" in out("calibrate", "reuse", "m", "--anchors", "2", "--recall", "0.9", *common, code=1)
+
+
 def test_heads_by_rule_then_their_curve_and_agreement(tiny, right) -> None:
     out("calibrate", "probe", "m", "--samples", "2", "--tokens", "300", *SHORT, "-o", "probe.json")
     pattern = "{name: triangle, window_tokens: 64, last_tokens: 16}"
