@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_apart, check_fits, check_out, check_tensors, refuse_transforms
 from sparsekit.errors import SparsekitError
+from sparsekit.kernels.attend.correct import anchor_queries, correct
 from sparsekit.kernels.choose import Attend, Choice, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
 from sparsekit.plan.memo import RUN
@@ -136,16 +138,35 @@ def prepare(
             raise SparsekitError(
                 f"plan with {plan.heads} heads: want 1, {key_heads} (key heads) or {heads} (query heads)."
             )
+        if plan.correct_every and return_lse:
+            raise SparsekitError(
+                f"return_lse: outputs that are corrected by every {plan.correct_every}th row are no longer a softmax."
+            )
         row, choice = choose_row(q.device, impl, (q, keys, plan, softmax, return_lse, out))
         if row.name != "reference":
             _check_plan_device(q, plan)
         if wrong := out_of_range(plan):
             raise SparsekitError(f"plan: {wrong}.")
-        found = plan.memo[call] = row.run, choice
+        run = row.run if plan.anchors is None else partial(_run_corrected, row.run, impl)
+        found = plan.memo[call] = run, choice
     if out is not None:
         check_apart(out, q, k, v)
     plan.memo.touch()
     return found
+
+
+def _run_corrected(
+    run: Attend, impl: str | None,
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Both passes, and the correction."""
+    anchors = plan.anchors
+    assert anchors is not None
+    some = anchor_queries(q, anchors.geometry)
+    dense, _ = prepare(some, keys, anchors, softmax, impl=impl)[0](some, keys, anchors, softmax, False, None)
+    out, _ = run(q, keys, plan, softmax, False, out)
+    correct(out, dense, plan, impl)
+    return out, None
 
 
 def _check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

@@ -21,7 +21,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper import host
-from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
+from sparsekit.plan import TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
 PER_STEP = {64: 12, 128: 16, 256: 20}  # instructions of Q K^T and P V, 16 deep each, by head size
 
@@ -36,6 +36,9 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
     if columns:
         tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(plan.rows, 4, dtype=torch.int32)
         plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
+    if every := re.search(r"every(\d+)", more):
+        plan = dense_plan(plan.geometry.anchors(int(every[1])))
+        q = torch.empty(1, 8, plan.geometry.q_rows, dim, dtype=dtype)
     softmax = Softmax(0.1, None, torch.zeros(8) if sinks else None)
     keys = Keys(k, k)
     if page := re.search(r"page(\d+)", more):

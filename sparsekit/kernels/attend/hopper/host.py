@@ -31,6 +31,7 @@ from sparsekit.plan.memo import COVERED, HOPPER_LAUNCHES
 __all__ = ["attend_hopper", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = (32, 64, 128)
+FARTHEST_STEP = 4096  # of queries: an item counts its steps across the diagonal in 13 bits
 PAGES = (16, 32, 64, 128, 256)
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -98,6 +99,8 @@ def _against(q: Tensor, keys: Keys, plan: BlockPlan) -> Iterator[str]:
         yield f"tile {g.block_q} x {g.block_kv}: {allowed}; 64 x 64 without a token rule, below {FARTHEST_KEY} keys"
     if plan.row_ptr is not None and plan.row_ptr.dtype != torch.int32:
         yield f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
+    if g.q_step > FARTHEST_STEP:
+        yield f"every {g.q_step}th query: at most every {FARTHEST_STEP}th"
     if g.kv_len >= MAX_TOKENS:
         yield f"{g.kv_len} keys: fewer than {MAX_TOKENS}"
     if keys.page and keys.page not in PAGES:
@@ -133,6 +136,37 @@ def attend_hopper(
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return attend_hopper(q, keys, plan, softmax, return_lse, out)
+    pack = _packed_heads(q, keys, plan, softmax)
+    if pack == 1:
+        return _run(q, keys, plan, softmax, return_lse, out, pack)
+    made, lse = _run(_pack(q, pack), keys, plan, softmax, return_lse, None, pack)
+    made = _unpack(made, pack)
+    lse = None if lse is None else _unpack(lse[..., None], pack)[..., 0]
+    return (made if out is None else out.copy_(made)), lse
+
+
+def _packed_heads(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax) -> int:
+    """Query heads of a key head that lie beside one another as rows of a tile. Those of queries with a step do, unless
+    each has a sink logit of its own: 128 rows of 4 heads span a quarter of the positions, and waste that much less on
+    the diagonal."""
+    packs = plan.geometry.q_step > 1 and softmax.sink_logits is None
+    return q.shape[1] // keys.k.shape[1] if packs else 1
+
+
+def _pack(q: Tensor, pack: int) -> Tensor:
+    """(B, H, M, D) -> (B, H / pack, M * pack, D), laid out (B, rows, heads, D)."""
+    rows = q.unflatten(1, (-1, pack)).permute(0, 3, 2, 1, 4)
+    return rows.reshape(q.shape[0], q.shape[2] * pack, -1, q.shape[3]).transpose(1, 2)
+
+
+def _unpack(packed: Tensor, pack: int) -> Tensor:
+    """The way back, as a copy."""
+    return packed.unflatten(2, (-1, pack)).transpose(2, 3).flatten(1, 2)
+
+
+def _run(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None, pack: int
+) -> tuple[Tensor, Tensor | None]:
     (k, v, table), sinks = keys, softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
@@ -142,7 +176,7 @@ def attend_hopper(
     )  # fmt: skip
     launches: _Launches | None = plan.memo.get(key)
     if launches is None:
-        launches = plan.memo.keep(key, _prepare(q, keys, plan, softmax, return_lse, stream))
+        launches = plan.memo.keep(key, _prepare(q, keys, plan, softmax, return_lse, stream, pack))
     batch, heads, q_len, _ = q.shape
     padded = launches.padded
     out = output(q, out, padded)
@@ -213,16 +247,18 @@ OUT_ARGUMENT = 13  # place of p_out, which p_lse, p_sinks, p_part, p_part_lse an
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
-def _prepare(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0) -> _Launches:
+def _prepare(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0, pack: int = 1
+) -> _Launches:
     """Work lists, descriptor contents, scalars and compiled kernels of such a call."""
-    g = plan.geometry
     columns = plan.tokens is not None and plan.token_bits is not None
-    launches = tuple(_launch(q, keys, plan, softmax, return_lse, work, stream) for work in _works(plan, q, keys.k))
-    return _Launches(launches, any(span.q_end - span.q_first != g.q_len for span in g.spans), columns)
+    works = _works(plan, q, keys.k, pack)
+    launches = tuple(_launch(q, keys, plan, softmax, return_lse, work, stream, pack) for work in works)
+    return _Launches(launches, plan.geometry.padded, columns)
 
 
 def _launch(
-    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int, pack: int
 ) -> _Launch:
     k, v, table = keys
     batch, heads, q_len, dim = q.shape
@@ -262,7 +298,7 @@ def _launch(
     if rule is not None:
         rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
         rule_head = 3 if rule.shape[1] > 1 else 0
-    early = any(
+    early = g.q_step == 1 and any(
         span.q_first // BLOCK_Q * BLOCK_Q + start < g.q_offset
         for span, start in zip(g.spans, g.kv_start, strict=True)
         if span.q_end > span.q_first
@@ -272,7 +308,7 @@ def _launch(
     flags = (
         stages, q_stages, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
         rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, q_stages == 1,
-        narrow, halves, keys.page,
+        narrow, halves, keys.page, g.q_step, pack,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
@@ -316,7 +352,8 @@ def _buffers(dim: int, step: int, halves: bool) -> tuple[int, int]:
 
 def compile_form(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
     """Triton's compiled kernel for such a call, not launched; tensors may lie on the CPU where a driver is mocked."""
-    return _prepare(q, keys, plan, softmax, return_lse).launches[0].kernel
+    pack = _packed_heads(q, keys, plan, softmax)
+    return _prepare(_pack(q, pack), keys, plan, softmax, return_lse, pack=pack).launches[0].kernel
 
 
 @per_geometry
