@@ -17,7 +17,7 @@ from sparsekit.config.budget import Budget
 from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
-from sparsekit.patterns import AShape, Pattern, bounded, parse_pattern
+from sparsekit.patterns import AShape, Pattern, bounded, parse_pattern, shared_correction
 
 __all__ = ["ArchFacts", "LayerPatterns", "ModelFacts", "ResolvedConfig", "SparseConfig", "load"]
 
@@ -114,7 +114,7 @@ class LayerPatterns:
 
     def within(self, window: int | None) -> bool:
         """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
-        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.sink_tokens == 0]
+        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.slides]
         return len(windows) == len(self.patterns) and max(windows) <= (window or 0)
 
     def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
@@ -362,6 +362,7 @@ class SparseConfig(BaseModel):
                 chosen[head] = pattern
         number: dict[Pattern, int] = {}
         pattern_of_head = tuple(number.setdefault(pattern, len(number)) for pattern in chosen)
+        shared_correction(number, f"layer {layer}: ")
         alone = next((pattern.name for pattern in number if pattern.whole_layer), "")
         if alone and len(number) > 1:
             others = ", ".join(sorted({pattern.name for pattern in number} - {alone})) or "another of its kind"

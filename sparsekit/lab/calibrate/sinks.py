@@ -258,7 +258,7 @@ def _kept(
     Kept pairs have the sum exp(lse) of exponentials, all pairs exp(dense lse): their ratio is the mass that is kept,
     and the sparse output times it is the kept pairs' sum of P V. No mask is made.
     """
-    plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, geometry_for(q, k), softmax)
+    plan = plan_heads(patterns.patterns, patterns.pattern_of_head, q, k, geometry_for(q, k), softmax).corrected(0)
     out, lse = attend(
         q.detach(),
         k.detach(),

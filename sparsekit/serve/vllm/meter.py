@@ -108,7 +108,7 @@ class Meter:
             if pairs is not None:
                 counts.kept_pairs += pairs
                 return
-            sums = plan.sums()[0].double() * (heads / plan.heads)
+            sums = (plan.sums()[0].double() + plan.totals().anchors[0]) * (heads / plan.heads)
             counts.on_device = sums if counts.on_device is None else counts.on_device + sums
             if sums.is_cuda:  # another thread reads it, on another stream
                 counts.summed = torch.cuda.Event()
