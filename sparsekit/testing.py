@@ -171,10 +171,12 @@ def _check_correction(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inp
     """`out[i] = sparse[i] + dense[a] - sparse[a]`, a the first query of i's block; rows dense by the plan stay."""
     q, k, v = (x.double() for x in inputs)
     own, every = plan.corrected(0), plan.correct_every
-    sparse = expected = attend(q, k, v, own, impl="reference")
+    sparse = attend(q, k, v, own, impl="reference")
     assert isinstance(sparse, Tensor)
+    expected = sparse
     if not plan.all_dense:
-        dense, expected = attend(q, k, v, dense_plan(geometry), impl="reference"), sparse.clone()
+        expected, dense = sparse.clone(), attend(q, k, v, dense_plan(geometry), impl="reference")
+        assert isinstance(dense, Tensor)
         for b, span in enumerate(geometry.spans):
             position = torch.arange(span.q_first, span.q_end, device="cpu")
             shift = geometry.kv_start[b] - geometry.q_offset

@@ -174,7 +174,7 @@ def checked_plan(pattern: Pattern, plan: Any, geometry: Geometry, method: str = 
         raise SparsekitError(f"pattern {pattern.name!r}: `{method}` returns a {type(plan).__name__}, not a BlockPlan.")
     there = plan.geometry
     if there is not geometry and there.with_tile(geometry.block_q, geometry.block_kv) != geometry:
-        names = ("batch", "q_len", "kv_len", "q_offset", "kv_start", "kv_end", "prompt_tokens")
+        names = ("batch", "q_len", "kv_len", "q_offset", "kv_start", "kv_end", "prompt_tokens", "q_step")
         name = next(name for name in names if getattr(there, name) != getattr(geometry, name))
         raise SparsekitError(
             f"pattern {pattern.name!r}: `{method}` returns a plan of another call, with "

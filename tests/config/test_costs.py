@@ -479,5 +479,5 @@ def test_a_sliding_layer_is_not_corrected() -> None:
     window = {"name": "a_shape", "sink_tokens": 0, "window_tokens": 512}
     facts = {"num_layers": 1, "num_heads": 4, "sliding_window": 512}
     assert explain({"model": facts, "layers": {"0": window}}, 4096).layers[0].runs == "sparse"
-    with pytest.raises(SparsekitError, match="layer 0: .* cannot replace a sliding_attention layer"):
+    with pytest.raises(SparsekitError, match=r"layer 0: .* cannot replace a sliding_attention layer"):
         explain({"model": facts, "layers": {"0": {**window, "correct_every": 64}}}, 4096)

@@ -1,4 +1,4 @@
-"""`correct_every`: any pattern takes it, alone, in heads and unions; its outputs are the formula on masks, in float64."""
+"""`correct_every`: any pattern takes it, alone, in heads and unions; outputs are the formula on masks, in float64."""
 
 from __future__ import annotations
 

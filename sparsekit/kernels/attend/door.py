@@ -13,7 +13,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_apart, check_fits, check_out, check_tensors, refuse_transforms
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.attend.correct import anchor_queries, correct
-from sparsekit.kernels.choose import Attend, Choice, choose_row
+from sparsekit.kernels.choose import Attend, Choice, Implementation, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
 from sparsekit.plan.memo import RUN
 
@@ -147,7 +147,7 @@ def prepare(
             _check_plan_device(q, plan)
         if wrong := out_of_range(plan):
             raise SparsekitError(f"plan: {wrong}.")
-        run = row.run if plan.anchors is None else partial(_run_corrected, row.run, impl)
+        run = row.run if plan.anchors is None else partial(_run_corrected, row, impl)
         found = plan.memo[call] = run, choice
     if out is not None:
         check_apart(out, q, k, v)
@@ -156,17 +156,19 @@ def prepare(
 
 
 def _run_corrected(
-    run: Attend, impl: str | None,
+    row: Implementation, impl: str | None,
     q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Both passes, and the correction."""
+    """The anchors' rows, and the call's corrected by them."""
     anchors = plan.anchors
     assert anchors is not None
     some = anchor_queries(q, anchors.geometry)
     dense, _ = prepare(some, keys, anchors, softmax, impl=impl)[0](some, keys, anchors, softmax, False, None)
-    out, _ = run(q, keys, plan, softmax, False, out)
-    correct(out, dense, plan, impl)
-    return out, None
+    made = None if row.corrected is None else row.corrected(q, keys, plan, softmax, dense, out)
+    if made is None:
+        made, _ = row.run(q, keys, plan, softmax, False, out)
+        correct(made, dense, plan, impl)
+    return made, None
 
 
 def _check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

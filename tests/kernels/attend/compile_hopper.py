@@ -46,7 +46,9 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
         k_pages, v_pages = torch.empty(300, 2, size, 2 * dim, dtype=dtype).split(dim, -1)
         keys = Keys(k_pages, v_pages, torch.zeros(1, 2048 // size, dtype=torch.int32))
         assert host.covers(q, keys, plan, softmax, bool(lse)) == []
-    kernel = host.compile_form(q, keys, plan, softmax, bool(lse))
+    dense = torch.empty(1, 8, 32, dim, dtype=dtype) if "corrected" in more else None
+    plan = plan.corrected(64 if dense is not None else None)
+    kernel = host.compile_form(q, keys, plan, softmax, bool(lse), dense)
     said, cubin = ptxas(kernel.asm["ptx"], 90)
     sass = _disassembled(cubin)
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]

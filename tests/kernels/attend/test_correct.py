@@ -3,6 +3,7 @@ forms in the interpreter, and all of them on a card."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from children import interpret
 from torch import Tensor
 
+import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
+from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
 from sparsekit.kernels.attend.correct import anchor_queries
+from sparsekit.kernels.choose import TABLE
 from sparsekit.plan import BlockPlan, TokenRule, anchor_positions, dense_plan, plan_from_rule, stack_heads
 from sparsekit.plan.flex import to_flex
 from sparsekit.testing import GEOMETRIES, inputs_for
@@ -82,6 +86,14 @@ def test_only_a_dense_plan_has_a_step() -> None:
     plan = _triangle(geometry)
     with pytest.raises(SparsekitError, match="plan of every 64th query: only a dense one can be"):
         replace(plan, geometry=replace(geometry, q_step=64))
+    q, k, v = inputs_for(geometry)
+    anchors = geometry.anchors(64)
+    some = anchor_queries(q, anchors)
+    with pytest.raises(SparsekitError, match="plan of every 64th query: only a dense one can be"):
+        sparsekit.attention(some, k, v, "triangle", geometry=anchors)
+    dense = sparsekit.attention(q, k, v, "dense")
+    got = sparsekit.attention(some, k, v, "dense", geometry=anchors)
+    torch.testing.assert_close(got, dense[:, :, ::64])  # type: ignore[index]
 
 
 # ---- the correction
@@ -120,6 +132,27 @@ def test_outputs_are_corrected_by_the_formula(geometry: Geometry, every: int) ->
     into = torch.full((geometry.batch, 4, geometry.q_len, 16), torch.nan, dtype=torch.float64)
     assert attend(q, k, v, plan, out=into) is into
     assert (into - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_form_may_correct_in_its_own_pass(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is handed the anchors' dense rows; what it cannot do is done after it, and nothing twice."""
+    geometry = Geometry.of(300, block_q=64, block_kv=64)
+    q, k, v = inputs_for(geometry)
+    plan = _triangle(geometry).corrected(64)
+    expected = attend(q, k, v, plan)
+    asked: list[Tensor] = []
+
+    def own_pass(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, dense: Tensor, out: Tensor | None) -> object:
+        asked.append(dense)
+        return torch.full_like(q, 7.0) if able else None
+
+    table = sys.modules["sparsekit.kernels.choose"]  # the function of that name hides it
+    monkeypatch.setattr(table, "TABLE", tuple(row._replace(corrected=own_pass) for row in TABLE))
+    got = attend(q, k, v, _triangle(geometry).corrected(64))
+    dense = attend(q, k, v, dense_plan(geometry))
+    assert torch.equal(got, torch.full_like(q, 7.0) if able else expected)  # type: ignore[arg-type]
+    torch.testing.assert_close(asked[0], dense[:, :, ::64])  # type: ignore[index]
 
 
 def test_dense_heads_stay_dense() -> None:
