@@ -540,7 +540,7 @@ COMPILED = [
     (256, "bfloat16", "", "lse", 128, "every7"),
     (128, "bfloat16", "sinks", "", 128, "every64 page16"),
     (128, "bfloat16", "", "", 128, "corrected"),
-    (64, "float16", "sinks", "", 128, "corrected"),
+    (128, "float16", "sinks", "", 128, "corrected"),
     (128, "bfloat16", "", "", 64, "columns corrected"),
     (128, "bfloat16", "", "", 128, "page16 corrected"),
 ]
