@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sparsekit.call.geometry import Geometry
+from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend
 from sparsekit.patterns import Pattern, StaticPattern, parse_pattern
-from sparsekit.plan import BlockPlan
+from sparsekit.plan import BlockPlan, dense_plan
 
 __all__ = ["GEOMETRIES", "Inputs", "check_pattern", "inputs_for"]
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 HEADS, KEY_HEADS, DIM = 4, 2, 16
+EVERY = 50  # rows from one to the next by which the others are corrected, for patterns that do not say
 
 # Odd lengths, chunks (Q < K, off the tile grid), a StaticCache's spare keys, padding on both sides, a known prompt end.
 GEOMETRIES: tuple[Geometry, ...] = (
@@ -44,8 +45,9 @@ def check_pattern(pattern: Pattern, geometries: Iterable[Geometry] = GEOMETRIES)
 
     Every plan keeps a subset of the causal pairs, none twice; every query keeps itself; padding queries keep nothing;
     planning twice gives the same plan; a sample's plan does not depend on its place in the batch; counted pairs are the
-    mask's; the batched execution equals the reference; YAML brings the pattern back. A static pattern's plan is its
-    `keep` exactly, a chunk of a known prompt is the whole prompt's rows, and no query sees what comes after it.
+    mask's; the batched execution equals the reference, and its correction by dense rows the formula; YAML brings the
+    pattern back. A static pattern's plan is its `keep` exactly, a chunk of a known prompt is the whole prompt's rows,
+    and no query sees what comes after it.
 
     Raises:
         AssertionError: what failed, for which pattern and geometry.
@@ -62,8 +64,10 @@ def check_pattern(pattern: Pattern, geometries: Iterable[Geometry] = GEOMETRIES)
     for geometry in geometries:
         inputs = inputs_for(geometry)
         plan = _plan(pattern, geometry, inputs)
+        assert plan.correct_every in (pattern.correct_every or 0, 0), f"{pattern}: its plan has another correction"
         for check in checks:
-            check(pattern, plan, geometry, inputs)
+            check(pattern, plan.corrected(0), geometry, inputs)
+        _check_correction(pattern, plan.corrected(pattern.correct_every or EVERY), geometry, inputs)
         if isinstance(pattern, StaticPattern):
             _check_keep(pattern, plan, geometry)
             _check_chunk(pattern, geometry)
@@ -161,6 +165,38 @@ def _check_execution(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inpu
     seen = expected_lse.isfinite()
     assert torch.equal(seen, lse.isfinite()), f"{pattern}: lse is not -inf exactly at padding, {geometry}"
     assert (lse[seen] - expected_lse[seen]).abs().max() < 1e-5, f"{pattern}: lse is off the reference, {geometry}"
+
+
+def _check_correction(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inputs: Inputs) -> None:
+    """`out[i] = sparse[i] + dense[a] - sparse[a]`, a the first query of i's block; rows dense by the plan stay."""
+    q, k, v = (x.double() for x in inputs)
+    own, every = plan.corrected(0), plan.correct_every
+    sparse = attend(q, k, v, own, impl="reference")
+    assert isinstance(sparse, Tensor)
+    expected = sparse
+    if not plan.all_dense:
+        expected, dense = sparse.clone(), attend(q, k, v, dense_plan(geometry), impl="reference")
+        assert isinstance(dense, Tensor)
+        for b, span in enumerate(geometry.spans):
+            position = torch.arange(span.q_first, span.q_end, device="cpu")
+            shift = geometry.kv_start[b] - geometry.q_offset
+            row, anchor = position + shift, (position // every * every).clamp(min=span.q_first) + shift
+            change = dense[b][:, anchor] - sparse[b][:, anchor]
+            same = plan.dense_queries(b if plan.samples > 1 else 0)
+            if same is not None:
+                change[same.repeat_interleave(HEADS // len(same), 0)] = 0
+            expected[b][:, row] += change
+    got = attend(*inputs, plan, impl="torch")
+    assert isinstance(got, Tensor)
+    error = (got.double() - expected).abs().max()
+    assert error < 1e-5, f"{pattern}: corrected by every {every}th row, the output is {error:.1e} off, {geometry}"
+    if not plan.all_dense and plan.ranked is None:
+        anchors = sum(p + 1 for span in geometry.spans for p in _anchors(span, every)) * plan.heads
+        assert plan.kept_pairs() == own.kept_pairs() + anchors, f"{pattern}: anchors are counted wrongly, {geometry}"
+
+
+def _anchors(span: Span, every: int) -> set[int]:
+    return {max(p // every * every, span.q_first) for p in range(span.q_first, span.q_end)}
 
 
 def _check_no_leak(pattern: Pattern, plan: BlockPlan, geometry: Geometry, inputs: Inputs) -> None:

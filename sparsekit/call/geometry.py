@@ -42,6 +42,17 @@ class Span(NamedTuple):
         """Query tiles of the grid from position 0 that hold this sample's queries."""
         return -(-self.q_end // block_q) - self.q_first // block_q if self.q_first < self.q_end else 0
 
+    def anchor(self, row: int, every: int) -> int:
+        """The first query of this call in the row-th of its blocks of `every` positions; the last block's and beyond
+        may lie past `q_end`."""
+        return max((self.q_first // every + row) * every, self.q_first)
+
+    def anchor_pairs(self, every: int) -> int:
+        """Query-key pairs of dense causal attention over the anchors alone."""
+        count, base = self.tiles(every), self.q_first // every
+        late = self.anchor(0, every) - base * every if count else 0
+        return every * (count * base + count * (count - 1) // 2) + count + late
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -50,6 +61,9 @@ class Geometry:
     Query row r sits at key index `q_offset + r`; sample b's valid keys are the indices `[kv_start[b], kv_end[b])`; its
     positions are key indices minus `kv_start[b]`. `prompt_tokens[b]` counts its prompt in positions. `block_q` and
     `block_kv` (tokens) are the tile of the plans made for this call; the grid of query tiles starts at position 0.
+
+    `q_step` above 1: q holds the call's anchors alone. Positions are cut into blocks of `q_step`; row r of a sample is
+    the first query of its r-th block in this call (`Span.anchor`). Query tiles are then tiles of rows, from row 0 on.
     """
 
     q_len: int
@@ -60,6 +74,7 @@ class Geometry:
     prompt_tokens: tuple[int, ...]
     block_q: int = 128
     block_kv: int = 64
+    q_step: int = 1
 
     @classmethod
     def of(
@@ -152,13 +167,29 @@ class Geometry:
         return position + self.kv_start[sample] - self.q_offset
 
     @cached_property
+    def q_rows(self) -> int:
+        """Rows of q."""
+        return self.q_len if self.q_step == 1 else max(span.tiles(self.q_step) for span in self.spans)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether some row of q is no query."""
+        return any(span.tiles(self.q_step) != self.q_rows for span in self.spans)
+
+    @cached_property
     def rows(self) -> int:
         """Query tiles a sample has at most: the row count of a plan."""
+        if self.q_step > 1:
+            return -(-self.q_rows // self.block_q)
         return max(-(-span.q_end // self.block_q) - span.q_first // self.block_q for span in self.spans)
 
     def with_tile(self, block_q: int, block_kv: int) -> Geometry:
         """The same call, cut into other tiles."""
         return replace(self, block_q=block_q, block_kv=block_kv)
+
+    def anchors(self, every: int) -> Geometry:
+        """The call of this one's anchors alone, one for each block of `every` positions, in tiles of 128 x 128."""
+        return replace(self, q_step=every, block_q=128, block_kv=128)
 
     def with_prompt(self, tokens: int | Sequence[int]) -> Geometry:
         """The same call, as a part of a prompt of `tokens` columns (padding counted, as a batch is written).

@@ -130,16 +130,16 @@ def check_fits(q: Tensor, k: Tensor, geometry: Geometry, what: str, table: Tenso
     """An error unless q and k are of the geometry's lengths; `what` was made for them."""
     g = geometry
     if table is not None:
-        if (g.batch, g.q_len) != (q.shape[0], q.shape[2]) or g.kv_len > table.shape[1] * k.shape[2]:
+        if (g.batch, g.q_rows) != (q.shape[0], q.shape[2]) or g.kv_len > table.shape[1] * k.shape[2]:
             raise SparsekitError(
-                f"{what} for batch {g.batch}, {g.q_len} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, and "
+                f"{what} for batch {g.batch}, {g.q_rows} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, and "
                 f"{table.shape[1]} pages of {k.shape[2]}."
             )
         if any(g.kv_start):
             raise SparsekitError(f"{what} with kv_start={g.kv_start}: in pages each sample's keys begin at 0.")
         return
-    if (g.batch, g.q_len, g.kv_len) != (q.shape[0], q.shape[2], k.shape[2]):
+    if (g.batch, g.q_rows, g.kv_len) != (q.shape[0], q.shape[2], k.shape[2]):
         raise SparsekitError(
-            f"{what} for batch {g.batch}, {g.q_len} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, "
+            f"{what} for batch {g.batch}, {g.q_rows} queries, {g.kv_len} keys; got {q.shape[0]}, {q.shape[2]}, "
             f"{k.shape[2]}."
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sparsekit.cli.about import describe_patterns, doctor, named_models, validate
+from sparsekit.cli.about import common_parameters, describe_patterns, doctor, named_models, validate
 from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.check import check
 from sparsekit.cli.evaluate import eval_, report, sweep
@@ -196,6 +196,10 @@ def _patterns(as_json: Json = False) -> None:
         ]
         for pattern in found
         for first, parameter in mark_first(pattern["parameters"] or [NO_PARAMETER])
+    ]
+    rows += [
+        ["any but dense", parameter["name"], parameter["default"], parameter["meaning"], parameter["range"], ""]
+        for parameter in common_parameters()
     ]
     print_table(["pattern", "parameter", "default", "meaning, unit", "range", "source"], rows)
 

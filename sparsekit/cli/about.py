@@ -14,14 +14,17 @@ from sparsekit.errors import SparsekitError
 if TYPE_CHECKING:
     from sparsekit.config import ArchFacts
 
-__all__ = ["describe_patterns", "doctor", "named_models", "validate"]
+__all__ = ["common_parameters", "describe_patterns", "doctor", "named_models", "validate"]
 
 PACKAGES = ("torch", "triton", "transformers", "pydantic", "matplotlib", "gguf", "accelerate")
 
 
 def describe_patterns() -> list[dict[str, Any]]:
-    """Every registered pattern: name, summary, source, and its parameters with default, meaning and range."""
-    from sparsekit.patterns import pattern_class, pattern_names
+    """Every registered pattern: name, summary, source, and its parameters with default, meaning and range.
+
+    Those that every pattern has are `common_parameters`.
+    """
+    from sparsekit.patterns import Pattern, pattern_class, pattern_names
 
     return [
         {
@@ -31,11 +34,18 @@ def describe_patterns() -> list[dict[str, Any]]:
             "parameters": [
                 _describe_field(field_name, field)
                 for field_name, field in pattern_class(name).model_fields.items()
-                if field_name != "name"
+                if field_name not in Pattern.model_fields
             ],
         }
         for name in pattern_names()
     ]
+
+
+def common_parameters() -> list[dict[str, Any]]:
+    """The parameters that every pattern has, as `describe_patterns` describes its own."""
+    from sparsekit.patterns import Pattern
+
+    return [_describe_field(name, field) for name, field in Pattern.model_fields.items() if name != "name"]
 
 
 def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, ...]:

@@ -26,10 +26,10 @@ from sparsekit.config.facts import ModelFacts
 from sparsekit.config.layers import LayerPatterns
 from sparsekit.config.schema import ResolvedConfig, SparseConfig, load
 from sparsekit.errors import SparsekitError
-from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, static_plan
+from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, shared_correction, static_plan
 from sparsekit.patterns.attention import static_plan_heads
 from sparsekit.patterns.base import rule_of
-from sparsekit.plan import TokenRule
+from sparsekit.plan import TokenRule, causal_tiles
 
 __all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]
 
@@ -133,24 +133,27 @@ def _count(
             why = f"{geometry.q_len} tokens, fewer than the {max(short.values())} from which {', '.join(short)} pays"
         counts = dense_pairs, dense_tiles, 0
     elif all(isinstance(pattern, StaticPattern) for pattern in executed.patterns):
-        counts = _static_counts(executed, geometry)
+        pairs, tiles, plan_bytes = _static_counts(executed, geometry)
+        more_pairs, more_tiles = _anchor_counts(executed, geometry)
+        counts = pairs + more_pairs, tiles + more_tiles, plan_bytes
     else:
         names = ", ".join(dict.fromkeys(p.name for p in executed.patterns if not isinstance(p, StaticPattern)))
         why = f"what {names} keeps depends on the prompt"
-        at_most = ratio(_most_pairs(executed, geometry), dense_pairs)
-    pairs, tiles, plan_bytes = counts or (None, None, None)
+        most = total([_most_pairs(executed, geometry), _anchor_counts(executed, geometry)[0]])
+        at_most = ratio(most, dense_pairs)
+    kept = counts or (None, None, None)
     return LayerExplanation(
         layer=layer.layer,
         runs=runs,
         why=why,
         pattern=str(layer),
-        density=ratio(pairs, dense_pairs),
-        tile_density=ratio(tiles, dense_tiles),
-        tiles=tiles,
+        density=ratio(kept[0], dense_pairs),
+        tile_density=ratio(kept[1], dense_tiles),
+        tiles=kept[1],
         dense_tiles=dense_tiles,
-        pairs=pairs,
+        pairs=kept[0],
         dense_pairs=dense_pairs,
-        plan_bytes=plan_bytes,
+        plan_bytes=kept[2],
         density_at_most=at_most,
         dense_below=0 if own or because else max(below.values(), default=0),
         model_tiles=windowed[1] if windowed else None,
@@ -210,6 +213,15 @@ def _static_counts(layer: LayerPatterns, geometry: Geometry) -> tuple[int, int, 
         pairs += len(heads) * _kept_pairs(pattern, geometry)
         tiles += len(heads) * int(static_plan(pattern, geometry, _CPU).visited_tiles())
     return pairs, tiles, static_plan_heads(static, layer.pattern_of_head, geometry, _CPU).nbytes
+
+
+def _anchor_counts(layer: LayerPatterns, geometry: Geometry) -> tuple[int, int]:
+    """(pairs, tiles) of the dense rows by which a layer is corrected, those of all its heads."""
+    every = shared_correction(layer.patterns)
+    if not every:
+        return 0, 0
+    heads, rows = len(layer.pattern_of_head), replace(geometry, q_step=every)
+    return heads * geometry.spans[0].anchor_pairs(every), heads * int(causal_tiles(rows, 1).sum())
 
 
 def _kept_pairs(pattern: StaticPattern, geometry: Geometry) -> int:

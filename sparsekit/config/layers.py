@@ -79,7 +79,7 @@ class LayerPatterns:
 
     def within(self, window: int | None) -> bool:
         """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
-        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.sink_tokens == 0]
+        windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.slides]
         return len(windows) == len(self.patterns) and max(windows) <= (window or 0)
 
     def groups(self) -> Iterator[tuple[Pattern, tuple[int, ...]]]:

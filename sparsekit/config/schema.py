@@ -20,7 +20,7 @@ from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
 from sparsekit.config.reuse import AnyPattern, LayerRule, Reuse, resolve_reuse
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
-from sparsekit.patterns import Pattern, bounded, parse_pattern
+from sparsekit.patterns import Pattern, bounded, parse_pattern, shared_correction
 
 __all__ = ["ResolvedConfig", "SparseConfig", "load"]
 
@@ -325,6 +325,7 @@ def _layer(layer: int, of_head: Sequence[Pattern]) -> LayerPatterns:
     """A layer by the pattern of each of its heads."""
     number: dict[Pattern, int] = {}
     pattern_of_head = tuple(number.setdefault(pattern, len(number)) for pattern in of_head)
+    shared_correction(number, f"layer {layer}: ")
     alone = next((pattern.name for pattern in number if pattern.whole_layer), "")
     if alone and len(number) > 1:
         others = ", ".join(sorted({pattern.name for pattern in number} - {alone})) or "another of its kind"

@@ -41,6 +41,9 @@ __all__ = [
 Attend = Callable[[Tensor, Keys, BlockPlan, Softmax, bool, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 
 
+Corrected = Callable[[Tensor, Keys, BlockPlan, Softmax, Tensor, "Tensor | None"], "Tensor | None"]
+
+
 class Implementation(NamedTuple):
     """One way to execute plans.
 
@@ -50,6 +53,8 @@ class Implementation(NamedTuple):
         tile: (q or None, for rows that keep less when they are narrow?) -> (block_q, block_kv) of its plans.
         run: q, keys, plan, softmax, with lse?, where to or None -> out, lse.
         selects_in_triton: whether patterns estimate in Triton where it runs.
+        corrected: q, keys, plan, softmax, dense rows, where to or None -> out of a plan that is corrected, in one pass;
+            None where it cannot, and the correction comes after `run`. Not there: it always does.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Implementation(NamedTuple):
     tile: Callable[[Tensor | None, bool], tuple[int, int]]
     run: Attend
     selects_in_triton: bool = False
+    corrected: Corrected | None = None
 
 
 class Choice(NamedTuple):
@@ -119,7 +125,13 @@ def _64_keys(q: Tensor | None, narrow: bool) -> tuple[int, int]:
 # In order of preference.
 TABLE: tuple[Implementation, ...] = (
     Implementation(
-        "hopper", lambda device, _: hopper.missing(device), hopper.covers, hopper.tile, hopper.attend_hopper, True
+        "hopper",
+        lambda device, _: hopper.missing(device),
+        hopper.covers,
+        hopper.tile,
+        hopper.attend_hopper,
+        True,
+        hopper.attend_corrected,
     ),
     Implementation("triton", _triton_missing, _everything, _64_keys, _triton, True),
     Implementation("torch", _anywhere, _everything, _64_keys, attend_torch),

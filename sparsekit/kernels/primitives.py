@@ -150,10 +150,15 @@ def _store_rows(
 
 @triton.jit
 @no_type_check
-def _place(i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q: tl.constexpr, BM: tl.constexpr):
+def _place(
+    i_item, p_order, p_span, rows, samples, batch_per, q_offset,
+    SUB_Q: tl.constexpr, BM: tl.constexpr, Q_STEP: tl.constexpr,
+):  # fmt: skip
     """Which rows a work item is: (plan sample, plan tile, batch sample, first position, its index in q, span).
 
     Items run through the plan's order; below that, through the samples of a plan sample, and the parts of a tile.
+    With Q_STEP above 1 q holds every Q_STEP-th query, in tiles from row 0 on; the first position may then lie before
+    the first query's.
     """
     sub = i_item % SUB_Q
     at = i_item // SUB_Q // batch_per
@@ -169,8 +174,22 @@ def _place(i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q: t
     q_end = tl.load(p_span + i_batch * 4 + 1)
     keys = tl.load(p_span + i_batch * 4 + 2)
     start = tl.load(p_span + i_batch * 4 + 3)
+    if Q_STEP > 1:
+        row = i_tile * (SUB_Q * BM) + sub * BM
+        pos = (q_first // Q_STEP + row) * Q_STEP
+        return i_sample, i_tile, i_batch, pos, row, start, q_first, q_end, keys
     pos = (q_first // (SUB_Q * BM) + i_tile) * (SUB_Q * BM) + sub * BM
     return i_sample, i_tile, i_batch, pos, pos + start - q_offset, start, q_first, q_end, keys
+
+
+@triton.jit
+@no_type_check
+def _query_positions(pos, q_first, lane, Q_STEP: tl.constexpr):
+    """Of the rows `lane` after the one at `pos`: of every Q_STEP-th query, the first of its block in this call."""
+    if Q_STEP > 1:
+        return tl.maximum(pos + lane * Q_STEP, q_first)
+    else:  # noqa: RET505  (Triton compiles one branch only, and types what follows a return)
+        return pos + lane
 
 
 @triton.jit

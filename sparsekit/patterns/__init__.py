@@ -9,6 +9,7 @@ from sparsekit.patterns.base import (
     parse_pattern,
     pattern_class,
     pattern_names,
+    shared_correction,
     static_plan,
 )
 from sparsekit.patterns.block_topk import BlockTopK
@@ -45,5 +46,6 @@ __all__ = [
     "parse_pattern",
     "pattern_class",
     "pattern_names",
+    "shared_correction",
     "static_plan",
 ]

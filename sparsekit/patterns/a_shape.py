@@ -27,6 +27,11 @@ class AShape(StaticPattern):
     sink_tokens: int = Field(8, ge=0, description="first keys that every query keeps, tokens")
     window_tokens: int = Field(512, ge=1, description="nearest keys that a query keeps, itself included, tokens")
 
+    @property
+    def slides(self) -> bool:
+        """Whether it is a window and nothing else, as of a model's sliding layers."""
+        return self.sink_tokens == 0 and self.correct_every is None
+
     def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:
         return (k_pos <= q_pos) & ((k_pos < self.sink_tokens) | (q_pos - k_pos < self.window_tokens))
 

@@ -87,4 +87,5 @@ def static_plan_heads(
     patterns: tuple[StaticPattern, ...], pattern_of_head: tuple[int, ...], geometry: Geometry, device: torch.device
 ) -> BlockPlan:
     """`plan_heads` for static patterns, which need no q and k."""
-    return stack_heads([static_plan(pattern, geometry, device) for pattern in patterns], pattern_of_head)
+    plans = [static_plan(pattern, geometry, device).corrected(pattern.correct_every) for pattern in patterns]
+    return stack_heads(plans, pattern_of_head)

@@ -7,7 +7,7 @@ registers it. A static pattern says which pairs it keeps; a dynamic one looks at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from inspect import ismodule
 from threading import RLock
@@ -15,7 +15,15 @@ from typing import Any, ClassVar, get_args, get_origin
 from warnings import warn
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 from torch import Tensor
 
 from sparsekit.call.caches import per_geometry
@@ -26,7 +34,16 @@ from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.mask import first_without_itself
 
-__all__ = ["DynamicPattern", "Pattern", "StaticPattern", "bounded", "parse_pattern", "pattern_class", "pattern_names"]
+__all__ = [
+    "DynamicPattern",
+    "Pattern",
+    "StaticPattern",
+    "bounded",
+    "parse_pattern",
+    "pattern_class",
+    "pattern_names",
+    "shared_correction",
+]
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
@@ -45,6 +62,12 @@ class Pattern(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
+    correct_every: int | None = Field(
+        None,
+        ge=2,
+        le=4096,
+        description="one row in so many also runs dense and corrects those after it; null: none",
+    )
     source: ClassVar[str] = "-"  # where the method was published
     whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
     narrow: ClassVar[bool] = False  # keeps fewer pairs in rows of fewer queries, as diagonals do
@@ -61,6 +84,14 @@ class Pattern(BaseModel, ABC):
     def _plain_input(cls, value: Any) -> Any:
         """YAML's lists as tuples, so that a pattern can be hashed; numbers that a plan can hold."""
         return bounded(tuple(value) if isinstance(value, list) else value)
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Records name what every pattern may have only where one has it."""
+        data: dict[str, Any] = handler(self)
+        if data.get("correct_every", 0) is None:
+            del data["correct_every"]
+        return data
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,15 +125,21 @@ class Pattern(BaseModel, ABC):
 
     def to_yaml(self) -> str | dict[str, Any]:
         """What YAML says to get this pattern: its name, and the parameters that were set."""
-        given = {key: _plain(getattr(self, key)) for key in type(self).model_fields if key in self.model_fields_set}
-        given.pop("name", None)
+        given = {key: _plain(getattr(self, key)) for key in self._parameters() if key in self.model_fields_set}
         return {"name": self.name, **given} if given else self.name
 
     def __str__(self) -> str:
-        fields = type(self).model_fields
-        unset = {key for key, value in self if value is None and fields[key].default is None}
-        given = ", ".join(f"{key}={_brief(value)}" for key, value in self if key != "name" and key not in unset)
-        return f"{self.name}({given})" if given else self.name
+        fields, given = type(self).model_fields, []
+        for key in self._parameters():
+            value = getattr(self, key)
+            if value is not None or fields[key].default is not None:
+                given.append(f"{key}={_brief(value)}")
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
+    @classmethod
+    def _parameters(cls) -> list[str]:
+        """Its fields: first its own, then those that every pattern has."""
+        return [key for key in cls.model_fields if key not in Pattern.model_fields] + ["correct_every"]
 
 
 def bounded(value: Any) -> Any:
@@ -128,7 +165,7 @@ def _plain(value: Any) -> Any:
 
 
 def checked_plan(pattern: Pattern, plan: Any, geometry: Geometry, method: str = "plan") -> BlockPlan:
-    """What a pattern's method returned, if it is a plan of this call, whatever its tile.
+    """What a pattern's method returned, if it is a plan of this call, whatever its tile; corrected as the pattern says.
 
     Raises:
         SparsekitError: it is none, or one for other lengths, padding or another end of the prompt.
@@ -137,13 +174,29 @@ def checked_plan(pattern: Pattern, plan: Any, geometry: Geometry, method: str = 
         raise SparsekitError(f"pattern {pattern.name!r}: `{method}` returns a {type(plan).__name__}, not a BlockPlan.")
     there = plan.geometry
     if there is not geometry and there.with_tile(geometry.block_q, geometry.block_kv) != geometry:
-        names = ("batch", "q_len", "kv_len", "q_offset", "kv_start", "kv_end", "prompt_tokens")
+        names = ("batch", "q_len", "kv_len", "q_offset", "kv_start", "kv_end", "prompt_tokens", "q_step")
         name = next(name for name in names if getattr(there, name) != getattr(geometry, name))
         raise SparsekitError(
             f"pattern {pattern.name!r}: `{method}` returns a plan of another call, with "
             f"{name}={shown(getattr(there, name))}, where this one has {shown(getattr(geometry, name))}."
         )
-    return plan
+    return plan.corrected(pattern.correct_every)
+
+
+def shared_correction(patterns: Iterable[Pattern], where: str = "") -> int:
+    """`correct_every` of the sparse ones among a layer's patterns; 0: none. An error begins with `where`.
+
+    Raises:
+        SparsekitError: they differ in it.
+    """
+    found = {pattern.correct_every or 0: pattern for pattern in patterns if pattern.name != "dense"}
+    if len(found) > 1:
+        said = ", ".join(f"{pattern.name}: {every or 'null'}" for every, pattern in sorted(found.items()))
+        raise SparsekitError(
+            f"{where}correct_every differs between heads ({said}): a layer's rows are corrected together; give all its "
+            "sparse patterns one value."
+        )
+    return next(iter(found), 0)
 
 
 def rule_of(pattern: StaticPattern, span: Span) -> TokenRule | None:
@@ -176,12 +229,12 @@ class StaticPattern(Pattern):
         return None
 
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
-        return static_plan(self, geometry, q.device)
+        return static_plan(self, geometry, q.device).corrected(self.correct_every)
 
 
 @per_geometry
 def static_plan(pattern: StaticPattern, geometry: Geometry, device: torch.device) -> BlockPlan:
-    """The plan of a static pattern; needs no q and k, so `explain` uses it too.
+    """The plan of a static pattern, not corrected; needs no q and k, so `explain` uses it too.
 
     Raises:
         SparsekitError: a query that does not keep itself, the first of them; a tile that no flag expresses.

@@ -35,6 +35,8 @@ def _parse_members(value: Any) -> tuple[Pattern, ...]:
     for i, member in enumerate(members):
         if member.whole_layer:
             raise ValueError(f"of[{i}]: {member.name!r} needs a layer of its own; a union cannot hold it")
+        if member.correct_every is not None:
+            raise ValueError(f"of[{i}]: correct_every = {member.correct_every} is for the union, not its members")
     return members
 
 

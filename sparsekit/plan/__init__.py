@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds, span_numbers, upload
+from sparsekit.plan.bounds import anchor_positions, causal_tiles, row_bounds, segment_bounds, span_numbers, upload
 from sparsekit.plan.build import dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.entries import CAUSAL, FLAG_BITS, FLAGS, RULE, pack, unpack
 from sparsekit.plan.mask import out_of_range
@@ -21,6 +21,7 @@ __all__ = [
     "PlanTotals",
     "Ranked",
     "TokenRule",
+    "anchor_positions",
     "causal_tiles",
     "dense_plan",
     "heaviest_first",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 
-__all__ = ["causal_tiles", "row_bounds", "row_starts", "segment_bounds", "span_numbers", "upload"]
+__all__ = ["anchor_positions", "causal_tiles", "row_bounds", "row_starts", "segment_bounds", "span_numbers", "upload"]
 
 # Rows are those of `samples` plan samples, 1 for a batch of samples that are all alike. int64 unless said otherwise.
 
@@ -20,13 +21,28 @@ def row_starts(geometry: Geometry, samples: int, device: torch.device | str = "c
     return (first + torch.arange(geometry.rows, dtype=torch.int64, device=device)) * geometry.block_q
 
 
+def anchor_positions(geometry: Geometry, samples: int) -> Tensor:
+    """(S, q_rows) on the CPU, of a geometry with a `q_step`: the position of each row of q; -1 where it has none."""
+    spans, step = torch.tensor(geometry.spans[:samples], dtype=torch.int64, device="cpu"), geometry.q_step
+    first, end = spans[:, :1], spans[:, 1:2]
+    block = first // step + torch.arange(geometry.q_rows, dtype=torch.int64, device="cpu")
+    position = torch.maximum(block * step, first)
+    return torch.where(position < end, position, -1)
+
+
 @per_geometry
 def row_bounds(geometry: Geometry, samples: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(S, R) each: a row's first query, one past its last, the tiles and the keys that dense attention visits."""
     spans = torch.tensor(geometry.spans[:samples], dtype=torch.int64, device="cpu")
-    start = row_starts(geometry, samples)
-    low = torch.maximum(start, spans[:, :1])
-    high = torch.minimum(start + geometry.block_q, spans[:, 1:2]).maximum(low)
+    if geometry.q_step > 1:
+        each = anchor_positions(geometry, samples)
+        each = pad(each, (0, geometry.rows * geometry.block_q - each.shape[1]), value=-1)
+        each = each.unflatten(1, (-1, geometry.block_q))
+        low, high = each[..., 0].clamp(min=0), each.amax(-1) + 1
+    else:
+        start = row_starts(geometry, samples)
+        low = torch.maximum(start, spans[:, :1])
+        high = torch.minimum(start + geometry.block_q, spans[:, 1:2]).maximum(low)
     tiles = torch.where(high > low, -(-high // geometry.block_kv), 0)
     keys = spans[:, 2:3].expand(samples, geometry.rows)
     return upload(low, device), upload(high, device), upload(tiles, device), upload(keys, device)

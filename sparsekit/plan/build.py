@@ -35,12 +35,14 @@ def plan_from_rule(
 
     Raises:
         SparsekitError: a rule by which some query does not keep itself, or whose fields are no whole numbers; not one
-            rule for each sample.
+            rule for each sample; a rule that drops something, for a geometry of anchors alone.
     """
     each = [rules] * geometry.batch if isinstance(rules, TokenRule) else list(rules)
     if len(each) != geometry.batch:
         raise SparsekitError(f"{len(each)} token rules: one, or one for each of {geometry.batch} samples.")
     each = [rule.checked(span) for rule, span in zip(each, geometry.spans, strict=True)]
+    if geometry.q_step > 1 and any(r.dense_from > s.q_first for r, s in zip(each, geometry.spans, strict=True)):
+        raise SparsekitError(f"plan of every {geometry.q_step}th query: only a dense one can be.")
     shared = geometry.uniform and len(set(each)) == 1
     spans = geometry.spans[:1] if shared else geometry.spans
     parts = [_rule_rows(rule, span, geometry) for rule, span in zip(each, spans, strict=False)]

@@ -28,6 +28,10 @@ def to_flex(plan: BlockPlan) -> BlockMask:
     g = plan.geometry
     if plan.ranked is not None:
         raise SparsekitError("to_flex: a ranked plan stops while it is executed; a BlockMask cannot say that.")
+    if plan.correct_every:
+        raise SparsekitError("to_flex: the plan's outputs are corrected afterwards; a BlockMask cannot say that.")
+    if g.q_step > 1:
+        raise SparsekitError(f"to_flex: the plan is of every {g.q_step}th query; a BlockMask has a row for each.")
     if plan.tokens is not None:
         raise SparsekitError("to_flex: the plan has single key columns, which a BlockMask cannot hold.")
     if any(g.kv_start) or g.q_offset % g.block_q:

@@ -8,12 +8,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sparsekit.call.geometry import TILES, Span
-from sparsekit.plan.bounds import row_bounds, row_starts, segment_bounds
+from sparsekit.call.geometry import TILES, Geometry, Span
+from sparsekit.plan.bounds import anchor_positions, row_bounds, row_starts, segment_bounds
 from sparsekit.plan.entries import CAUSAL, RULE, unpack
 from sparsekit.plan.rows import PlanRows, Ranked
 
-__all__ = ["first_without_itself", "multiplicity", "out_of_range"]
+__all__ = ["dense_queries", "first_without_itself", "multiplicity", "out_of_range"]
 
 _Pairs = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -21,6 +21,8 @@ _Pairs = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 def multiplicity(plan: PlanRows) -> Tensor:
     """int32 (B, P, Q, K): how often each pair is computed. Anything above 1 is a broken plan."""
     g = plan.geometry
+    if g.q_step > 1:
+        return _anchor_pairs(g).expand(-1, plan.heads, -1, -1).int()
     out = torch.zeros(g.batch, plan.heads, g.q_len, g.kv_len, dtype=torch.int32, device="cpu")
     one = torch.ones((), dtype=torch.int32, device="cpu")
     for b in range(g.batch):
@@ -35,6 +37,13 @@ def multiplicity(plan: PlanRows) -> Tensor:
             head, q_row, key = (x.expand_as(kept)[kept] for x in (head, q_pos - span.q_first, k_pos))
             view.index_put_((head, q_row, key), one, accumulate=True)
     return out
+
+
+def _anchor_pairs(g: Geometry) -> Tensor:
+    """bool (B, 1, q_rows, K): all causal pairs of a call's anchors."""
+    position = anchor_positions(g, g.batch)[:, None, :, None]
+    key = _arange(g.kv_len) - torch.tensor(g.kv_start, dtype=torch.int64, device="cpu")[:, None, None, None]
+    return (key >= 0) & (key <= position)
 
 
 def first_without_itself(plan: PlanRows) -> tuple[int, int, int] | None:
@@ -63,6 +72,21 @@ def first_without_itself(plan: PlanRows) -> tuple[int, int, int] | None:
         if not bool(held.all()):
             return sample, head, int(query[~held][0])
     return None
+
+
+def dense_queries(plan: PlanRows, sample: int) -> Tensor | None:
+    """bool (P, q_end - q_first) on the plan's device: the queries of a plan sample that keep every key by what the plan
+    says of them, as rows that are dense by bounds or from their rule's `dense_from` on; None where it says of none."""
+    span, found = plan.spans()[sample], None
+    lead, count = span.q_first % plan.block_q, span.q_end - span.q_first
+    if plan.dense_rows is not None:
+        rows = plan.dense_rows.view(plan.samples, plan.heads, -1)[sample]
+        found = rows.repeat_interleave(plan.block_q, 1)[:, lead : lead + count]
+    if plan.rule is not None:
+        dense_from = plan.rule[sample if len(plan.rule) > 1 else 0, :, 2:]
+        late = torch.arange(span.q_first, span.q_end, device=dense_from.device) >= dense_from
+        found = late.expand(plan.heads, -1) if found is None else found | late
+    return found
 
 
 def out_of_range(plan: PlanRows) -> str:

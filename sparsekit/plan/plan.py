@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsekit.call.geometry import TILES
 from sparsekit.errors import SparsekitError
 from sparsekit.plan.entries import FLAG_BITS
-from sparsekit.plan.mask import multiplicity
-from sparsekit.plan.memo import FINER, SUMS
+from sparsekit.plan.mask import dense_queries, multiplicity
+from sparsekit.plan.memo import ANCHORS, CORRECTED, FINER, SUMS
 from sparsekit.plan.rows import PlanRows
 from sparsekit.plan.totals import PlanTotals, plan_sums, totals_of
 
@@ -51,6 +51,34 @@ class BlockPlan(PlanRows):
             finer_plan = self.memo.keep(key, replace(self, geometry=geometry, **finer))
         return finer_plan
 
+    def corrected(self, every: int | None) -> BlockPlan:
+        """The same pairs, whose outputs are corrected by every n-th row, n = `every`; kept with this plan.
+
+        Itself where `every` is None, and where all rows are dense, since they lack nothing. 0: not corrected.
+        """
+        if every is None or every == self.correct_every or self.all_dense:
+            return self
+        key = (CORRECTED, every)
+        plan: BlockPlan | None = self.memo.get(key)
+        if plan is None:
+            plan = self.memo[key] = replace(self, correct_every=every)
+        return plan
+
+    @property
+    def anchors(self) -> BlockPlan | None:
+        """The dense plan of the rows by which the others are corrected; None where nothing is."""
+        if not self.correct_every or self.all_dense:
+            return None
+        plan: BlockPlan | None = self.memo.get(ANCHORS)
+        if plan is None:
+            geometry = self.geometry.anchors(self.correct_every)
+            plan = self.memo[ANCHORS] = BlockPlan(geometry, samples=self.samples, on_grid=True)
+        return plan
+
+    def dense_queries(self, sample: int) -> Tensor | None:
+        """bool (P, q_end - q_first): the queries of a plan sample that keep every key, as far as the plan says."""
+        return dense_queries(self, sample)
+
     def to_mask(self) -> Tensor:
         """bool (B, P, Q, K): the pairs that are computed. Quadratic: for tests, pictures and the reference."""
         return self.multiplicity() > 0
@@ -77,7 +105,8 @@ class BlockPlan(PlanRows):
         return totals_of(self, self.sums())
 
     def kept_pairs(self) -> int:
-        """Query-key pairs computed, over all samples and plan heads. Counted by arithmetic, nothing quadratic."""
+        """Query-key pairs computed, over all samples and plan heads, anchors included. Counted by arithmetic, nothing
+        quadratic."""
         return self.totals().kept_pairs()
 
     def visited_tiles(self) -> float:
@@ -85,7 +114,7 @@ class BlockPlan(PlanRows):
         return self.totals().visited_tiles()
 
     def density(self) -> float:
-        """Pairs kept / causal pairs, over the valid queries of all samples and heads."""
+        """Pairs computed / causal pairs, over the valid queries of all samples and heads."""
         return self.totals().density()
 
     def tile_density(self) -> float:

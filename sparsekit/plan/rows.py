@@ -92,6 +92,8 @@ class PlanRows:
             they alone decide the finish, so kernels may cut them over keys. 0 where not known.
         on_grid: whether the host knows that each tile starts at a multiple of `block_kv`.
         ranked: keys in order of importance with an early stop, in place of rows; one plan sample a sample.
+        correct_every: above 0: outputs are corrected by dense attention's for every n-th query, n this number
+            (`BlockPlan.anchors`). A property of the result: the pairs above are those before the correction.
         memo: what executions derived from this plan and learnt of it, by the names in memo.py. Nothing above changes.
 
     Raises:
@@ -112,6 +114,7 @@ class PlanRows:
     long_rows: int = 0
     on_grid: bool = False
     ranked: Ranked | None = None
+    correct_every: int = 0
     memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,8 @@ class PlanRows:
         rows = samples * g.rows
         if samples != g.batch and (samples != 1 or not g.uniform):
             raise SparsekitError(f"plan of {samples} samples: want {g.batch}, the batch, or 1 if all are alike.")
+        if g.q_step > 1 and not self.all_dense:
+            raise SparsekitError(f"plan of every {g.q_step}th query: only a dense one can be, without any tensor.")
         if (self.row_ptr is None) != (self.entries is None) or (self.tokens is None) != (self.token_bits is None):
             raise SparsekitError("plan: row_ptr comes with entries, and tokens with token_bits.")
         if self.row_ptr is None:
@@ -182,7 +187,8 @@ class PlanRows:
     def to(self: Plan, device: torch.device | str) -> Plan:
         moved: dict[str, Any] = {name: upload(t, device) for name, t in self._row_tensors.items()}
         ranked = None if self.ranked is None else self.ranked.to(device)
-        known: dict[str, Any] = {"long_rows": self.long_rows, "on_grid": self.on_grid}
+        names = ("long_rows", "on_grid", "correct_every")
+        known: dict[str, Any] = {name: getattr(self, name) for name in names}
         plan = type(self)(self.geometry, self.samples, self.heads, ranked=ranked, **known, **moved)
         if self.visited is not None:
             plan.memo[VISITED] = upload(self.visited, device)

@@ -21,6 +21,9 @@ def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> Bloc
 
     A plan whose head dimension is 1 serves every head given to it; one with as many heads as `plan_of_head` serves
     head h with its own head h. Single columns are kept; tiles are those of the plan with the fewest keys a tile.
+
+    Raises:
+        SparsekitError: plans that do not fit together, or are corrected differently where they are not dense.
     """
     heads, used = len(plan_of_head), sorted(set(plan_of_head))
     if any(plan.heads not in (1, heads) for plan in plans):
@@ -33,6 +36,9 @@ def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> Bloc
         return dense_plan(geometry)
     if len(used) == 1:
         return plans[used[0]]
+    corrections = {plans[i].correct_every for i in used if not plans[i].all_dense}
+    if len(corrections) > 1:
+        raise SparsekitError(f"plans of one layer with correct_every {sorted(corrections)}: they must share it.")
     if any(plans[i].ranked is not None for i in used):
         raise SparsekitError("a ranked plan is a layer's only one: it cannot be stacked with those of other heads.")
     parts = [plans[i].with_block_kv(block_kv) if plans[i].row_ptr is not None else plans[i] for i in used]
@@ -60,6 +66,7 @@ def stack_heads(plans: Sequence[BlockPlan], plan_of_head: Sequence[int]) -> Bloc
         order=heaviest_first(work),
         long_rows=max(part.long_rows for part in parts),
         on_grid=all(part.on_grid for part in parts),
+        correct_every=corrections.pop(),
     )
 
 
@@ -141,10 +148,16 @@ def _stacked_rules(
         return None
     rules = []
     for part in parts:
-        none = torch.zeros(1, 1, 3, dtype=torch.int32, device=device)  # of a part without RULE tiles: never read
+        none = _no_rule(device)
         rule = none if part.rule is None else part.rule
         rules.append(rule.expand(part.samples, part.heads, 3).flatten(0, 1))
     return torch.cat(rules)[block].view(*form, 3)
+
+
+@per_geometry
+def _no_rule(device: torch.device) -> Tensor:
+    """int32 (1, 1, 3), of a part without RULE tiles, in which no row is dense by a rule."""
+    return upload(torch.tensor([[[0, 0, 2**31 - 1]]], dtype=torch.int32, device="cpu"), device)
 
 
 def _stacked_columns(

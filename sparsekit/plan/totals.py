@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sparsekit.call.geometry import Geometry, Span
 from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds
 from sparsekit.plan.entries import CAUSAL, RULE, unpack
 from sparsekit.plan.rows import PlanRows, Ranked
@@ -23,6 +24,7 @@ class PlanTotals:
 
     Attributes:
         sums: `BlockPlan.sums()`.
+        anchors: pairs and tiles of the rows by which the others are corrected, over all samples and plan heads.
         repeats: samples that share each plan sample.
         causal_pairs, causal_tiles: of dense attention, over all samples and plan heads.
         nbytes: of the plan's tensors.
@@ -34,13 +36,14 @@ class PlanTotals:
     causal_pairs: int
     causal_tiles: int
     nbytes: int
+    anchors: tuple[int, int] = (0, 0)
 
     def kept_pairs(self) -> int:
-        return int(self.sums[0]) * self.repeats
+        return int(self.sums[0]) * self.repeats + self.anchors[0]
 
     def visited_tiles(self) -> float:
         _, tiles, columns = self.sums.tolist()
-        return float((tiles + columns / self.block_kv) * self.repeats)
+        return float((tiles + columns / self.block_kv) * self.repeats) + self.anchors[1]
 
     def density(self) -> float:
         return self.kept_pairs() / self.causal_pairs if self.causal_pairs else 1.0
@@ -51,10 +54,23 @@ class PlanTotals:
 
 def totals_of(plan: PlanRows, sums: Tensor) -> PlanTotals:
     """A plan's totals without its tensors; the host does not wait."""
-    repeats = plan.geometry.batch if plan.samples == 1 else 1
-    pairs = plan.heads * sum(span.causal_pairs for span in plan.geometry.spans)
-    tiles = plan.heads * repeats * int(causal_tiles(plan.geometry, plan.samples).sum())
-    return PlanTotals(sums, repeats, plan.block_kv, pairs, tiles, plan.nbytes)
+    g = plan.geometry
+    repeats, anchors = g.batch if plan.samples == 1 else 1, (0, 0)
+    if plan.correct_every:
+        anchors = _all_causal(replace(g, q_step=plan.correct_every), plan.heads)
+    pairs, tiles = _all_causal(g, plan.heads)
+    return PlanTotals(sums, repeats, plan.block_kv, pairs, tiles, plan.nbytes, anchors)
+
+
+def _all_causal(g: Geometry, heads: int) -> tuple[int, int]:
+    """Pairs and tiles of dense attention, of all samples and `heads` heads."""
+    samples = 1 if g.uniform else g.batch
+    tiles = int(causal_tiles(g, samples).sum()) * (g.batch // samples)
+    return heads * sum(_causal_pairs(g, span) for span in g.spans), heads * tiles
+
+
+def _causal_pairs(g: Geometry, span: Span) -> int:
+    return span.causal_pairs if g.q_step == 1 else span.anchor_pairs(g.q_step)
 
 
 def plan_sums(plan: PlanRows) -> Tensor:
@@ -65,7 +81,7 @@ def plan_sums(plan: PlanRows) -> Tensor:
 
 
 def _dense_sums(plan: PlanRows) -> Tensor:
-    pairs = sum(span.causal_pairs for span in plan.spans())
+    pairs = sum(_causal_pairs(plan.geometry, span) for span in plan.spans())
     tiles = int(causal_tiles(plan.geometry, plan.samples).sum())
     return torch.tensor([plan.heads * pairs, plan.heads * tiles, 0], dtype=torch.int64, device="cpu")
 

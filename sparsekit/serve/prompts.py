@@ -10,9 +10,10 @@ window, dense last rows) and make a chunk cheap:
   stays; sinks stay below `sink`; and since the gap is only made smaller by whole tiles and pages, a plan for a chunk
   in the middle of a prompt serves all of its size.
 
-Patterns without a rule, or whose heads differ in their dense rows, need all keys so far. Keys in pages are read where
-they are, but for two copies: dynamic patterns estimate from keys in one piece; and where their plan's tiles start
-anywhere, which no form of the kernel reads at full speed in pages, the values are copied beside them.
+Patterns without a rule, or whose rows are corrected, or whose heads differ in their dense rows, need all keys so far.
+Keys in pages are read where they are, but for two copies: dynamic patterns estimate from keys in one piece; and where
+their plan's tiles start anywhere, which no form of the kernel reads at full speed in pages, the values are copied
+beside them.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def part_of(
 
 
 def _rules(patterns: Sequence[Pattern], span: Span) -> tuple[TokenRule, ...] | None:
-    """Each pattern's token rule for the span, or None where one has none."""
+    """Each pattern's token rule for the span, or None where one has none, or is corrected by dense rows."""
+    if any(pattern.correct_every for pattern in patterns):
+        return None
     rules = [rule_of(x, span) if isinstance(x, StaticPattern) else None for x in patterns]
     exact = [rule.checked(span) for rule in rules if rule is not None]
     return tuple(exact) if len(exact) == len(rules) else None
@@ -176,7 +179,8 @@ def attend_part(
     else:
         plans = SharedPlans() if plans is None else plans
         reused = patterns.reused
-        estimates = reused is None or None in reused.heads
+        static = all(isinstance(pattern, StaticPattern) for pattern in patterns.patterns)
+        estimates = not static and (reused is None or None in reused.heads)
         k = keys.gathered_k(part.geometry) if estimates else keys.k
         if reused is not None and not plans.has((request, reused.layer)) and _dense_there(patterns, part, q.device):
             plans.keep((request, reused.layer), dense_plan(part.geometry))

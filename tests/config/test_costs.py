@@ -427,3 +427,57 @@ def test_layers_of_several_patterns_are_drawn() -> None:
     half = explain({"model": facts, "heads": {"0-2": {"0,3": "triangle"}}}, 4096)
     whole = explain({"model": facts, "default": "triangle"}, 4096)
     assert half.layers[0].tiles == (whole.layers[0].tiles + whole.layers[0].dense_tiles) / 2  # type: ignore[operator]
+
+
+# ---- corrected by dense rows
+
+
+def test_a_correction_costs_its_anchors() -> None:
+    """1 / every of the dense layer, for all heads of the layer, and the tiles of 128 such rows."""
+    tokens, every = 131072, 64
+    bare, row = (only(Triangle(correct_every=n), tokens, heads=32) for n in (None, every))
+    pairs = 32 * sum(p + 1 for p in range(0, tokens, every))
+    assert bare.pairs is not None and row.pairs is not None and row.tiles is not None and bare.tiles is not None
+    assert row.pairs == bare.pairs + pairs
+    assert pairs / row.dense_pairs == pytest.approx(1 / every, rel=1e-3)
+    assert row.tiles - bare.tiles == 32 * sum(-(-(r * 128 + 127) * every // 64) + 1 for r in range(16))
+    assert row.density == pytest.approx(bare.density + 1 / every, rel=1e-3)  # type: ignore[operator]
+    assert row.pattern == "triangle(sink_tokens=8, window_tokens=512, last_tokens=128, correct_every=64)"
+
+
+def test_dense_heads_pay_for_the_correction_of_the_others() -> None:
+    data = {
+        "model": {"num_layers": 1, "num_heads": 4},
+        "default": {"name": "triangle", "correct_every": 64},
+        "heads": {"0": {"0-2": "dense"}},
+    }
+    corrected = explain(data, 4096).layers[0]
+    bare = explain({**data, "default": "triangle"}, 4096).layers[0]
+    assert corrected.pairs == bare.pairs + 4 * sum(p + 1 for p in range(0, 4096, 64))  # type: ignore[operator]
+
+
+def test_a_bound_holds_the_anchors() -> None:
+    bare, row = (only(BlockTopK(top_k=4, correct_every=n), 8192) for n in (None, 64))
+    assert row.density is None
+    assert row.density_at_most == pytest.approx(bare.density_at_most + 1 / 64, rel=0.02)  # type: ignore[operator]
+
+
+def test_heads_of_one_layer_are_corrected_alike() -> None:
+    data = {
+        "model": {"num_layers": 2, "num_heads": 4},
+        "default": {"name": "triangle", "correct_every": 64},
+        "heads": {"1": {"0-2": "a_shape"}},
+    }
+    with pytest.raises(
+        SparsekitError, match=r"layer 1: correct_every differs between heads \(a_shape: null, triangle:"
+    ):
+        explain(data, 4096)
+
+
+def test_a_sliding_layer_is_not_corrected() -> None:
+    """Its rows see a window; dense ones would see more than the model's."""
+    window = {"name": "a_shape", "sink_tokens": 0, "window_tokens": 512}
+    facts = {"num_layers": 1, "num_heads": 4, "sliding_window": 512}
+    assert explain({"model": facts, "layers": {"0": window}}, 4096).layers[0].runs == "sparse"
+    with pytest.raises(SparsekitError, match=r"layer 0: .* cannot replace a sliding_attention layer"):
+        explain({"model": facts, "layers": {"0": {**window, "correct_every": 64}}}, 4096)

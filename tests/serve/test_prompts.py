@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparsekit
 from sparsekit import SparsekitError, load
 from sparsekit.call import keys as keys_module
 from sparsekit.call.geometry import Span
@@ -156,6 +157,33 @@ def test_a_layer_reuses_what_the_engine_ran_dense() -> None:
     q, k, v = _inputs(700)
     with pytest.raises(SparsekitError, match="layer 1 reuses the plan of layer 0, which made none in this forward"):
         attend_part(long, second, q, _paged(k, v, 16).at(long.reads), Softmax(0.3), torch.empty_like(q), SharedPlans())
+
+
+@pytest.mark.parametrize("name", ["triangle", "dense heads", "block_topk"])
+def test_corrected_chunks_over_pages_are_the_chunks_in_one_piece(name: str) -> None:
+    """They need all keys, and run to the prompt's end: dense rows that correct none are in no need of the engine."""
+    pattern = {"name": "block_topk", "top_k": 2} if name == "block_topk" else TRIANGLE
+    layer = _layer({**pattern, "correct_every": 64}, "dense", of_head=(0, 1, 0, 1) if name == "dense heads" else ())
+    if name != "dense heads":
+        layer = _layer({**pattern, "correct_every": 64})
+    prompt, softmax = 1100, Softmax(0.4, None, torch.tensor([0.0, 1.0, -torch.inf, 3.0]))
+    q, k, v = _inputs(prompt)
+    keys = _paged(k, v, 16)
+    for first, end in ((0, 500), (500, 1100)):
+        part = part_of(layer, Chunk(first, end, prompt), CPU, page=16)
+        assert part is not None
+        assert (part.end, part.reads, part.rules) == (end, ((0, end),), None)
+        out = torch.full_like(q[first:end], torch.nan)
+        plan = attend_part(part, layer, q[first:end], keys.at(part.reads), softmax, out)
+        assert plan.correct_every == 64
+        some, geometry = [x[None].transpose(1, 2) for x in (q[first:end], k[:end], v[:end])], part.geometry
+        for head, i in enumerate(layer.pattern_of_head):
+            alone = sparsekit.attention(
+                *some, layer.patterns[i], geometry=geometry, scale=0.4, sink_logits=softmax.sink_logits
+            )
+            assert isinstance(alone, Tensor)
+            torch.testing.assert_close(out[:, head], alone[0, head], atol=2e-5, rtol=2e-5)
+    assert dense_tail(layer.patterns, 1 << 16) is None
 
 
 def test_the_middle_of_a_prompt_reads_sinks_a_window_and_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_apart, check_fits, check_out, check_tensors, refuse_transforms
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels.choose import Attend, Choice, choose_row
+from sparsekit.kernels.attend.correct import anchor_queries, correct
+from sparsekit.kernels.choose import Attend, Choice, Implementation, choose_row
 from sparsekit.plan import BlockPlan, out_of_range
 from sparsekit.plan.memo import RUN
 
@@ -136,16 +138,37 @@ def prepare(
             raise SparsekitError(
                 f"plan with {plan.heads} heads: want 1, {key_heads} (key heads) or {heads} (query heads)."
             )
+        if plan.correct_every and return_lse:
+            raise SparsekitError(
+                f"return_lse: outputs that are corrected by every {plan.correct_every}th row are no longer a softmax."
+            )
         row, choice = choose_row(q.device, impl, (q, keys, plan, softmax, return_lse, out))
         if row.name != "reference":
             _check_plan_device(q, plan)
         if wrong := out_of_range(plan):
             raise SparsekitError(f"plan: {wrong}.")
-        found = plan.memo[call] = row.run, choice
+        run = row.run if plan.anchors is None else partial(_run_corrected, row, impl)
+        found = plan.memo[call] = run, choice
     if out is not None:
         check_apart(out, q, k, v)
     plan.memo.touch()
     return found
+
+
+def _run_corrected(
+    row: Implementation, impl: str | None,
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The anchors' rows, and the call's corrected by them."""
+    anchors = plan.anchors
+    assert anchors is not None
+    some = anchor_queries(q, anchors.geometry)
+    dense, _ = prepare(some, keys, anchors, softmax, impl=impl)[0](some, keys, anchors, softmax, False, None)
+    made = None if row.corrected is None else row.corrected(q, keys, plan, softmax, dense, out)
+    if made is None:
+        made, _ = row.run(q, keys, plan, softmax, False, out)
+        correct(made, dense, plan, impl)
+    return made, None
 
 
 def check_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

@@ -43,6 +43,7 @@ from sparsekit.kernels.primitives import (
     _mask_tile,
     _offset,
     _place,
+    _query_positions,
     _softmax_step,
     _store_rows,
 )
@@ -67,7 +68,7 @@ def _attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PLAN_HEADS: tl.constexpr, AT_ONCE: tl.constexpr, SUB_Q: tl.constexpr,
     SUB_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, COLUMN_GROUPS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, Q_STEP: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one head. Pointers that a call does not need are None, and their code is not compiled."""
     # Consecutive programs walk the query heads of one row, so that the heads of a key head share K and V in L2.
@@ -86,14 +87,18 @@ def _attend(
         n_chunks = tl.where(is_long, chunks, 1)
         i_item = tl.where(is_long, i_item // chunks, i_item - long_rows * (chunks - 1))
     i_sample, i_tile, i_batch, pos0, row0, start, q_first, q_end, keys = _place(
-        i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM
+        i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM, Q_STEP
     )
     i_key_head = i_head // GROUP
     i_plan_head = i_head // (HEADS // PLAN_HEADS)
     i_row = (i_sample * PLAN_HEADS + i_plan_head) * rows + i_tile
     q_low = tl.maximum(pos0, q_first)
-    q_high = tl.minimum(pos0 + BM, q_end)  # one past the last query
-    q_pos = pos0 + tl.arange(0, BM)
+    if Q_STEP > 1:
+        last = tl.minimum(pos0 + (BM - 1) * Q_STEP, (q_end - 1) // Q_STEP * Q_STEP)
+        q_high = tl.minimum(tl.maximum(last, q_first) + 1, q_end)
+    else:
+        q_high = tl.minimum(pos0 + BM, q_end)  # one past the last query
+    q_pos = _query_positions(pos0, q_first, tl.arange(0, BM), Q_STEP)
     factor = LOG2E if SOFTCAP else scale * LOG2E
 
     causal_steps = tl.where(q_high > q_low, (q_high + BN - 1) // BN, 0)
@@ -235,6 +240,7 @@ def _merge(
     p_part, p_out, p_lse, p_sink, p_span, p_order, o_batch, o_head, o_token,
     q_offset, q_len, rows, samples, batch_per, chunks,
     HEADS: tl.constexpr, SUB_Q: tl.constexpr, BM: tl.constexpr, STRIP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    Q_STEP: tl.constexpr,
 ):  # fmt: skip
     """Rows that were cut over keys: partial softmaxes joined in order, so that a result repeats bit for bit."""
     i_program = tl.program_id(0)
@@ -242,7 +248,7 @@ def _merge(
     i_head = i_program // (BM // STRIP) % HEADS
     i_item = i_program // (BM // STRIP) // HEADS
     _, _, i_batch, pos0, row0, _, q_first, q_end, _ = _place(
-        i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM
+        i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM, Q_STEP
     )
     lane = strip + tl.arange(0, STRIP)
     m = tl.full([STRIP], MASKED, tl.float32)
@@ -258,7 +264,7 @@ def _merge(
         b_one = tl.load(p_one + lane[:, None] * DP + tl.arange(0, DP)[None, :])
         acc = acc * old[:, None] + b_one * new[:, None]
         m = m_new
-    q_pos = pos0 + lane
+    q_pos = _query_positions(pos0, q_first, lane, Q_STEP)
     out, lse = _finish(m, norm, acc, p_sink, i_head, (q_pos >= q_first) & (q_pos < q_end))
     _store_rows(
         out, lse, p_out, p_lse, o_batch, o_head, o_token, i_batch, i_head, HEADS, row0 + strip, q_len, D, DP, False
@@ -428,7 +434,7 @@ def _make_launch(q: Tensor, keys: Keys, plan: BlockPlan, tile: Tile, capability:
     if plan.tokens is not None and plan.token_bits is not None:
         n_tokens, n_words = plan.tokens.shape[-1], plan.token_bits.shape[-1]
         groups = _padded(max(-(-n_tokens // COLUMN_BLOCK), 1))
-    shared = {"HEADS": heads, "SUB_Q": sub_q, "BM": tile.block_m, "D": dim, "DP": padded_dim}
+    shared = {"HEADS": heads, "SUB_Q": sub_q, "BM": tile.block_m, "D": dim, "DP": padded_dim, "Q_STEP": g.q_step}
     options = {
         **shared,
         "GROUP": heads // key_heads,
@@ -454,8 +460,9 @@ def _make_launch(q: Tensor, keys: Keys, plan: BlockPlan, tile: Tile, capability:
     )  # fmt: skip
     return _Launch(
         device=q.device,
-        padded=any(span.q_end - span.q_first != q_len for span in g.spans),
-        early=any(g.q_index(b, span.q_first // plan.block_q * plan.block_q) < 0 for b, span in enumerate(g.spans)),
+        padded=g.padded,
+        early=g.q_step == 1
+        and any(g.q_index(b, span.q_first // plan.block_q * plan.block_q) < 0 for b, span in enumerate(g.spans)),
         tma=_has_tma(q.device) and not keys.page,
         grid=(items * heads,),
         merge_grid=(long_rows * per_row * heads * (tile.block_m // STRIP) if chunks > 1 else 0,),

@@ -198,7 +198,7 @@ def attend_ranked_triton(
             f"a ranked plan of {plan.samples} samples and {plan.heads} heads: want the batch, {batch}, and the query "
             f"heads, {heads}."
         )
-    padded = any(span.q_end - span.q_first != q_len for span in g.spans)
+    padded = g.padded
     out = output(q, out, padded)
     lse = None
     if return_lse:

@@ -117,7 +117,7 @@ def _check(
     heads, key_heads, dim = size
     x = structured(tokens, heads=heads, key_heads=key_heads, dim=dim, device=setting.device, dtype=dtype)
     q, k, v = x.q, x.k, x.v
-    plan = _select(pattern, q, k, geometry_for(q, k))
+    plan = _select(pattern, q, k, geometry_for(q, k)).corrected(0)  # a mask says nothing of the correction
     where = f"{pattern} at {tokens} tokens"
     timed = attend(q, k, v, plan, impl=setting.impl)
     assert isinstance(timed, Tensor)
@@ -179,7 +179,7 @@ def _line(error: Exception) -> str:
 def _select(pattern: Pattern, q: Tensor, k: Tensor, geometry: Geometry) -> BlockPlan:
     softmax = Softmax(q.shape[-1] ** -0.5)
     estimate = pattern.select if isinstance(pattern, DynamicPattern) else pattern.plan
-    return estimate(q, k, tiled_for(pattern, geometry, q), softmax)
+    return estimate(q, k, tiled_for(pattern, geometry, q), softmax).corrected(pattern.correct_every)
 
 
 def _attend_lse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str | None) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,7 @@ def _method_row(pattern: Pattern, x: Inputs, dense: Tensor, at: Tensor, dense_su
         return got
 
     l1, l2 = output_error(attention(), dense)
-    _, lse = _attend_lse(q, k, v, plan, setting.impl)
+    _, lse = _attend_lse(q, k, v, plan.corrected(0), setting.impl)
     share = recall(lse[:, :, at.to(lse.device)], dense_sum)
     if bool((share > 1 + RECALL_SLACK).any()):
         raise SparsekitError(f"{pattern}: recall {float(share.max()):.4f} of a row: a pair is counted twice.")

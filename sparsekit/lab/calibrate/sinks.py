@@ -266,7 +266,7 @@ def _kept(
     Kept pairs have the sum exp(lse) of exponentials, all pairs exp(dense lse): their ratio is the mass that is kept,
     and the sparse output times it is the kept pairs' sum of P V. No mask is made.
     """
-    plan = patterns.plan(q, k, geometry_for(q, k), softmax, plans)
+    plan = patterns.plan(q, k, geometry_for(q, k), softmax, plans).corrected(0)
     out, lse = attend(
         q.detach(),
         k.detach(),

@@ -109,7 +109,8 @@ class Meter:
             if pairs is not None:
                 counts.kept_pairs += pairs
                 return
-            sums = plan_totals(plan).sums[0].double() * (heads / plan.heads)
+            totals = plan_totals(plan)
+            sums = (totals.sums[0].double() + totals.anchors[0]) * (heads / plan.heads)
             counts.on_device = sums if counts.on_device is None else counts.on_device + sums
             if counts.on_device.is_cuda:  # another thread reads it, on another stream
                 counts.summed = torch.cuda.Event()

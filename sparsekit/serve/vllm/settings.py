@@ -54,7 +54,8 @@ class Served:
 
     Attributes:
         digest: of all that it says: pages of two configs with the same one hold the same.
-        tail: last rows of a prompt that it makes dense; None: a dynamic pattern, whose rows depend on later ones.
+        tail: last rows of a prompt that it makes dense; None: a dynamic pattern, whose rows depend on later ones, or a
+            correction, by which a chunk's first rows depend on where it begins.
     """
 
     name: str
@@ -145,8 +146,9 @@ def settings_of(source: Any, facts: ModelFacts) -> Settings:
         settings = _several(source, facts, exact)
     if exact and (dynamic := [name for name, served in settings.configs.items() if served.tail is None]):
         raise SparsekitError(
-            f"{KEY}.exact_prefix: {dynamic[0]!r} has patterns whose choice depends on later rows, so that no prefix of "
-            "theirs is exact; leave exact_prefix out, or vLLM's prefix cache (--no-enable-prefix-caching)."
+            f"{KEY}.exact_prefix: {dynamic[0]!r} has patterns whose choice depends on later rows, or whose correction "
+            "depends on where chunks begin, so that no prefix of theirs is exact; leave exact_prefix out, or "
+            "vLLM's prefix cache (--no-enable-prefix-caching)."
         )
     return settings
 

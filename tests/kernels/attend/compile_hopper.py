@@ -21,7 +21,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper import host
-from sparsekit.plan import TokenRule, plan_from_block_mask, plan_from_rule
+from sparsekit.plan import TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
 PER_STEP = {64: 12, 128: 16, 256: 20}  # instructions of Q K^T and P V, 16 deep each, by head size
 
@@ -36,6 +36,9 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
     if columns:
         tokens, bits = torch.zeros(1, 1, 100, dtype=torch.int32), torch.zeros(plan.rows, 4, dtype=torch.int32)
         plan = replace(plan, rule=None, tokens=tokens, token_bits=bits)
+    if every := re.search(r"every(\d+)", more):
+        plan = dense_plan(plan.geometry.anchors(int(every[1])))
+        q = torch.empty(1, 8, plan.geometry.q_rows, dim, dtype=dtype)
     softmax = Softmax(0.1, None, torch.zeros(8) if sinks else None)
     keys = Keys(k, k)
     if page := re.search(r"page(\d+)", more):
@@ -43,7 +46,9 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
         k_pages, v_pages = torch.empty(300, 2, size, 2 * dim, dtype=dtype).split(dim, -1)
         keys = Keys(k_pages, v_pages, torch.zeros(1, 2048 // size, dtype=torch.int32))
         assert host.covers(q, keys, plan, softmax, bool(lse)) == []
-    kernel = host.compile_form(q, keys, plan, softmax, bool(lse))
+    dense = torch.empty(1, 8, 32, dim, dtype=dtype) if "corrected" in more else None
+    plan = plan.corrected(64 if dense is not None else None)
+    kernel = host.compile_form(q, keys, plan, softmax, bool(lse), dense)
     said, cubin = ptxas(kernel.asm["ptx"], 90)
     sass = _disassembled(cubin)
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]

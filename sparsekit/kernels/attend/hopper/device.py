@@ -14,11 +14,20 @@ A work item is 8 int32, by the names in items.py:
     COUNT   steps over entries, plus steps over single columns << COLUMN_SHIFT. 0: nothing to do, skip.
     KV      key index of position 0.
     KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; EMPTY for a row that keeps nothing; how
-            many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT; NARROW: before all steps comes one
-            of NARROW_KEYS keys from position 0 on, of which the rule's sinks are kept; how many entries of a listed
-            item's last step are missing, << MISSING_SHIFT.
+            many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT (in all bits from there on where no
+            item is listed); NARROW: before all steps comes one of NARROW_KEYS keys from position 0 on, of which the
+            rule's sinks are kept; how many entries of a listed item's last step are missing, << MISSING_SHIFT.
     SLOT    place of a partial result in the workspace, or -1.
     PLAN    the plan's row, for token bits.
+
+Q_STEP above 1: q holds every Q_STEP-th query, and its row r is the query at position `r // PACK * Q_STEP`, from the
+first one's block on (`Span.anchor`). PACK query heads of a key head are then rows beside one another, and count as one
+head: a tile spans that much fewer positions, and less of it lies across the diagonal. Tiles are far apart, and share
+keys in L2 only if they walk them from the same end: steps go up from START, and the last ones cross the diagonal.
+
+CORRECT above 0, a divisor of 64: to each row is added what dense attention changes in its anchor, the first query of
+its block of CORRECT positions (`correct.py`), but for rows that are dense. A block lies within the 64 rows of one
+consumer, which copies its anchors' rows to the others by a product with a matrix of zeros and ones.
 
 HALVES: the plan has rows of 64 queries, two to an item, and a step that one of them needs alone is passed by the other
 consumer: it frees the buffers and computes nothing. Then the last two columns are (halves.py makes the list so)
@@ -132,9 +141,15 @@ def _receive(mail, i):
 
 
 @gluon.jit
-def _step(p_entries, start, i, count, kind, BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr):
+def _step(
+    p_entries, start, i, count, kind,
+    BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, Q_STEP: gl.constexpr,
+):  # fmt: skip
     """Step i of an item: `position of its first key * 4 + flags`."""
-    dense = (start - i) * (4 * BN) + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
+    if Q_STEP > 1:
+        dense = (start + i) * (4 * BN) + (i >= count - (kind >> DIAGONAL_SHIFT)).to(gl.int32)
+    else:
+        dense = (start - i) * (4 * BN) + (i < (kind >> DIAGONAL_SHIFT)).to(gl.int32)
     if not LISTED:
         return dense
     else:
@@ -420,7 +435,7 @@ def _produce(
     v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items, heads, group,
     rule_sample, rule_head, heads_per_plan, heads_per_pool, table_sample, keys,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr, PAGE: gl.constexpr,
+    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr, PAGE: gl.constexpr, Q_STEP: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -460,8 +475,8 @@ def _produce(
                 e = _parts_flags(p_entries, start, 0, listed, kind, BN, PARTS)
                 e1 = _parts_flags(p_entries, start, 1, listed, kind, BN, PARTS)
             else:
-                e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED)
-                e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
+                e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
             _send(mail, m_slot * MAIL + ROW, row)
             _send(mail, m_slot * MAIL + HEAD, sample_head)
@@ -506,7 +521,7 @@ def _produce(
             for i in range(1, steps):
                 now = e1
                 if PARTS == 1:
-                    e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+                    e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
                 _load_step(
                     d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, ks.index(slot), vs.index(slot),
                     k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
@@ -533,7 +548,7 @@ def _advance(
     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns, hidden,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
-    COLUMNS: gl.constexpr, HALVES: gl.constexpr,
+    COLUMNS: gl.constexpr, HALVES: gl.constexpr, Q_STEP: gl.constexpr,
 ):  # fmt: skip
     """Step i of a row: Q K^T and softmax of this step, P V of the one before, whose buffer is `before`."""
     STAGES: gl.constexpr = ks.shape[0]
@@ -547,7 +562,7 @@ def _advance(
         if PARTS > 1:
             e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
         else:
-            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
     zero = gl.zeros([HALF, BN], gl.float32, L)
     s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
     o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
@@ -556,7 +571,7 @@ def _advance(
     s = _cap(s, cap_scale, CAP)
     if COLUMNS:
         s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
-    elif LISTED or BN < 2 * HALF:  # else only the first step of a tile crosses the diagonal
+    elif LISTED or BN < 2 * HALF or Q_STEP > 1:  # else only the first step of a tile crosses the diagonal
         if (now & 3) != 0:
             s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
         if HALVES:
@@ -589,7 +604,7 @@ def _pass(
     if PARTS > 1:
         e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
     else:
-        e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED)
+        e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, 1)
     mbarrier.arrive(k_free.index(slot), count=1)
     # A phase that nobody waits for could be taken for the next but one.
     mbarrier.wait(v_full.index(slot), phase)
@@ -610,10 +625,11 @@ def _hide(s, hidden):
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
     p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
-    scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample,
+    scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
     WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
     CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
     EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
+    Q_STEP: gl.constexpr, PACK: gl.constexpr, CORRECT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -668,7 +684,12 @@ def _consume(
         e = _receive(mail, m_slot * MAIL + STEP_0)
         e1 = _receive(mail, m_slot * MAIL + STEP_1)
         lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
-        query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
+        if Q_STEP > 1:
+            first = gl.maximum(q_offset - kv_start, 0)
+            query = gl.maximum((first // Q_STEP + (row + lane) // PACK) * Q_STEP, first)
+            query = gl.where((kind & EMPTY) != 0, -1, query)
+        else:
+            query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
         low = query
         if RULE:
@@ -739,7 +760,7 @@ def _consume(
                     acc, l, m, pb, e, slot, phase, before = _advance(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                         query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True,
+                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, Q_STEP,
                     )  # fmt: skip
                 else:
                     e, slot, phase = _pass(
@@ -750,14 +771,14 @@ def _consume(
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False,
+                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, Q_STEP,
                 )  # fmt: skip
         if COLUMNS:
             for i in range(gl.maximum(listed, 1), steps):
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits,
-                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False,
+                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, Q_STEP,
                 )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
@@ -771,6 +792,12 @@ def _consume(
         part = -1
         if SPLIT:
             part = _receive(mail, m_slot * MAIL + SLOT)
+        pos0 = row
+        dense_from = FAR
+        if CORRECT > 0:
+            pos0 = row + q_offset - _receive(mail, m_slot * MAIL + KV)
+            if RULE:
+                dense_from = _receive(mail, m_slot * MAIL + DENSE_FROM)
         mbarrier.arrive(m_free.index(m_slot), count=1)
         m_slot, m_phase = _next(m_slot, m_phase, 2)
         lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
@@ -793,6 +820,14 @@ def _consume(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(before), count=1)
         result = gl.where(gl.expand_dims(kept, 1), acc * gl.expand_dims(factor, 1), 0.0)
+        if CORRECT > 0:
+            if (kind & DENSE) == 0:
+                changes = kept & (pos0 + lane_o < dense_from)
+                first = gl.maximum(pos0 - row, 0)
+                result = _corrected(
+                    result, changes, pos0, first, p_anchors + sample_head.to(gl.int64) * anchors * D,
+                    os.index(WHO), WHO, CORRECT,
+                )  # fmt: skip
         whole = part < 0
         if LSE:
             lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
@@ -828,6 +863,32 @@ def _consume(
 
 
 @gluon.jit
+def _corrected(result, changes, pos0, first, p_anchors, staging, WHO: gl.constexpr, CORRECT: gl.constexpr):
+    """result (HALF, D), and in rows that change, dense - sparse of their anchors.
+
+    pos0, first: positions of the item's first row and of this call's first query. p_anchors: dense rows (anchors, D).
+    """
+    HALF: gl.constexpr = result.shape[0]
+    D: gl.constexpr = result.shape[1]
+    LO: gl.constexpr = result.type.layout
+    LA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    start = pos0 + WHO * HALF
+    sparse = staging.reshape([HALF, D])
+    sparse.store(result.to(staging.dtype))
+    fence_async_shared()
+    anchor = gl.maximum((start + gl.arange(0, HALF, gl.SliceLayout(1, LA))) // CORRECT * CORRECT, first) - start
+    copies = gl.expand_dims(anchor, 1) == gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, LA)), 0)
+    copies = gl.convert_layout(copies.to(staging.dtype), gl.DotOperandLayout(0, LO, 2))
+    before = warpgroup_mma(copies, sparse, gl.zeros([HALF, D], gl.float32, LO), use_acc=False, is_async=True)
+    block = (start + gl.arange(0, HALF, gl.SliceLayout(1, LO))) // CORRECT - first // CORRECT
+    d = gl.arange(0, D, gl.SliceLayout(0, LO))
+    at = p_anchors + gl.expand_dims(block.to(gl.int64) * D, 1) + gl.expand_dims(d, 0)
+    dense = gl.load(at, mask=gl.expand_dims(changes, 1), other=0.0).to(gl.float32)
+    before = warpgroup_mma_wait(0, deps=(before,))
+    return gl.where(gl.expand_dims(changes, 1), result + dense - before, result)
+
+
+@gluon.jit
 def _holds(kind, WHO: gl.constexpr, HALF: gl.constexpr):
     """Whether a half has valid rows in this item: its other rows may be another item's."""
     return ((kind & 255) < (WHO + 1) * HALF) & (((kind >> 8) & 255) > WHO * HALF)
@@ -860,7 +921,7 @@ def _store_by_tma(d_o, sample, head, row, result, staging):
 
 RUN_TIME_NUMBERS = [
     "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head",
-    "heads_per_plan", "heads_per_pool", "columns", "token_sample", "table_sample", "keys",
+    "heads_per_plan", "heads_per_pool", "columns", "token_sample", "table_sample", "keys", "anchors",
 ]  # fmt: skip
 POINTERS = [
     "p_items", "p_entries", "p_counters", "p_rule", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
@@ -874,12 +935,12 @@ POINTERS = [
 def attention(
     d_q, d_k, d_v, d_o, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v,
     p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_table, p_tokens, p_bits,
-    scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan, heads_per_pool,
-    columns, token_sample, table_sample, keys,
+    p_anchors, scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan,
+    heads_per_pool, columns, token_sample, table_sample, keys, anchors,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
     RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr,
     SPLIT: gl.constexpr, EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
-    HALVES: gl.constexpr, PAGE: gl.constexpr,
+    HALVES: gl.constexpr, PAGE: gl.constexpr, Q_STEP: gl.constexpr, PACK: gl.constexpr, CORRECT: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
@@ -915,22 +976,22 @@ def attention(
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
-                queries, q_offset, heads_per_plan, columns, token_sample,
+                queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
                 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
-                HALVES,
+                HALVES, Q_STEP, PACK, CORRECT,
             )),
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
-                queries, q_offset, heads_per_plan, columns, token_sample,
+                queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
                 1, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
-                HALVES,
+                HALVES, Q_STEP, PACK, CORRECT,
             )),
             (_produce, (
                 d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, qs, ks, vs, q_full, q_free, k_full,
                 k_free, v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items,
                 heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool, table_sample, keys, SPLIT_ENTRY,
-                PARTS, LISTED, RULE, COLUMNS, SPLIT, NARROW_FORM, HALVES, PAGE,
+                PARTS, LISTED, RULE, COLUMNS, SPLIT, NARROW_FORM, HALVES, PAGE, Q_STEP,
             )),
         ],
         [4, 1],

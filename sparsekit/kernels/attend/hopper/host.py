@@ -23,14 +23,23 @@ from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
 from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
 from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
-from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _halves, _parts, _step_keys, _Work, _works
+from sparsekit.kernels.attend.hopper.worklist import (
+    BLOCK_Q,
+    _halves,
+    _parts,
+    _step_keys,
+    _Work,
+    _works,
+    _workspace_slots,
+)
 from sparsekit.kernels.device import capability_of
 from sparsekit.plan import BlockPlan, upload
 from sparsekit.plan.memo import COVERED, HOPPER_LAUNCHES
 
-__all__ = ["attend_hopper", "compile_form", "covers", "missing", "tile"]
+__all__ = ["attend_corrected", "attend_hopper", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = (32, 64, 128)
+FARTHEST_STEP = 4096  # of queries: an item counts its steps across the diagonal in 13 bits
 PAGES = (16, 32, 64, 128, 256)
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -98,6 +107,8 @@ def _against(q: Tensor, keys: Keys, plan: BlockPlan) -> Iterator[str]:
         yield f"tile {g.block_q} x {g.block_kv}: {allowed}; 64 x 64 without a token rule, below {FARTHEST_KEY} keys"
     if plan.row_ptr is not None and plan.row_ptr.dtype != torch.int32:
         yield f"row_ptr {str(plan.row_ptr.dtype).removeprefix('torch.')}: int32"
+    if g.q_step > FARTHEST_STEP:
+        yield f"every {g.q_step}th query: at most every {FARTHEST_STEP}th"
     if g.kv_len >= MAX_TOKENS:
         yield f"{g.kv_len} keys: fewer than {MAX_TOKENS}"
     if keys.page and keys.page not in PAGES:
@@ -133,16 +144,68 @@ def attend_hopper(
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return attend_hopper(q, keys, plan, softmax, return_lse, out)
+    pack = _packed_heads(q, keys, plan, softmax)
+    if pack == 1:
+        return _run(q, keys, plan, softmax, return_lse, out)
+    made, lse = _run(_pack(q, pack), keys, plan, softmax, return_lse, None, pack)
+    made = _unpack(made, pack)
+    lse = None if lse is None else _unpack(lse[..., None], pack)[..., 0]
+    return (made if out is None else out.copy_(made)), lse
+
+
+def attend_corrected(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, dense: Tensor, out: Tensor | None = None
+) -> Tensor | None:
+    """`attend_hopper` of a plan that is corrected, in one pass over the output; None where blocks of rows, or rows that
+    are split over keys, do not allow it.
+
+    Args:
+        dense: (B, H, M, D), what `plan.anchors` gives.
+    """
+    every, dim = plan.correct_every, q.shape[3]
+    if HALF % every or dim not in (64, 128) or _halves(plan) or plan.row_ptr is None:
+        return None
+    if _workspace_slots(plan, q, keys.k, _step_keys(dim), 1):
+        return None
+    if q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return attend_corrected(q, keys, plan, softmax, dense, out)
+    return _run(q, keys, plan, softmax, False, out, dense=dense.contiguous())[0]
+
+
+def _packed_heads(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax) -> int:
+    """Query heads of a key head that lie beside one another as rows of a tile. Those of queries with a step do, unless
+    each has a sink logit of its own: 128 rows of 4 heads span a quarter of the positions, and waste that much less on
+    the diagonal."""
+    packs = plan.geometry.q_step > 1 and softmax.sink_logits is None
+    return q.shape[1] // keys.k.shape[1] if packs else 1
+
+
+def _pack(q: Tensor, pack: int) -> Tensor:
+    """(B, H, M, D) -> (B, H / pack, M * pack, D), laid out (B, rows, heads, D)."""
+    rows = q.unflatten(1, (-1, pack)).permute(0, 3, 2, 1, 4)
+    return rows.reshape(q.shape[0], q.shape[2] * pack, -1, q.shape[3]).transpose(1, 2)
+
+
+def _unpack(packed: Tensor, pack: int) -> Tensor:
+    """The way back, as a copy."""
+    return packed.unflatten(2, (-1, pack)).transpose(2, 3).flatten(1, 2)
+
+
+def _run(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None, pack: int = 1,
+    dense: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (k, v, table), sinks = keys, softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
         HOPPER_LAUNCHES, q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), softmax.scale,
         softmax.softcap, None if sinks is None else sinks.dtype, return_lse, stream,
-        None if table is None else table.stride(0),
+        None if table is None else table.stride(0), dense is None,
     )  # fmt: skip
     launches: _Launches | None = plan.memo.get(key)
     if launches is None:
-        launches = plan.memo.keep(key, _prepare(q, keys, plan, softmax, return_lse, stream))
+        launches = plan.memo.keep(key, _prepare(q, keys, plan, softmax, return_lse, stream, pack, dense))
     batch, heads, q_len, _ = q.shape
     padded = launches.padded
     out = output(q, out, padded)
@@ -151,7 +214,7 @@ def attend_hopper(
         lse.fill_(float("-inf"))
     pool = _pool(keys, plan) if launches.columns else (None, None)
     for launch in launches.launches:
-        launch.run(q, keys, out, lse, pool, sinks, stream)
+        launch.run(q, keys, out, lse, pool, sinks, stream, dense)
     return out, lse
 
 
@@ -178,9 +241,10 @@ class _Launch:
     boxes: tuple[dict[str, Any] | None, ...]
 
     def run(
-        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None, stream: int
-    ) -> None:
-        arguments, partial = self.fill(q, keys, out, lse, pool, sinks)
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None, stream: int,
+        dense: Tensor | None,
+    ) -> None:  # fmt: skip
+        arguments, partial = self.fill(q, keys, out, lse, pool, sinks, dense)
         self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
         if self.work.slots:
             _, heads, q_len, dim = out.shape
@@ -190,8 +254,9 @@ class _Launch:
             )  # fmt: skip
 
     def fill(
-        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None
-    ) -> tuple[list[Any], _Pair]:
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None,
+        dense: Tensor | None,
+    ) -> tuple[list[Any], _Pair]:  # fmt: skip
         """The call's arguments, and its workspace."""
         arguments = list(self.arguments)
         k, v, table = keys
@@ -206,24 +271,30 @@ class _Launch:
             partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
             partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
         arguments[OUT_ARGUMENT : OUT_ARGUMENT + 6] = (out, lse, sinks, partial, partial_lse, table)
+        arguments[ANCHORS_ARGUMENT] = dense
         return arguments, (partial, partial_lse)
 
 
 OUT_ARGUMENT = 13  # place of p_out, which p_lse, p_sinks, p_part, p_part_lse and p_table follow
+ANCHORS_ARGUMENT = 21  # of p_anchors
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
-def _prepare(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0) -> _Launches:
+def _prepare(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0, pack: int = 1,
+    dense: Tensor | None = None,
+) -> _Launches:  # fmt: skip
     """Work lists, descriptor contents, scalars and compiled kernels of such a call."""
-    g = plan.geometry
     columns = plan.tokens is not None and plan.token_bits is not None
-    launches = tuple(_launch(q, keys, plan, softmax, return_lse, work, stream) for work in _works(plan, q, keys.k))
-    return _Launches(launches, any(span.q_end - span.q_first != g.q_len for span in g.spans), columns)
+    works = _works(plan, q, keys.k, pack)
+    launches = tuple(_launch(q, keys, plan, softmax, return_lse, work, stream, pack, dense) for work in works)
+    return _Launches(launches, plan.geometry.padded, columns)
 
 
 def _launch(
-    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
-) -> _Launch:
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int, pack: int,
+    dense: Tensor | None,
+) -> _Launch:  # fmt: skip
     k, v, table = keys
     batch, heads, q_len, dim = q.shape
     key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
@@ -262,7 +333,7 @@ def _launch(
     if rule is not None:
         rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
         rule_head = 3 if rule.shape[1] > 1 else 0
-    early = any(
+    early = g.q_step == 1 and any(
         span.q_first // BLOCK_Q * BLOCK_Q + start < g.q_offset
         for span, start in zip(g.spans, g.kv_start, strict=True)
         if span.q_end > span.q_first
@@ -272,25 +343,25 @@ def _launch(
     flags = (
         stages, q_stages, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
         rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, q_stages == 1,
-        narrow, halves, keys.page,
+        narrow, halves, keys.page, g.q_step, pack, 0 if dense is None else plan.correct_every,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
         *boxes,
         work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, None,
-        plan.tokens, plan.token_bits,
+        plan.tokens, plan.token_bits, None,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
         len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, heads // pool_heads, width, plan.heads * width if plan.samples > 1 else 0,
         None if table is None else table.stride(0), None if table is None else work.kv_end,
-        *flags,
+        None if dense is None else dense.shape[2], *flags,
     )  # fmt: skip
     launch = _Launch(None, work, arguments, _layout(half, dim, q.dtype)[0], tuple(boxes))
     form = (q.device, q.dtype, dim, step, plan.block_kv, piece, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
         lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
-        filled, _ = launch.fill(q, keys, out, lse, (k, v), sinks)
+        filled, _ = launch.fill(q, keys, out, lse, (k, v), sinks, dense)
         # Compiled once, then launched directly: Triton's own argument handling costs 40 us more a call.
         # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
@@ -314,9 +385,12 @@ def _buffers(dim: int, step: int, halves: bool) -> tuple[int, int]:
     return (3, 1) if halves and dim == 128 else (2 * (128 // dim) * (128 // step), 2)
 
 
-def compile_form(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
+def compile_form(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool = False, dense: Tensor | None = None
+) -> Any:
     """Triton's compiled kernel for such a call, not launched; tensors may lie on the CPU where a driver is mocked."""
-    return _prepare(q, keys, plan, softmax, return_lse).launches[0].kernel
+    pack = _packed_heads(q, keys, plan, softmax)
+    return _prepare(_pack(q, pack), keys, plan, softmax, return_lse, pack=pack, dense=dense).launches[0].kernel
 
 
 @per_geometry

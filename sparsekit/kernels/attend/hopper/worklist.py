@@ -65,11 +65,12 @@ def _step_keys(dim: int) -> int:
     return 64 if dim == 256 else 128
 
 
-def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
+def _works(plan: BlockPlan, q: Tensor, k: Tensor, pack: int = 1) -> tuple[_Work, ...]:
+    """pack: query heads that are rows of one head beside one another, where queries have a step."""
     batch, heads, _, dim = q.shape
     step = _step_keys(dim)
-    slots = _workspace_slots(plan, q, k, step)
-    key = (HOPPER_WORK, q.device, heads, k.shape[1], step, slots)
+    slots = _workspace_slots(plan, q, k, step, pack)
+    key = (HOPPER_WORK, q.device, heads, k.shape[1], step, slots, pack)
     works: tuple[_Work, ...] | None = plan.memo.get(key)
     if works is None:
         g = plan.geometry
@@ -77,25 +78,25 @@ def _works(plan: BlockPlan, q: Tensor, k: Tensor) -> tuple[_Work, ...]:
         groups = [tuple(b for b in range(batch) if g.kv_end[b] == end) for end in ends]
         entries = own_list(plan, q.device) if _halves(plan) else plan.entries
         works = tuple(
-            _make_work(plan, entries, samples, end, heads, heads // k.shape[1], step, slots, q.device)
+            _make_work(plan, entries, samples, end, heads, heads // k.shape[1], step, slots, pack, q.device)
             for samples, end in zip(groups, ends, strict=True)
         )
         plan.memo.keep(key, works)
     return works
 
 
-def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int) -> int:
+def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int, pack: int) -> int:
     """Partial results (128 rows each) a launch may write: 0 where no row is long against all the work.
 
     Decided by what the host knows: the longest row there can be, against the entries listed.
     """
     batch, heads, _, dim = q.shape
-    key = (SLOTS, batch, heads, k.shape[1], dim, step)
+    key = (SLOTS, batch, heads, k.shape[1], dim, step, pack)
     if key not in plan.memo:
         g = plan.geometry
         longest = -(-max(span.q_end for span in g.spans) // step)
         if plan.entries is None:
-            total = heads * int(causal_tiles(g, plan.samples).sum())
+            total = heads * pack * int(causal_tiles(g, plan.samples).sum())
             total = total * (batch // plan.samples) * plan.block_kv * plan.block_q // (step * BLOCK_Q)
         else:
             shared = batch * heads // (plan.samples * plan.heads)
@@ -128,31 +129,43 @@ class _Grid:
 @per_geometry
 def _grid(
     g: Geometry, samples: tuple[int, ...], shared: bool, plan_heads: int, heads: int, group: int, step: int,
-    device: torch.device,
+    pack: int, device: torch.device,
 ) -> _Grid:  # fmt: skip
     """The grid of `samples`; `shared`: one plan sample serves them all. Kept for plans that are made anew each call."""
-    rows = g.rows
+    rows = g.rows if g.q_step == 1 else -(-g.q_rows * pack // BLOCK_Q)
     spans = [(g.kv_start[b], g.spans[b].q_first, g.spans[b].q_end, b, 0 if shared else b) for b in samples]
     there = upload(torch.tensor(spans, dtype=torch.int32, device="cpu"), device)
     kv_start, q_first, q_end, sample, plan_sample = there[:, :, None, None].unbind(1)  # (n, 1, 1) each
     row = torch.arange(rows, device=device, dtype=torch.int32)
     head = torch.arange(heads, device=device, dtype=torch.int32)[:, None]
-    start = (q_first // BLOCK_Q + row) * BLOCK_Q
-    low, high = (q_first - start).clamp(0, BLOCK_Q), (q_end - start).clamp(0, BLOCK_Q)
+    diagonal: Tensor | int
+    if g.q_step == 1:
+        start = (q_first // BLOCK_Q + row) * BLOCK_Q
+        low, high = (q_first - start).clamp(0, BLOCK_Q), (q_end - start).clamp(0, BLOCK_Q)
+        q_row, end, diagonal = start + kv_start - g.q_offset, start + high, BLOCK_Q // step
+    else:
+        q_row, base = row * BLOCK_Q + torch.zeros_like(q_first), q_first // g.q_step
+        count = torch.where(q_end > q_first, (-(-q_end // g.q_step) - base) * pack, 0)
+        low, high = torch.zeros_like(q_row), (count - q_row).clamp(0, BLOCK_Q)
+        first, last = (((base + at // pack) * g.q_step).maximum(q_first) for at in (q_row, q_row + high - 1))
+        end, diagonal = last + 1, (last + step) // step - (first + 1) // step
     dead = high <= low
-    steps = torch.where(dead, 1, (start + high + (step - 1)) // step)
-    by_bounds = item.DENSE | BLOCK_Q // step << item.DIAGONAL_SHIFT
+    steps = torch.where(dead, 1, (end + (step - 1)) // step)
+    begin = steps - 1 if g.q_step == 1 else torch.zeros_like(steps)
+    by_bounds = item.DENSE | torch.where(dead, BLOCK_Q // step, diagonal) << item.DIAGONAL_SHIFT
     tile = item.pack_tile(low, high)
     kind = tile | torch.where(dead, by_bounds | item.EMPTY, by_bounds)
     plan_row = (plan_sample * plan_heads + head // (heads // plan_heads)) * rows + row
     shape = (len(samples), heads, rows)
     fields = [
-        start + kv_start - g.q_offset, sample * heads + head, torch.where(dead, 0, steps - 1), steps, kv_start, kind,
+        q_row, sample * heads + head, torch.where(dead, 0, begin), steps, kv_start, kind,
         torch.full_like(row, -1), plan_row,
     ]  # fmt: skip
     items = torch.stack([x.expand(shape) for x in fields], -1).view(-1, len(fields)).to(torch.int32)
     at_once = KEY_HEADS_AT_ONCE if plan_heads == 1 else KEY_HEADS_AT_ONCE_LISTED
     section = (items[:, item.HEAD] // (group * at_once)).clamp(max=120) + 1
+    if g.q_step > 1:  # few and long: in sections, processors would wait for the last ones 12% of the time
+        section = torch.ones_like(section)
     # Contiguous: an expanded dimension may survive `reshape` as a view of stride 0, which the device code cannot see.
     flat = [x.expand(shape).reshape(-1).contiguous() for x in (plan_row, steps, tile, dead)]
     return _Grid(items, flat[0].long(), flat[1], section << WORK_BITS, flat[2], flat[3])
@@ -167,10 +180,11 @@ def _make_work(
     group: int,
     step: int,
     slots: int,
+    pack: int,
     device: torch.device,
 ) -> _Work:
     geometry = plan.geometry.with_tile(BLOCK_Q, plan.block_kv)
-    grid = _grid(geometry, samples, plan.samples == 1, plan.heads, heads, group, step, device)
+    grid = _grid(geometry, samples, plan.samples == 1, plan.heads, heads, group, step, pack, device)
     section = grid.section
     if plan.row_ptr is None:
         items, work = grid.items, grid.dense_steps
@@ -186,7 +200,7 @@ def _make_work(
     merges = None
     if slots:
         work = work[order]
-        items, merges = _split(items, work, slots, plan.block_kv, step, processors)
+        items, merges = _split(items, work, slots, plan.block_kv, step, processors, up=plan.geometry.q_step > 1)
     return _Work(items, entries, merges, slots, kv_end, min(len(items), processors))
 
 
@@ -306,9 +320,12 @@ def _sort_keys(work: Tensor, section: Tensor, processors: int) -> Tensor:
 
 
 def _split(
-    items: Tensor, work: Tensor, slots: int, block_kv: int, step: int, processors: int
+    items: Tensor, work: Tensor, slots: int, block_kv: int, step: int, processors: int, *, up: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Items much longer than a processor's share of the work, cut into pieces of half of that: (items, merges)."""
+    """Items much longer than a processor's share of the work, cut into pieces of half of that: (items, merges).
+
+    up: dense items begin with their first keys.
+    """
     split_entry, parts = max(block_kv // step, 1), max(step // block_kv, 1)
     count, columns = item.unpack_steps(items[:, item.COUNT])
     share = work.sum() // (2 * processors) + 1
@@ -329,13 +346,17 @@ def _split(
     many = pieces[owner] > 1
     length = torch.where(many, torch.minimum(count[owner] - skipped, piece), count[owner])
     final = nth == pieces[owner] - 1
+    last_step = skipped + length
     length = torch.where(exists, item.pack_steps(length, torch.where(final, columns[owner], 0)), 0)
     dense = (kind & item.DENSE) != 0
-    begin = torch.where(dense, begin - skipped, begin + skipped * parts // split_entry)
-    # Only a row's first piece crosses the diagonal and has the sinks, and only its last one lacks entries.
-    missing = item.MISSING << item.MISSING_SHIFT
-    kind = torch.where(nth > 0, kind & ((1 << item.DIAGONAL_SHIFT) - 1 | missing), kind)
-    kind = torch.where(final, kind, kind & ~missing)
+    begin = torch.where(dense, begin + (skipped if up else -skipped), begin + skipped * parts // split_entry)
+    # Only a listed row's first piece has the sinks, and only its last one lacks entries.
+    missing, below = item.MISSING << item.MISSING_SHIFT, (1 << item.DIAGONAL_SHIFT) - 1
+    elsewhere = count[owner] - last_step if up else skipped
+    crossing = ((kind >> item.DIAGONAL_SHIFT) - elsewhere).clamp(min=0)  # of the diagonal, by a dense row's piece
+    listed = torch.where(nth > 0, kind & (below | missing), kind)
+    listed = torch.where(final, listed, listed & ~missing)
+    kind = torch.where(dense, kind & below | crossing << item.DIAGONAL_SHIFT, listed)
     slot = torch.where(many & exists, first_slot[owner] + nth, -1)
     pieced = torch.stack([row, sample_head, begin, length, kv_start, kind, slot, plan_row], 1).to(torch.int32)
 
