@@ -240,12 +240,9 @@ def _curve_table(records: list[dict[str, Any]]) -> str:
         kls = [f"{mean:.5f} ± {width:.5f}" for mean, width in (
             (row["kl"], row["kl_half_width"]), (beside["kl"], beside["kl_half_width"]), row["kl_below_layer"]
         )]  # fmt: skip
-        scores = [f"{one[0]:.2f}" for one in (row["score"], beside["score"], row["dense_score"])]
+        scores = ["" if one is None else f"{one[0]:.2f}" for one in (row["score"], beside["score"], row["dense_score"])]
         prompts = f"{row['samples']} of {row['task']}, {row['tokens']:,} tokens"
-        no_answer = row["task"] == "perplexity"
-        lines.append(
-            " | ".join(["| " + prompts, f"{row['share']:.0%}", *kls, *([""] * 3 if no_answer else scores)]) + " |"
-        )
+        lines.append(" | ".join(["| " + prompts, f"{row['share']:.0%}", *kls, *scores]) + " |")
     return "\n".join(lines) + "\n"
 
 
