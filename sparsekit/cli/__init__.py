@@ -122,7 +122,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-plots_app = typer.Typer(help="Draw pictures of a config.", no_args_is_help=True, rich_markup_mode=None)
+plots_app = typer.Typer(help="Draw pictures of a config, or of a pattern.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plots_app, name="plots")
 bench_app = typer.Typer(cls=_Benches, help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
@@ -272,6 +272,26 @@ def _plots_mask(
         from sparsekit.lab.plots import draw_masks
 
         draw_masks(config, tokens, output, also=also)
+    typer.echo(str(output))
+
+
+@plots_app.command("pattern")
+def _plots_pattern(
+    pattern: Annotated[
+        str, typer.Argument(help="A name, drawn at settings for a short prompt, or a mapping as in YAML.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf.")],
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", "-n", help="Prompt length in tokens, 16 to 4096 (default: 3072).")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw which query-key pairs one pattern keeps, a dynamic one of synthetic heads."""
+    with busy("drawing"):
+        from sparsekit.config import parse_yaml
+        from sparsekit.lab.pattern_plot import TOKENS, draw_pattern
+
+        draw_pattern(parse_yaml(pattern, "PATTERN"), output, tokens=TOKENS if tokens is None else tokens, seed=seed)
     typer.echo(str(output))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from sparsekit.call.geometry import TILES, Geometry
 from sparsekit.config import LayerPatterns, Reuse, SparseConfig, format_range, load, parse_range
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS",
+    "SECTIONS",
+    "colours",
     "draw_masks",
     "draw_probe",
     "draw_sinks",
+    "label_sections",
     "mask_figure",
+    "plain_axes",
     "probe_figure",
     "section_image",
     "sinks_figure",
@@ -327,8 +332,8 @@ def _draw(axes: Axes, panel: _Panel, tokens: int, also: int | None, *, labelled_
     )
     if isinstance(panel.pattern, StaticPattern):
         image, _ = section_image(panel.pattern, tokens)
-        axes.imshow(_colours(image), interpolation="antialiased", extent=(0, tokens, tokens, 0))
-        _label_sections(axes, _rule(_plan(panel.pattern, Geometry.of(tokens))), tokens)
+        axes.imshow(colours(image), interpolation="antialiased", extent=(0, tokens, tokens, 0))
+        label_sections(axes, panel.pattern, tokens)
         axes.set_xlabel("keys\n" + _density_line(panel.pattern, tokens, also), fontsize=11, color=INK, labelpad=6)
     else:
         axes.set(xlim=(0, tokens), ylim=(tokens, 0), aspect="equal")
@@ -336,24 +341,27 @@ def _draw(axes: Axes, panel: _Panel, tokens: int, also: int | None, *, labelled_
         axes.set_xlabel("keys", fontsize=11, color=INK)
     if labelled_rows:
         axes.set_ylabel("queries", fontsize=11, color=INK)
-    _plain_axes(axes, tokens)
+    plain_axes(axes, tokens)
 
 
-def _colours(image: Tensor) -> Any:
-    """uint8 (n, n, 3), n at most MAX_CELLS: red, green and blue, edges softened where cells share a dot."""
+def colours(image: Tensor) -> Any:
+    """The colours of an image of `SECTIONS`, uint8 (n, n, 3), n at most MAX_CELLS: red, green and blue.
+
+    Edges are softened where cells share a dot.
+    """
     from matplotlib.colors import to_rgb
 
     palette = torch.tensor(
         [[round(255 * part) for part in to_rgb(COLOURS[name])] for name in SECTIONS], dtype=torch.uint8
     )
     step = -(-len(image) // MAX_CELLS)
-    whole = len(image) // step * step
-    blocks = image[:whole, :whole].unflatten(1, (-1, step)).unflatten(0, (-1, step))
-    shares = torch.stack([(blocks == i).sum((1, 3)) for i in range(len(SECTIONS))], -1) / step**2
-    return (shares.float() @ palette.float()).round().to(torch.uint8).numpy()
+    counts = [avg_pool2d((image == i).float()[None], step, divisor_override=1)[0] for i in range(len(SECTIONS))]
+    shares = torch.stack(counts, -1) / step**2
+    return (shares @ palette.float()).round().to(torch.uint8).numpy()
 
 
-def _plain_axes(axes: Axes, tokens: int) -> None:
+def plain_axes(axes: Axes, tokens: int) -> None:
+    """Ticks at the quarters of a prompt, and no frame above or on the right."""
     ticks = [0, tokens // 4, tokens // 2, 3 * tokens // 4, tokens]
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
@@ -374,10 +382,13 @@ def _density_line(pattern: StaticPattern, tokens: int, also: int | None) -> str:
     return "\n".join(said) if said else "100% of the causal pairs"
 
 
-def _label_sections(axes: Axes, rule: _Rule | None, tokens: int) -> None:
+def label_sections(axes: Axes, pattern: StaticPattern, tokens: int) -> None:
     """Names and widths of the sections: inside the ones that are wide enough, beside the others."""
+    plan = _plan(pattern, Geometry.of(tokens))
+    rule = _rule(plan)
     if rule is None:
-        _label(axes, "all causal pairs", (0.34, 0.66), "#ffffff")
+        if plan.all_dense:
+            _label(axes, "all causal pairs", (0.34, 0.66), "#ffffff")
         return
     sink, window, last = (min(n / tokens, 1.0) for n in (rule.sink, rule.window, max(tokens - rule.dense_from, 0)))
     _thicken(axes, tokens, sink, window, last)
