@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from masked import causal_layers, logits_of, with_triangle
 from small_models import NOT_BUILT, PARTS, small, small_config
 from tiny import TOKENS, TRIANGLE, ids
@@ -39,6 +41,20 @@ REASONS = (
 )
 
 seen: dict[str, list[str]] = defaultdict(list)  # outcome -> types
+
+
+def _table() -> dict[str, str]:
+    """Type -> its outcome, as docs/compatibility.md has it."""
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    found = {}
+    for outcome, count, types in re.findall(r"^\| (.*?) \| (\d+) \| (`.*`) \|$", page, re.MULTILINE):
+        names = re.findall(r"`([\w.-]+)`", types)
+        assert len(names) == int(count), outcome
+        found |= dict.fromkeys(names, re.sub(r"\[\^\w+\]", "", outcome))
+    return found
+
+
+OUTCOMES = _table()
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any]:
@@ -91,7 +107,9 @@ def test_a_type_is_right_or_refused(model_type: str) -> None:
         assert _told(small_config(model_type)) == (told, runs)
     if logits is None:
         seen["refused"].append(model_type)
-        assert any(re.search(reason, refused) for reason in REASONS), refused
+        [reason] = [reason for reason in REASONS if reason in refused]
+        outcome = OUTCOMES.get(model_type, f"refused: {reason}")
+        assert outcome.startswith("refused: ") and reason in outcome
         assert "\n" not in refused
         return
 
@@ -103,8 +121,19 @@ def test_a_type_is_right_or_refused(model_type: str) -> None:
     assert {layer: ran for layer, ran in enumerate(runs) if layer in rows} == rows
     assert {ran for layer, ran in enumerate(runs) if layer not in rows} <= {"own"}
     seen["right"].append(model_type)
+    outcome = "runs sparse" if sparse else "runs, all layers its own"
+    assert OUTCOMES.get(model_type, outcome) == outcome
     if sparse:
         seen["sparse"].append(model_type)
+
+
+def test_the_page_has_every_type_of_the_release_that_it_names() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    [release] = re.findall(r"mapping of transformers (\S+),", page)
+    if transformers.__version__ != release:
+        pytest.skip(f"docs/compatibility.md is of transformers {release}, and this is {transformers.__version__}")
+    assert OUTCOMES.keys() == set(TYPES)
+    assert {name for name, outcome in OUTCOMES.items() if outcome == "not built here"} == set(NOT_BUILT)
 
 
 @pytest.fixture(scope="module", autouse=True)
