@@ -275,3 +275,36 @@ def test_a_page_can_fail() -> None:
     assert yaml.safe_load(block)["layers"]
     with pytest.raises(SparsekitError, match="last_n"):
         load(block.replace("last_tokens", "last_n"))
+
+
+def _published() -> list[tuple[str, list[str]]]:
+    """(page, cells) of the rows of "Published, and here" that are ours: those that name a record."""
+    found = []
+    for page in sorted((DOCS / "patterns").glob("*.md")):
+        text = page.read_text()
+        if "**Published, and here.**" in text and "| what | dense |" in text:
+            found += [(page.stem, row) for row in _rows(text, "**Published, and here.**") if ".jsonl`" in row[-1]]
+    return found
+
+
+@pytest.mark.parametrize(("page", "row"), _published(), ids=lambda value: value if isinstance(value, str) else "")
+def test_our_figures_beside_the_papers_are_of_the_records(page: str, row: list[str]) -> None:
+    """Both times are in the file that the row names, at its length and on its card, and the ratio is theirs."""
+    what, dense, sparse, ratio, where = row
+    [file] = re.findall(r"`(\S+\.jsonl)`", where)
+    [length] = re.findall(r"\b(\d+)K\b", what) or ["128"]
+    rows = [json.loads(line) for line in (DOCS / "results" / file).read_text().splitlines()]
+    rows = [one for one in rows if one.get("tokens") == int(length) * 1024 and "ms" in one]
+    card = re.findall(r"H\d00", where) or ["H100"]
+    assert rows and all(card[0] in one["device"] for one in rows)
+    cases = {"dense": ("dense", "prefill"), "sparse": ("triangle", "dynamic", "prefill")}
+
+    def times(said: str, kind: str) -> list[float]:
+        number, unit = said.split()
+        digits = len(number.partition(".")[2])
+        scale = 1000 if unit == "s" else 1
+        own = [one["ms"] / scale for one in rows if one["case"] in cases[kind]]
+        return [ms for ms in own if f"{ms:.{digits}f}" == number]
+
+    ratios = {f"{b / a:.{len(ratio) - 2}f}" for a in times(dense, "dense") for b in times(sparse, "sparse")}
+    assert ratio in ratios, f"{page}: {row}"
