@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import errno
-import io
 import json
-import os
 import random
 import re
-import select
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import Chromium, need_chromium
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, load
@@ -27,7 +23,6 @@ from sparsekit.lab.calibrate.probe import SECTIONS, LayerProbe, Probe, Sections
 from sparsekit.lab.report import markdown_report, report_data, write_report
 from sparsekit.lab.sweep.runs import config_key
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 NODE = shutil.which("node")
 
 
@@ -398,109 +393,6 @@ def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
 # ---- the page in a browser
 
 
-class Chromium:
-    """A headless Chromium that is spoken to through pipes: its DevTools protocol, a JSON text and a NUL a message."""
-
-    def __init__(self, folder: Path) -> None:
-        assert BROWSER is not None
-        (theirs, self.out), (self.back, ours) = os.pipe(), os.pipe()
-
-        def give_pipes() -> None:
-            one, two = os.dup(theirs), os.dup(ours)
-            os.dup2(one, 3)
-            os.dup2(two, 4)
-
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-        flags += ["--disable-dev-shm-usage", f"--user-data-dir={folder}", "--remote-debugging-pipe"]
-        with open(os.devnull, "w") as nowhere:
-            self.process = subprocess.Popen(
-                [BROWSER, *flags, "about:blank"], preexec_fn=give_pipes, close_fds=False, stdout=nowhere, stderr=nowhere
-            )
-        os.close(theirs)
-        os.close(ours)
-        self.rest, self.count, self.session, self.events = b"", 0, "", list[dict[str, Any]]()
-        [page] = [target for target in self.ask("Target.getTargets")["targetInfos"] if target["type"] == "page"]
-        self.session = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-        self.ask("Performance.enable", timeDomain="threadTicks")
-        self.ask("Emulation.setDeviceMetricsOverride", width=1400, height=1000, deviceScaleFactor=1, mobile=False)
-
-    def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params}
-        os.write(self.out, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
-        while (answer := self._next()).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        result: dict[str, Any] = answer["result"]
-        return result
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self.rest:
-            assert select.select([self.back], [], [], 60)[0], "Chromium says nothing"
-            told = os.read(self.back, 1 << 20)
-            assert told, "Chromium ended"
-            self.rest += told
-        message, _, self.rest = self.rest.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
-
-    def run(self, script: str) -> Any:
-        said = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
-
-    def open(self, page: Path, hash: str = "") -> tuple[float, float]:
-        """Opens it from nothing; seconds until everything is drawn and on the screen, and the main thread's of them."""
-        self.ask("Page.navigate", url="about:blank")
-        self.events.clear()
-        before, end = self._thread_seconds(), time.monotonic() + 60
-        self.ask("Page.navigate", url=page.as_uri() + hash)
-        while not self.run("document.readyState === 'complete' && 'ready' in document.body.dataset"):
-            assert time.monotonic() < end and not self.complaints(), self.complaints()
-            time.sleep(0.02)
-        painted = "requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now())))"
-        wall = self.run(f"new Promise((done) => {painted})") / 1000
-        after = self._thread_seconds()
-        return wall, after - before if after > before else after  # a new process counts from 0
-
-    def _thread_seconds(self) -> float:
-        metrics = self.ask("Performance.getMetrics")["metrics"]
-        return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
-
-    def complaints(self) -> list[dict[str, Any]]:
-        """All that went to the console, errors that nobody caught, and what else the browser logged."""
-        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event for event in self.events if event["method"] in kinds]
-
-    def loaded(self) -> list[str]:
-        """Addresses that were asked for; what a page has inside (`data:`) is none."""
-        requests = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
-        urls = [event["params"]["request"]["url"] for event in requests]
-        return [url for url in urls if not url.startswith("data:")]
-
-    def picture(self) -> Any:
-        """float (height, width, 3): the whole page."""
-        from matplotlib.image import imread
-
-        size = self.run("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1}
-        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        return imread(io.BytesIO(base64.b64decode(shot["data"])))[..., :3]
-
-    def click(self, x: float, y: float) -> None:
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            buttons = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
-            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **buttons)
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-        os.close(self.out)
-        os.close(self.back)
-
-
 PLOTS = ("score-time", "score-density", "needle-map", "other-map", "layer-map", "probe-gradient", "probe-mass")
 # Pairs of texts of one figure that cover each other by more than a rounding.
 OVERLAPS = """[...document.querySelectorAll(".js-plotly-plot")].filter((box) => !box.hidden).flatMap((box) => {
@@ -518,10 +410,13 @@ POINTS = """[...document.querySelectorAll("#score-time .point")].map((point) => 
 })"""
 
 
+def open_report(chromium: Chromium, page: Path, hash: str = "") -> tuple[float, float]:
+    return chromium.open(page.as_uri() + hash, "'ready' in document.body.dataset")
+
+
 @pytest.fixture
 def chromium(tmp_path: Path) -> Iterator[Chromium]:
-    if BROWSER is None or os.name != "posix":
-        pytest.skip("no Chromium here; the page was not opened in a browser")
+    need_chromium()
     found = Chromium(tmp_path / "chromium")
     yield found
     found.close()
@@ -532,7 +427,7 @@ def test_a_browser_opens_it(tmp_path: Path, chromium: Chromium) -> None:
     """A page of 500 records: nothing on the console, nothing loaded, points, figures that are not blank, a filter."""
     page = written(tmp_path, sweep(83), probed(tmp_path))
     assert page.stat().st_size < 8_000_000
-    chromium.open(page)
+    open_report(chromium, page)
     assert chromium.complaints() == []
     assert chromium.loaded() == [page.as_uri()]
     assert chromium.run("document.body.dataset.ready") == "504"
@@ -601,7 +496,7 @@ def test_other_pages_in_a_browser(tmp_path: Path, chromium: Chromium) -> None:
             chromium.ask(
                 "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
             )
-            chromium.open(page)
+            open_report(chromium, page)
             assert chromium.complaints() == [], name
             assert chromium.run(OVERLAPS) == [], name
             wide = (
@@ -615,7 +510,7 @@ def test_other_pages_in_a_browser(tmp_path: Path, chromium: Chromium) -> None:
 def test_five_hundred_records_open_in_two_seconds(tmp_path: Path, chromium: Chromium) -> None:
     """Of the main thread's own time, which other programs on the machine change little; on the clock they may add."""
     page = written(tmp_path, sweep(83), probed(tmp_path))
-    opened = [chromium.open(page) for _ in range(3)]
+    opened = [open_report(chromium, page) for _ in range(3)]
     assert min(thread for _, thread in opened) < 2, opened
     assert min(wall for wall, _ in opened) < 5, opened
 
