@@ -1,5 +1,5 @@
-# `make demo`, `make test` and `make evidence` do all their own set-up in .venv and need nothing but Python with venv.
-# A stamp file marks each finished step, so a second run starts at once.
+# `make demo`, `make test`, `make docs` and `make evidence` do all their own set-up in .venv and need nothing but Python with
+# venv. A stamp file marks each finished step, so a second run starts at once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,10 +8,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 VLLM := .venv-vllm
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test venv-vllm test-vllm lint gpu-test evidence clean
+.PHONY: demo docs test venv-vllm test-vllm lint gpu-test evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsekit demo
+
+# The site, into site/. Strict: a broken link or anchor is an error (with --quiet it would not be). Nothing is fetched.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "site/index.html"
 
 # A worker a core. A file's tests stay with one worker, so that what they share is made once. Files come in their own order:
 # those with few tests are the long ones, and would come last.
@@ -38,7 +43,7 @@ evidence: $(VENV)/.evidence
 	$(BIN)/sparsekit models
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist sparsekit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist site sparsekit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find sparsekit tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -53,6 +58,10 @@ $(VENV)/.model: $(VENV)/.created constraints.txt
 $(VENV)/.demo: $(VENV)/.model $(SOURCES)
 	@echo "Installing sparsekit and its dependencies into $(VENV): a few minutes the first time."
 	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo $(SOURCES)
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo $(SOURCES)
