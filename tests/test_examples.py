@@ -44,6 +44,13 @@ ELSEWHERE = {
     ("docs/contract.md", "error: too short to run sparse"): "tests/patch/test_contract.py raises it",
     ("docs/head-choice.md", "out  = alpha"): "a formula",
     ("docs/patterns/s2o.md", "import torch"): "a minute of captures of a real model; the table beside it is its output",
+    (
+        "docs/tutorial.md",
+        'model.save_pretrained("smollm2")',
+    ): "writes 540 MB; tests/serve/vllm/test_server.py serves such a folder",
+    ("docs/tutorial.md", "... sparsekit 0.1.0 over"): "a line of a server's log",
+    ("docs/tutorial.md", " 71432"): "what the block before printed",
+    ("docs/tutorial.md", '{"id"'): "a server's answer",
     ("docs/serving.md", "sparsekit 0.1.0 over"): "a line of a server's log",
     ("docs/serving.md", "sparsekit='fsat'"): "tests/serve/test_page.py compares it",
 }
@@ -122,7 +129,9 @@ def test_commands_are_as_the_program_has_them(block: Block) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    program, *arguments = words
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "python" and arguments[:2] == ["-m", "vllm.entrypoints.openai.api_server"]:
+        program, arguments = "vllm", ["serve", *arguments[2:]]
     if program == "sparsekit":
         parse(arguments)
     elif program == "python" and arguments[:2] == ["-m", "sparsekit"]:
