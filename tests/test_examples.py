@@ -52,6 +52,10 @@ ELSEWHERE = {
     ("docs/tutorial.md", " 71432"): "what the block before printed",
     ("docs/tutorial.md", '{"id"'): "a server's answer",
     ("docs/serving.md", "sparsekit 0.1.0 over"): "a line of a server's log",
+    (
+        "docs/serving.md",
+        "time to the first token, median",
+    ): "what a bench of servers printed; its form is tested in tests/lab/bench",
     ("docs/serving.md", "sparsekit='fsat'"): "tests/serve/test_page.py compares it",
 }
 # Programs that are not this repository's.
