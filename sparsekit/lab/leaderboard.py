@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.config import SparseConfig, load
+from sparsekit.config.reuse import Reuse
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.sweep.results import lacking
 from sparsekit.models import EMBEDDED
@@ -232,9 +233,13 @@ def _ratio(record: Mapping[str, Any], dense: Mapping[str, Any] | None, name: str
 
 
 def _patterns(config: SparseConfig) -> str:
-    """Names of what a config runs beside dense attention, in the order of its layers; its heads' after them."""
+    """Names of what a config runs beside dense attention, in the order of its layers; its heads' after them.
+
+    Layers that run another one's plan are "reuse".
+    """
     of_heads = [pattern for by_head in config.heads.values() for pattern in by_head.values()]
-    names = dict.fromkeys(one.name for one in (config.default, *config.layers.values(), *of_heads))
+    rules = (config.default, *config.layers.values(), *of_heads)
+    names = dict.fromkeys("reuse" if isinstance(rule, Reuse) else rule.name for rule in rules)
     return " + ".join(name for name in names if name != DENSE) or DENSE
 
 

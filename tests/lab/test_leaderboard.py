@@ -80,6 +80,8 @@ def test_patterns_of_heads_and_of_the_rest_are_named(tmp_path: Path) -> None:
     config = {"default": "dense", "layers": {"0-3": "xattention"}, "heads": {"5": {"0-2": "triangle"}}}
     [row] = read_rows([written(tmp_path / "r.jsonl", record(config))])
     assert row.pattern == "xattention + triangle"
+    [row] = read_rows([written(tmp_path / "r.jsonl", record({"layers": {"0": "xattention", "1-3": {"reuse": 0}}}))])
+    assert row.pattern == "xattention + reuse"
 
 
 def test_failed_runs_and_other_commands_have_no_row(tmp_path: Path) -> None:
