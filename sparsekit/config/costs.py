@@ -134,7 +134,7 @@ def _count(
         counts = dense_pairs, dense_tiles, 0
     elif all(isinstance(pattern, StaticPattern) for pattern in executed.patterns):
         pairs, tiles, plan_bytes = _static_counts(executed, geometry)
-        more_pairs, more_tiles = _anchor_counts(executed, geometry)
+        more_pairs, more_tiles = _anchor_counts(executed, geometry) if pairs < dense_pairs else (0, 0)
         counts = pairs + more_pairs, tiles + more_tiles, plan_bytes
     else:
         names = ", ".join(dict.fromkeys(p.name for p in executed.patterns if not isinstance(p, StaticPattern)))

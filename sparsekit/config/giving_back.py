@@ -9,7 +9,7 @@ from typing import Any
 from sparsekit.config.ranges import format_range, parse_range
 from sparsekit.config.reuse import Reuse
 from sparsekit.config.schema import SparseConfig, load
-from sparsekit.patterns import Pattern
+from sparsekit.patterns import DynamicPattern, Pattern
 
 __all__ = ["give_back"]
 
@@ -43,7 +43,10 @@ def give_back(
 
 
 def _unshared(config: SparseConfig, layers: Sequence[int], heads: Mapping[int, Sequence[int]]) -> SparseConfig:
-    """The config in which layers that reuse the plan of one of these, or of these heads, choose for themselves."""
+    """The config in which layers that reuse the plan of one of these, or of these heads, choose for themselves.
+
+    So does a layer of which no head is left that would reuse what an estimate chose.
+    """
     rules = {n: rule for key, rule in config.layers.items() for n in parse_range(key)}
     own = {n: {h: p for k, p in by.items() for h in parse_range(k)} for key, by in config.heads.items()
            for n in parse_range(key)}  # fmt: skip
@@ -53,10 +56,16 @@ def _unshared(config: SparseConfig, layers: Sequence[int], heads: Mapping[int, S
         if not isinstance(rule, Reuse) or layer in layers:
             continue
         some = heads.get(rule.reuse, ())
-        if rule.reuse not in layers and not (some if rule.heads is None else set(some) & set(rule.heads)):
-            continue
         base, there = rules.get(rule.reuse, config.default), own.get(rule.reuse, {})
         assert isinstance(base, Pattern)
+        kept = rule.reuse not in layers and not (some if rule.heads is None else set(some) & set(rule.heads))
+        if kept and layer in heads:
+            count = config.model.heads(layer) if config.model and config.model.num_heads else 0
+            taken = rule.heads if rule.heads is not None else range(count)
+            left = [n for h, n in enumerate(taken) if h not in own.get(layer, {}) and h not in heads[layer]]
+            kept = any(isinstance(there.get(n, base), DynamicPattern) for n in left)
+        if kept:
+            continue
         if rule.heads is not None:
             base = base.of_heads(rule.heads)
             there = {h: there[n].of_heads(rule.heads) for h, n in enumerate(rule.heads) if n in there}

@@ -11,7 +11,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.config.ranges import format_range
 from sparsekit.errors import SparsekitError
-from sparsekit.patterns import AShape, Pattern
+from sparsekit.patterns import AShape, DynamicPattern, Pattern
 from sparsekit.patterns.attention import plan_heads
 from sparsekit.patterns.shared import SharedPlans, reused_plan
 from sparsekit.plan import BlockPlan
@@ -97,9 +97,10 @@ class LayerPatterns:
             here = [at for at, head in enumerate(heads) if first <= head < first + count]
             kept.append(self.patterns[i].of_heads(here))
         reused = None if self.reused is None else self.reused.of_heads(first, count)
-        if reused is not None and all(there is None for there in reused.heads):
-            reused = None
         of_head = tuple(used.index(i) for i in chosen)
+        taken = [] if reused is None else [kept[i] for i, n in zip(of_head, reused.heads, strict=True) if n is not None]
+        if not any(isinstance(pattern, DynamicPattern) for pattern in taken):
+            reused = None  # of dense and static heads, these patterns are the same pairs
         return LayerPatterns(self.layer, tuple(kept), of_head, first, reused, self.shared)
 
     def patterns_at(self, heads: Sequence[int]) -> list[Pattern]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsekit.patch.state import Layer
+from sparsekit.plan import PlanTotals
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,11 @@ def report_layer(layer: Layer) -> LayerReport:
     else:
         done.synchronize()
         plan_ms, ms = begun.elapsed_time(planned), begun.elapsed_time(done)
-    density = layer.plan.density()
-    kept_all = layer.ran == "sparse" and density == 1
+    totals = layer.plan if isinstance(layer.plan, PlanTotals) else layer.plan.totals()
+    density = totals.density()
+    kept_all = (
+        layer.ran == "sparse" and totals.kept_pairs() - totals.anchors[0] == totals.causal_pairs
+    )  # with correction
     return LayerReport(
         index,
         layer.ran,

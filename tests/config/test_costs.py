@@ -445,6 +445,11 @@ def test_a_correction_costs_its_anchors() -> None:
     assert row.pattern == "triangle(sink_tokens=8, window_tokens=512, last_tokens=128, correct_every=64)"
 
 
+def test_a_pattern_that_keeps_every_pair_has_no_anchors() -> None:
+    row = only(Triangle(window_tokens=4096, correct_every=32), 330, heads=4)
+    assert row.density == row.tile_density == 1
+
+
 def test_dense_heads_pay_for_the_correction_of_the_others() -> None:
     data = {
         "model": {"num_layers": 1, "num_heads": 4},

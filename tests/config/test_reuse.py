@@ -128,6 +128,15 @@ def test_a_process_has_a_part_of_the_heads() -> None:
     assert _config({"4": TOPK, "5": {"reuse": 4}}).resolve().layers[5].alike
 
 
+@pytest.mark.parametrize("there", ["dense", "triangle"])
+def test_a_part_in_which_nothing_is_estimated_there_reuses_nothing(there: str) -> None:
+    """Beside a head of its own: the layer that it would reuse keeps no plan in that process."""
+    rules = {"4": {"2-3": there}, "5": {"3": {**TOPK, "top_k": 3}}}
+    part = _config({"4": TOPK, "5": {"reuse": 4}}, rules).resolve().layers[5].of_heads(2, 2)
+    assert part.reused is None
+    assert [pattern.name for pattern in part.patterns_at([0, 1])] == [there, "block_topk"]
+
+
 # ---- what it costs
 
 
@@ -174,6 +183,15 @@ def test_heads_given_back_take_along_who_reused_them() -> None:
     assert mine.reused == Reused(2, (None, 1, 2, 2))
     mapped = give_back(config, [], {2: [2]}).resolve().layers[4]
     assert (mapped.reused, [p.name for p in mapped.patterns]) == (None, ["block_topk"])
+
+
+@pytest.mark.parametrize("rules", [{"2": {"3": "triangle"}}, {"3": {"3": "triangle"}}])
+def test_a_layer_that_is_left_nothing_to_reuse_reuses_nothing(rules: dict[str, Any]) -> None:
+    config = _config({"2": TOPK, "3": {"reuse": 2}, "4": {"reuse": 2}}, rules)
+    layers = give_back(config, [], {3: [0, 1, 2]}).resolve().layers
+    assert layers[3].reused is None
+    assert [layers[3].patterns[i].name for i in layers[3].pattern_of_head] == ["dense"] * 3 + ["triangle"]
+    assert layers[4].reused is not None
 
 
 def test_facts_of_the_model_are_not_needed_to_give_back() -> None:

@@ -68,6 +68,14 @@ def test_every_pattern_runs_corrected(model: PreTrainedModel, name: str) -> None
         assert [row.ran for row in handle.report().layers] == ["sparse"] * 4
 
 
+def test_a_pattern_that_kept_every_pair_is_told_though_its_anchors_count(model: PreTrainedModel) -> None:
+    every = {"name": "s2o", "segment_tokens": 64, "tau": 0.0, "max_tokens": None, "correct_every": EVERY}
+    with sparsekit.apply(model, {"default": every}) as handle:
+        logits(model, ids())
+        assert {row.why for row in handle.report().layers} == {"the pattern kept every pair"}
+        assert not any(row.sparse for row in handle.report().layers)
+
+
 def test_the_report_counts_the_anchors(model: PreTrainedModel) -> None:
     with sparsekit.apply(model, {"default": TRIANGLE}) as handle:
         logits(model, ids())

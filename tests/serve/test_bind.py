@@ -72,7 +72,10 @@ def test_a_plan_of_another_pipeline_stage_is_refused(vllm: Any) -> None:
     whole = nn.ModuleList([Attention(i) for i in range(4)])
     (line,) = bind(whole, vllm, settings_of(text, facts), 0, 0)
     assert "layers 2: the plan of layer 0: block_topk(" in line
-    assert len({layer.impl.sparsekit.group for layer in whole}) == 3
+    assert len({layer.impl.sparsekit.group for layer in whole}) == 4  # each keeps, or runs, a plan of its own
+    text = f"version: 1\nlayers: {{0: {rule}, '1-3': {{reuse: 0}}}}\n"
+    bind(whole, vllm, settings_of(text, facts), 0, 0)
+    assert [layer.impl.sparsekit.group for layer in whole] == [0, 1, 1, 2]  # the last one drops the plan
     later = nn.ModuleList([Attention(2), Attention(3)])
     with pytest.raises(SparsekitError, match="layer 2 reuses the plan of layer 0, which is in another pipeline stage"):
         bind(later, vllm, settings_of(text, facts), 1, 0)

@@ -19,6 +19,7 @@ from sparsekit.call.keys import Keys, pages_of
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
+from sparsekit.kernels.select import plan_of_heads
 from sparsekit.patterns import DynamicPattern
 from sparsekit.patterns.shared import SharedPlans
 from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, why_dense
@@ -381,3 +382,5 @@ def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> N
             keys, out = Keys(k, v, table).at(part.reads), torch.empty_like(some)
             plan = attend_part(part, own, some, keys, softmax, out)
             METER.keep(LayerCounts(), plan, part.pairs, q.shape[1])  # in counts that nobody reads
+            if patterns.reused is not None:
+                plan_of_heads(plan, patterns.reused.taken)

@@ -75,7 +75,7 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
                     )
                 mine[name] = _of_rank(patterns, module, tp_rank)
         if mine:
-            key = tuple((name, p.patterns, p.pattern_of_head, p.reused, p.shared) for name, p in mine.items())
+            key = tuple((name, p.patterns, p.pattern_of_head, *_place_of_plan(p)) for name, p in mine.items())
             here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
             group, longest = groups.setdefault(key, len(groups)), vllm_config.model_config.max_model_len
             page = vllm_config.cache_config.block_size or Bound.page
@@ -86,6 +86,12 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
     for name, served in settings.configs.items():
         lines.append(line(name, backend, {i: m.impl for i, m in found.items()}, own[name], served.config))
     return lines
+
+
+def _place_of_plan(patterns: LayerPatterns) -> tuple[Any, ...]:
+    """Where a layer keeps its plan for later ones, whose plan it runs, and whether it is the last to run it."""
+    reused = patterns.reused
+    return patterns.layer if patterns.shared else None, reused, reused is not None and reused.last
 
 
 def rank_of(parallel: Any) -> int:

@@ -50,6 +50,6 @@ def test_requests_of_one_step_reuse_their_own_plans(start: Callable[..., Any], l
         }
         mine, other = (SHARED, ALONE) if name == "shared" else (ALONE, SHARED)
         assert off[mine] < ROUNDING < off[other], off
-    layers = report(llm)["layers"]
-    assert layers["1"]["patterns"].startswith("shared: the plan of layer 0: block_topk(")
-    assert layers["0"]["chunks"] == layers["1"]["chunks"] == 3
+    layers = report(llm)["configs"]["shared"]["layers"]
+    assert layers["1"]["patterns"].startswith("the plan of layer 0: block_topk(")
+    assert layers["0"]["chunks"] == layers["1"]["chunks"] == 2
