@@ -33,7 +33,7 @@ def test_both_paths_make_the_same_items(make: Callable[[Geometry], BlockPlan], g
     shared = plan.samples == 1
     for step in (64, 128):
         tiles = geometry.with_tile(128, 64)
-        grid = worklist._grid(tiles, samples, shared, plan.heads, HEADS, HEADS // KEY_HEADS, step, here)
+        grid = worklist._grid(tiles, samples, shared, plan.heads, HEADS, HEADS // KEY_HEADS, step, 1, here)
         rows = halves._rows(plan.geometry, samples, shared, plan.heads, HEADS, here)
         made = []
         for pair in (halves._by_hand, halves._on_gpu):

@@ -682,7 +682,7 @@ def test_card_lists_the_same_work(make: Callable[[Geometry], BlockPlan]) -> None
             if plan.row_ptr is None:
                 continue
             step, here, samples = host._step_keys(dim), torch.device("cpu"), tuple(range(geometry.batch))
-            rest = (plan.samples == 1, plan.heads, HEADS, HEADS // KEY_HEADS, step)
+            rest = (plan.samples == 1, plan.heads, HEADS, HEADS // KEY_HEADS, step, 1)
             expected = worklist._listed(plan, worklist._grid(plan.geometry, samples, *rest, here), step)
             card = torch.device("cuda", torch.cuda.current_device())
             got = worklist._listed(plan.to(card), worklist._grid(plan.geometry, samples, *rest, card), step)
