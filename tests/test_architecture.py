@@ -37,6 +37,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 HOST_LINES = 450
+LARGEST_TRACKED = 1 << 19  # bytes; the longest record has 150 KB
 
 
 def _room(path: Path) -> str:
@@ -205,3 +206,13 @@ def test_all_names_exist() -> None:
 
 if __name__ == "__main__":
     print(floors_table(), end="")
+
+
+def test_what_is_tracked_is_small() -> None:
+    """No weights, no build: a clone is read by everyone."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        pytest.skip("no Git checkout here; what is tracked is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
+    files = [root / name for name in listed.stdout.split("\0") if name]
+    assert [str(file) for file in files if file.is_file() and file.stat().st_size > LARGEST_TRACKED] == []
