@@ -27,10 +27,19 @@ Shape = Annotated[str | None, typer.Option("--shape", help="Of random weights: l
 
 
 def device_of(text: str) -> str:
-    """The device that `--device` names: `auto` is a CUDA GPU if there is one, else the CPU."""
+    """The device that `--device` names: `auto` is a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        SparsekitError: there is no such device here.
+    """
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+    from sparsekit.models import check_device
+
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(text)
+    return text
 
 
 def words_of(text: str) -> list[str]:

@@ -7,7 +7,7 @@ random ones.
 
 from sparsekit.models.embedded import EMBEDDED, EmbeddedModel, parts_found
 from sparsekit.models.gguf import cache_folder, is_converted
-from sparsekit.models.loading import can_shorten, fast_dtype, load
+from sparsekit.models.loading import can_shorten, check_device, fast_dtype, load
 from sparsekit.models.reading import facts
 from sparsekit.models.small import tiny
 
@@ -16,6 +16,7 @@ __all__ = [
     "EmbeddedModel",
     "cache_folder",
     "can_shorten",
+    "check_device",
     "facts",
     "fast_dtype",
     "is_converted",

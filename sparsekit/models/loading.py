@@ -35,7 +35,7 @@ def load(
 
     wanted, name = _dtype(dtype), os.fspath(model)
     if device is not None:
-        _check_device(device)
+        check_device(device)
     source = _weights_source(name)
     with one_line_errors(name):
         check_counts(PretrainedConfig.get_config_dict(source)[0], name)
@@ -44,8 +44,12 @@ def load(
     return loaded.to(device).eval() if device is not None else loaded.eval(), tokenizer
 
 
-def _check_device(device: torch.device | str) -> None:
-    """An error, before the weights are read, where there is no such device."""
+def check_device(device: torch.device | str) -> None:
+    """Whether tensors can be put there.
+
+    Raises:
+        SparsekitError: there is no such device, in one line that says which there are.
+    """
     try:
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA

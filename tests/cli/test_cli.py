@@ -201,6 +201,13 @@ def test_bench_needs_a_card_and_names_its_options() -> None:
     assert "--repeat-ms" in run.invoke(app, ["bench", "kernel", "--help"]).output
 
 
+@pytest.mark.parametrize("command", ["bench dynamic", "bench kernel", "bench overhead"])
+def test_a_device_that_is_not_there_is_one_line(command: str) -> None:
+    result = run.invoke(app, [*command.split(), "--device", "foo"])
+    assert result.exit_code == 1, result.output
+    assert "device 'foo': " in result.output and "; this machine has cpu" in " ".join(result.output.split())
+
+
 def test_benches_have_one_frame_and_one_vocabulary() -> None:
     """Every bench of the registry is a command; importing the commands reads none of them."""
     listed = out("bench", "--help")

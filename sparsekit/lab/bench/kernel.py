@@ -27,8 +27,9 @@ from sparsekit.kernels import attend, choose_call, choose_device, preferred_tile
 from sparsekit.lab.bench.kernel_pages import pages_rows
 from sparsekit.lab.bench.kernel_peers import LAST, SINK, WINDOW, Shape, peer_call
 from sparsekit.lab.bench.timing import Record, rounds, spread
-from sparsekit.lab.options import Dtype, Lengths, Rows, numbers_of, words_of
+from sparsekit.lab.options import Device, Dtype, Lengths, Rows, device_of, numbers_of, words_of
 from sparsekit.lab.provenance import place
+from sparsekit.models import check_device
 from sparsekit.plan import CAUSAL, BlockPlan, TokenRule, dense_plan, pack, plan_from_rule, stack_heads, unpack
 
 __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
@@ -64,10 +65,11 @@ def bench_kernel(
     peers: Sequence[str] = PEERS,
     million: bool = True,
     repeat_ms: int = 200,
+    device: str = "cuda",
     out: Path | str | None = None,
     show: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Time the kernels and their peers on this CUDA device.
+    """Time the kernels and their peers on a CUDA device.
 
     Args:
         lengths: prompt lengths, tokens. `random`, `columns` and the mixed cases run on the longest two, `pages` on the
@@ -76,6 +78,7 @@ def bench_kernel(
         cases: out of `CASES`. peers: out of `PEERS`.
         million: Triangle at 2^20 tokens too.
         repeat_ms: about so long each row is repeated, in three rounds that alternate with its peers'.
+        device: `cuda`, the current one, or `cuda:1`, ...; everything below says "cuda", and runs there.
         out: JSONL file, written row by row.
         show: gets a line for every row.
 
@@ -88,6 +91,9 @@ def bench_kernel(
     """
     if not torch.cuda.is_available():
         raise SparsekitError("bench kernel needs a CUDA device; `sparsekit doctor` says what this machine can run.")
+    check_device(device)
+    if torch.device(device).type != "cuda":
+        raise SparsekitError(f"device {device!r}: bench kernel times CUDA kernels; want cuda, or cuda:1, ...")
     for name, given, allowed in (("cases", cases, CASES), ("peers", peers, PEERS)):
         for value in given:
             if value not in allowed:
@@ -96,9 +102,9 @@ def bench_kernel(
         raise SparsekitError(f"lengths={list(lengths)}, cases={list(cases)}: at least one of each, of 1 token or more.")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise SparsekitError(f"dtype={dtype!r}: bfloat16 or float16.{nearest(dtype, ('bfloat16', 'float16'))}")
-    impls = _kernels() if impls is None else impls
     element = getattr(torch, dtype)
-    with _Record(out, show) as record:
+    with torch.cuda.device(torch.device(device)), _Record(out, show) as record:
+        impls = _kernels() if impls is None else impls
         for impl in impls:
             record.add(_correctness(impl, heads, key_heads, dim, element))
         for tokens in lengths:
@@ -384,11 +390,12 @@ def command(
     peers: Annotated[str, typer.Option(help="Comma-separated; may be empty.")] = "cudnn,flash,flex",
     million: Annotated[bool, typer.Option(help="Triangle at 2^20 tokens too.")] = True,
     repeat_ms: Annotated[int, typer.Option(min=1, help="Of each row.")] = 200,
+    device: Device = "auto",
     output: Rows = None,
 ) -> None:
     """The CUDA kernels against cuDNN, FlashAttention-2 and FlexAttention; correctness first."""
     bench_kernel(
         lengths=numbers_of(tokens, "--tokens"), heads=heads, key_heads=key_heads, dim=dim, dtype=dtype or "bfloat16",
         impls=None if impls is None else words_of(impls), cases=words_of(cases), peers=words_of(peers), million=million,
-        repeat_ms=repeat_ms, out=output, show=typer.echo,
+        repeat_ms=repeat_ms, device=device_of(device), out=output, show=typer.echo,
     )  # fmt: skip
