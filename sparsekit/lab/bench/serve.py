@@ -75,6 +75,7 @@ def bench_serve(
     prompts, say = _Prompts(), show or (lambda _: None)
     servers = _servers(stock, sparse, config, prompts)
     _check_alike(servers, prompts)
+    lengths = list(dict.fromkeys(lengths))
     for tokens in lengths:
         _check_room(servers, f"--tokens {tokens}", tokens, 1)
     sizes = {}
@@ -108,7 +109,7 @@ def bench_serve(
             base: dict[str, Any] = {}
             for server in servers:
                 with progress(f"{kind}, {server.name}", len(all_tokens), quiet=quiet) as bar:
-                    row = _load(server, prompts, all_tokens, clients, new_tokens, bar)
+                    row = _load(server, prompts, kind, all_tokens, clients, new_tokens, bar)
                 base = base or row
                 faster = _ratio(row["requests_per_second"], base["requests_per_second"])
                 add(server, kind=kind, clients=clients, new_tokens=new_tokens, **row, faster=faster)
@@ -119,17 +120,19 @@ def bench_serve(
 
 
 class _Prompts:
-    """Prompts by length and seed: the same in every run, but for a few tokens at their beginning."""
+    """Prompts by use, length and seed: the same in every run, but for a few tokens at their beginning."""
 
     def __init__(self) -> None:
         self.run = secrets.token_hex(8)
 
-    def __call__(self, tokens: int, seed: int) -> list[int]:
-        nonce, ids = Random(f"{self.run} {tokens} {seed}"), Random(f"{tokens} {seed}")
+    def __call__(self, use: str, tokens: int, seed: int) -> list[int]:
+        nonce, ids = Random(f"{self.run} {use} {tokens} {seed}"), Random(f"{use} {tokens} {seed}")
         return [*nonce.choices(IDS, k=NONCE), *ids.choices(IDS, k=tokens)][:tokens]
 
 
 def _servers(stock: str, sparse: str, config: str | None, prompts: _Prompts) -> list[Server]:
+    if config == OFF:
+        raise SparsekitError(f"--config {OFF}: that is stock vLLM, which would be timed against itself; name a config.")
     first, second = server_at(stock, "stock"), server_at(sparse, "sparsekit", config)
     if has_sparsekit(first):
         first = first._replace(choice=OFF)
@@ -174,7 +177,7 @@ def _mix(requests: int, least: int, most: int) -> list[int]:
 def _check_alike(servers: Sequence[Server], prompts: _Prompts) -> None:
     """Both say the same on a prompt that is too short to run sparse, twice each."""
     tokens = min([SHORT, *(server.limit - SAID for server in servers if server.limit is not None)])
-    said = {server.name: {ask(server, prompts(tokens, 0), SAID).text for _ in range(2)} for server in servers}
+    said = {server.name: {ask(server, prompts("alike", tokens, 0), SAID).text for _ in range(2)} for server in servers}
     if said["stock"] != said["sparsekit"]:
         raise SparsekitError(
             f"on a short prompt the servers say {shown(said)}: they do not serve the same model in the same way."
@@ -203,7 +206,7 @@ def _first_tokens(
         bar.says(f"{tokens:,} tokens: a reading of each server that does not count, then {rounds}")
         for turn in range(rounds + 1):
             for server, all_ms in list(zip(servers, times, strict=True))[:: 1 if turn % 2 else -1]:
-                first = _timed(server, prompts(tokens, turn), 1).times[0] * 1e3
+                first = _timed(server, prompts("first token", tokens, turn), 1).times[0] * 1e3
                 all_ms += [first] * (turn > 0)
                 bar(1)
     return times
@@ -218,7 +221,7 @@ def _untold(stock: Sequence[float], sparse: Sequence[float]) -> str:
 
 
 def _load(
-    server: Server, prompts: _Prompts, sizes: Sequence[int], clients: int, new_tokens: int, bar: Bar
+    server: Server, prompts: _Prompts, kind: str, sizes: Sequence[int], clients: int, new_tokens: int, bar: Bar
 ) -> dict[str, Any]:
     """A closed loop: each client sends its next prompt when its last answer is whole."""
     waiting, lock, answers = list(enumerate(sizes)), threading.Lock(), list[Answer]()
@@ -231,7 +234,7 @@ def _load(
                     return
                 seed, tokens = waiting.pop(0)
             try:
-                answer = _timed(server, prompts(tokens, 1000 + seed), new_tokens)
+                answer = _timed(server, prompts(kind, tokens, seed), new_tokens)
             except Exception as error:  # told where the loop is waited for
                 failed.append(error)
                 return

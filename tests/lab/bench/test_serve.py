@@ -141,11 +141,25 @@ def test_a_second_run_is_not_answered_by_the_first_ones_cache(servers: tuple[_Se
 def test_a_prompt_that_a_cache_had_is_no_reading(
     servers: tuple[_Server, _Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve._Prompts, "__call__", lambda self, tokens, seed: [tokens + seed] * tokens)
+    monkeypatch.setattr(serve._Prompts, "__call__", lambda self, use, tokens, seed: [tokens + seed] * tokens)
     servers[0].salted, servers[0].tells = False, True
     _bench(servers)
     with pytest.raises(SparsekitError, match=r"1,000 of a prompt's 1,000 tokens came from a cache"):
         _bench(servers)
+
+
+def test_no_prompt_of_a_run_is_asked_twice(servers: tuple[_Server, _Server]) -> None:
+    """Lengths of one kind of reading may be those of another, and of itself."""
+    for server in servers:
+        server.tells = True  # a reading from the cache is an error
+    same = {"requests": 2, "load_tokens": (serve.DECODED, serve.DECODED), "new_tokens": 2, "clients": 2}
+    rows = _bench(servers, lengths=[serve.SHORT, serve.DECODED, serve.DECODED], rounds=1, **same)
+    assert [row["tokens"] for row in rows if row["server"] == "stock"][:2] == [serve.SHORT, serve.DECODED]
+
+
+def test_stock_is_not_timed_against_itself(servers: tuple[_Server, _Server]) -> None:
+    with pytest.raises(SparsekitError, match="--config off: that is stock vLLM"):
+        _bench(servers, config="off")
 
 
 def test_one_server_is_both(servers: tuple[_Server, _Server]) -> None:
