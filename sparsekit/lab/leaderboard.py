@@ -186,9 +186,10 @@ def _of_curve(record: Mapping[str, Any], file: str) -> Row:
 def _of_head_curve(record: Mapping[str, Any], file: str) -> Row:
     runs = parse_pattern(record.get("pattern", "triangle"))
     how = "the last layers" if record["by"] == "layer" else f"heads by {record['by']}"
+    measured = record["gates"] if record["by"] == "scores" and "gates" in record else record["probe"]
     return Row(
         pattern=runs.name,
-        setting=f"{runs.name} in {record['heads_share']:.0%} of the heads: {how}; {record['probe']}",
+        setting=f"{runs.name} in {record['heads_share']:.0%} of the heads: {how}; {measured}",
         **_common(record, file),
         task=record["task"],
         prompts=record["samples"],
@@ -220,7 +221,7 @@ def _common(record: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 def _kl_and_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     kl = {"kl": record["kl"], "kl_width": record["kl_half_width"]}
-    if record.get("task") == "perplexity":  # which has no answer that is right or wrong
+    if record["score"] is None:  # of text, which has no answer that is right or wrong
         return kl
     score, low, high = record["score"]
     return {**kl, "score": score, "low": low, "high": high, "dense_score": record["dense_score"][0]}

@@ -118,7 +118,8 @@ def head_curve(
             judged.update(judges(*of, kinds, tokens=lengths, samples=rule.samples, seed=seed + 1, records=kept))
         return {task: judge.effect(write(chosen)) for task, judge in judged.items()}
 
-    open_ = [i for i in range(arch.num_layers) if i not in own_layers(model)]
+    own = own_layers(model)
+    open_ = [i for i in range(arch.num_layers) if i not in own]
     ways = _ways(open_, shares, rules, Given(arch, found, measure, scores))
     rows = []
     with progress("heads against layers", len(ways) * len(tasks) * len(tokens), quiet=quiet) as step:
