@@ -22,7 +22,7 @@ from sparsekit.cli.check import check
 from sparsekit.cli.evaluate import eval_, report, sweep
 from sparsekit.cli.head_choice import agreement, duo_attention, head_curve
 from sparsekit.cli.inspect import inspect
-from sparsekit.cli.options import STREAMING, Config, Json, Model, Seed, Tokens, Yaml, command_line
+from sparsekit.cli.options import STREAMING, Config, Group, Json, Model, Seed, Tokens, Yaml, command_line
 from sparsekit.cli.printing import busy, mark_first, print_doctor, print_explanation, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, device_of
@@ -335,9 +335,7 @@ def _convert_duo_attention(
     pattern: Annotated[
         str, typer.Option("--pattern", help="What these heads run, as in YAML; DuoAttention's config.json has its own.")
     ] = STREAMING,
-    group: Annotated[
-        int | None, typer.Option("--group", min=1, help="Query heads of a key head, without --model.")
-    ] = None,
+    group: Group = None,
     model: Model = None,
 ) -> None:
     """Convert DuoAttention's scores of key heads."""
@@ -361,9 +359,7 @@ def _convert_kascade(
     anchors: Annotated[
         str | None, typer.Option("--anchors", help="Anchor layers, such as `0,2,8` (default: by the file's name).")
     ] = None,
-    group: Annotated[
-        int | None, typer.Option("--group", min=1, help="Query heads of a key head, without --model.")
-    ] = None,
+    group: Group = None,
     model: Model = None,
 ) -> None:
     """Convert Kascade's head map: which layers reuse whose choice."""

@@ -25,6 +25,7 @@ Model = Annotated[
     ),
 ]
 Yaml = Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")]
+Group = Annotated[int | None, typer.Option("--group", min=1, help="Query heads of a key head, without --model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[
     str,

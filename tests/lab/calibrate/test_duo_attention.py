@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from adversary import RELAYED, TRIANGLE, relay_model
+from small import three_layers
 from torch import Tensor
 
 from sparsekit import SparsekitError, models
@@ -22,15 +23,6 @@ N, PROMPT = 60, 53
 STREAMING = parse_pattern({"name": "a_shape", "sink_tokens": 3, "window_tokens": 7})
 LAST = parse_pattern({"name": "triangle", "sink_tokens": 3, "window_tokens": 7, "last_tokens": 6})
 LAYERS = {"layer_types": ["full_attention"] * 3}
-
-
-def _model(kind: str = "llama", **fields):
-    model = models.tiny(kind, num_hidden_layers=3, **fields).double()
-    if kind == "gpt_oss":
-        model.set_experts_implementation("eager")  # the grouped one knows no float64
-        for layer in model.model.layers:
-            torch.nn.init.normal_(layer.self_attn.sinks)
-    return model
 
 
 def _ids() -> Tensor:
@@ -70,7 +62,7 @@ def _written_out(model, ids: Tensor, pattern, prompt: int, layers=range(3)) -> T
 def test_gates_of_one_are_dense_and_of_zero_the_pattern(kind, fields, pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several row blocks, grouped heads, soft-cap and learned sinks; the answer's rows come after the prompt."""
     monkeypatch.setattr("sparsekit.lab.calibrate.blocks.BLOCK_ENTRIES", 16 * 4 * N)
-    model, ids = _model(kind, **fields), _ids()
+    model, ids = three_layers(kind, **fields), _ids()
     with torch.no_grad():
         dense = model.model(ids[None], use_cache=False).last_hidden_state[0, PROMPT - 1 :]
     sparse = _written_out(model, ids, pattern, PROMPT)
@@ -91,7 +83,7 @@ def test_gates_of_one_are_dense_and_of_zero_the_pattern(kind, fields, pattern, m
 @pytest.mark.parametrize("full", FULL)
 def test_on_a_gpu_in_bfloat16(full: str) -> None:
     """Dense bit for bit at gates of 1, and gradients that float64 on the CPU has too."""
-    model, ids = _model(), _ids()
+    model, ids = three_layers(), _ids()
     gates = torch.full((3, 2), 0.5, requires_grad=True)
     h_full, h = gated_states(model, ids, PROMPT, gates, LAST, full)
     (h_full - h).pow(2).mean().backward()
@@ -106,7 +98,7 @@ def test_on_a_gpu_in_bfloat16(full: str) -> None:
 
 def test_full_is_of_the_dense_model_or_of_the_gated_ones_inputs() -> None:
     """Layers 0 and 1 stream and layer 2 does not: it puts out what it did in the dense model, or attends densely."""
-    model, ids = _model(), _ids()
+    model, ids = three_layers(), _ids()
     gates = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     _, gated = gated_states(model, ids, PROMPT, gates, STREAMING, "gated")
     torch.testing.assert_close(gated, _written_out(model, ids, STREAMING, PROMPT, [0, 1]), rtol=1e-5, atol=1e-6)
@@ -131,7 +123,7 @@ def test_full_is_of_the_dense_model_or_of_the_gated_ones_inputs() -> None:
 
 @pytest.mark.parametrize("full", FULL)
 def test_the_gradient_is_that_of_finite_differences(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = _model(), _ids()
+    model, ids = three_layers(), _ids()
 
     def norm(self, x: Tensor) -> Tensor:  # transformers' rounds to float32
         return x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt() * self.weight

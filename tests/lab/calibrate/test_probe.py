@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from small import three_layers
 from torch import Tensor
 
 from sparsekit import SparsekitError, models
@@ -18,15 +19,6 @@ from sparsekit.patch.capture import wrap_attention
 
 CUT = Sections(sink_tokens=3, window_tokens=7, last_tokens=6)
 N, TARGET = 40, 17
-
-
-def _model(model_type: str = "llama", **fields):
-    model = models.tiny(model_type, num_hidden_layers=3, **fields).double()
-    if model_type == "gpt_oss":
-        model.set_experts_implementation("eager")  # the grouped one knows no float64
-        for layer in model.model.layers:
-            torch.nn.init.normal_(layer.self_attn.sinks)
-    return model
 
 
 def _ids(n: int = N, seed: int = 0) -> Tensor:
@@ -85,7 +77,7 @@ def test_sections_partition_the_causal_mask(n: int) -> None:
 def test_gradient_is_that_of_theta_written_out(kind: str, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: every section of every layer, layer and head; several row blocks, GQA, soft-cap, learned sinks."""
     monkeypatch.setattr("sparsekit.lab.calibrate.blocks.BLOCK_ENTRIES", 16 * 4 * N)
-    model, ids = _model(kind, **fields), _ids()
+    model, ids = three_layers(kind, **fields), _ids()
     logit, sums = probe_batch(model, [ids], [TARGET], CUT)
     explicit, of_heads = _explicit(model, ids), _explicit(model, ids, heads=4)
     assert logit.item() == pytest.approx(_with_theta(model, ids, {}).item(), rel=1e-9)
@@ -105,7 +97,7 @@ def test_gradient_is_that_of_theta_written_out(kind: str, fields: dict, monkeypa
 
 def test_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: five pairs of theta, central differences, through the definition that the probe was compared with."""
-    model, ids = _model(), _ids()
+    model, ids = three_layers(), _ids()
 
     def norm(self, x: Tensor) -> Tensor:  # transformers' rounds to float32, which is all that a difference would show
         return x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt() * self.weight
@@ -130,7 +122,7 @@ def test_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch)
 
 def test_rows_sum_to_output_times_its_gradient() -> None:
     """T7: sum over j of dy/dtheta_ij = sum over heads of dy/dO_i . O_i, so a section's sums do too."""
-    model, ids = _model(), _ids()
+    model, ids = three_layers(), _ids()
     found = {}
 
     def attention(own, module, q, k, v, mask, **kwargs):
@@ -149,7 +141,7 @@ def test_rows_sum_to_output_times_its_gradient() -> None:
 
 def test_the_last_layers_middle_is_free_and_masses_add_up() -> None:
     """Only the final row feeds the answer there; each row of weights sums to 1 in each head."""
-    _, sums = probe_batch(_model(), [_ids()], [TARGET], CUT)
+    _, sums = probe_batch(three_layers(), [_ids()], [TARGET], CUT)
     middle = SECTIONS.index("middle")
     assert sums.gradient[2, 0, middle] == 0 < sums.gradient[1, 0, middle]
     torch.testing.assert_close(sums.mass.sum(-1), torch.full((3, 1), 4.0 * N, dtype=torch.float64))
@@ -157,7 +149,7 @@ def test_the_last_layers_middle_is_free_and_masses_add_up() -> None:
 
 
 def test_a_batch_is_its_samples_alone() -> None:
-    model = _model()
+    model = three_layers()
     prompts = [_ids(40), _ids(23, seed=1), _ids(31, seed=2)]
     logits, together = probe_batch(model, prompts, [3, 4, 5], CUT)
     for b, ids in enumerate(prompts):
@@ -168,7 +160,7 @@ def test_a_batch_is_its_samples_alone() -> None:
 
 
 def test_parameters_and_model_are_as_before() -> None:
-    model = _model()
+    model = three_layers()
     model.lm_head.weight.requires_grad_(False)
     before = {name: (weight.requires_grad, weight.clone()) for name, weight in model.named_parameters()}
     probe_batch(model, [_ids()], [TARGET], CUT)
@@ -181,7 +173,7 @@ def test_parameters_and_model_are_as_before() -> None:
 
 def test_layers_that_are_not_full_attention_are_left_alone() -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    model = _model("qwen3", layer_types=kinds, sliding_window=8, use_sliding_window=True)
+    model = three_layers("qwen3", layer_types=kinds, sliding_window=8, use_sliding_window=True)
     _, sums = probe_batch(model, [_ids()], [TARGET], CUT)
     assert sums.seen == {1}
 
@@ -198,7 +190,7 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            probe_batch(_model(), [_ids(n)], [TARGET], CUT)
+            probe_batch(three_layers(), [_ids(n)], [TARGET], CUT)
         saved.append(total)
     assert saved[1] / saved[0] < 2.2
 
@@ -248,7 +240,7 @@ def test_probe_goes_on_where_it_was_interrupted(tiny, tmp_path, monkeypatch: pyt
     assert whole.layers[0].gradient_error["middle"] > 0
 
 
-def test_a_changed_weight_is_another_model(tiny, tmp_path) -> None:
+def test_a_changed_weight_is_anotherthree_layers(tiny, tmp_path) -> None:
     model, tokenizer = tiny
     options = {"samples": 1, "tokens": 400, "seeds": (0,), "quiet": True, "records": tmp_path / "r.jsonl"}
     first = probe(model, tokenizer, **options)
