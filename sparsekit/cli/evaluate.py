@@ -169,7 +169,8 @@ def sweep(
     from sparsekit.lab.sweep.best import overview, parse_rule
 
     _check_sweep_options(context, executor)
-    question, devices = load_question(Path(file)), [device_of(name) for name in words_of(device)]
+    question = load_question(Path(file))
+    devices = [device_of(name, elsewhere=True) for name in words_of(device)]
     if not devices:
         raise SparsekitError(f"--device {shown(device)}: at least one is needed, such as cpu, cuda or cuda:0,cuda:1.")
     if best_rule is not None:

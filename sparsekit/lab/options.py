@@ -26,8 +26,11 @@ Model = Annotated[
 Shape = Annotated[str | None, typer.Option("--shape", help="Of random weights: llama-3.1-8b, llama-3.2-1b, ...")]
 
 
-def device_of(text: str) -> str:
+def device_of(text: str, *, elsewhere: bool = False) -> str:
     """The device that `--device` names: `auto` is a CUDA GPU if there is one, else the CPU.
+
+    Args:
+        elsewhere: whether it may be another machine's. It is not looked for then.
 
     Raises:
         SparsekitError: there is no such device here.
@@ -38,7 +41,8 @@ def device_of(text: str) -> str:
 
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(text)
+    if not elsewhere:
+        check_device(text)
     return text
 
 

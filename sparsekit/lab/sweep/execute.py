@@ -99,6 +99,11 @@ def run_sweep(
         raise SparsekitError(
             f"devices {', '.join(devices)}: executor 'inline' runs on one; 'processes' on each of several."
         )
+    if maker is None and executor != "ray":
+        from sparsekit.models import check_device
+
+        for device in devices:
+            check_device(device)
     question = load_question(source)
     runs = question.runs(device=devices[0], samples=samples, where=where)
     trials = question.search.trials if question.search else 0
