@@ -28,6 +28,8 @@ from torch import Tensor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from soon import soon
+
 import sparsekit
 from sparsekit import Geometry, SparsekitError
 from sparsekit.models import tiny
@@ -575,12 +577,10 @@ def _() -> str:
 
 @fault(25, "small input, huge work", "8 GB", "config/test_fuzz.py")
 def _() -> str:
-    start = time.perf_counter()
-    says = refused(lambda: sparsekit.load('{version: 1, layers: {"0-300000000": triangle}}').resolve(), "300000000")
     long = "x" * 3_000_000
-    refused(lambda: sparsekit.load({"default": long}))
-    assert time.perf_counter() - start < 2
-    return says
+    soon(lambda: refused(lambda: sparsekit.load({"default": long})), 2)
+    wide = '{version: 1, layers: {"0-300000000": triangle}}'
+    return soon(lambda: refused(lambda: sparsekit.load(wide).resolve(), "300000000"), 2)
 
 
 @fault(

@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from soon import soon
 
 from sparsekit import SparsekitError
 from sparsekit.errors import nearest, read_text, shown, writing
@@ -25,10 +25,8 @@ def test_a_value_is_shown_on_one_short_line(kind: str) -> None:
         "nested": [["a" * 999] * 99] * 99,
         "control": "\n\0\x1b[0m",
     }[kind]
-    start = time.perf_counter()
-    text = shown(value)
+    text = soon(lambda: shown(value), 0.5)
     assert len(text) <= 100 and text.isprintable()
-    assert time.perf_counter() - start < 0.5
 
 
 def test_short_values_are_shown_as_they_are() -> None:
@@ -38,9 +36,8 @@ def test_short_values_are_shown_as_they_are() -> None:
 
 
 def test_nearest_of_very_long_names_is_quick() -> None:
-    start = time.perf_counter()
-    nearest("a" * 3_000_000, ["b" * 90 for _ in range(100_000)])
-    assert time.perf_counter() - start < 1
+    many = ["b" * 90 for _ in range(100_000)]
+    soon(lambda: nearest("a" * 3_000_000, many), 1)
     assert nearest("trianlge", ["dense", "triangle"]) == " Did you mean 'triangle'?"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from soon import soon
 
 from sparsekit import SparseConfig, SparsekitError, load
 from sparsekit.config import Budget, ModelFacts, format_range, give_back, parse_range
@@ -171,12 +171,14 @@ def test_a_mapping_from_python_is_as_strict() -> None:
 
 @pytest.mark.parametrize("key", ["0-" + "9" * 5000, "0," * 100_000, "0-999999999", "9" * 5000, "1-2-3", "", "-", ","])
 def test_a_range_is_bounded_before_it_is_spelled_out(key: str) -> None:
-    start = time.process_time()
-    with pytest.raises(SparsekitError) as caught:
-        parse_range(key)
-    with pytest.raises(SparsekitError, match="layers: "):
-        load({"layers": {key: "triangle"}})
-    assert len(str(caught.value)) < 300 and time.process_time() - start < 0.5
+    def refused() -> str:
+        with pytest.raises(SparsekitError) as caught:
+            parse_range(key)
+        with pytest.raises(SparsekitError, match="layers: "):
+            load({"layers": {key: "triangle"}})
+        return str(caught.value)
+
+    assert len(soon(refused, 0.5)) < 300
 
 
 def test_numbers_are_decimal_and_dates_are_texts() -> None:
@@ -214,20 +216,18 @@ LAUGHS = "provenance:\n  a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_what_is_larger_than_any_config_is_refused_before_it_is_built(text: str, says: str) -> None:
-    start = time.process_time()
-    with pytest.raises(SparsekitError, match=says) as caught:
-        load(text + "\n").resolve()
-    assert len(str(caught.value)) < 500
-    assert time.process_time() - start < 2
+    def refused() -> str:
+        with pytest.raises(SparsekitError, match=says) as caught:
+            load(text + "\n").resolve()
+        return str(caught.value)
+
+    assert len(soon(refused, 2)) < 500
 
 
 def test_the_largest_config_resolves_soon() -> None:
-    start = time.process_time()
-    layers = (
-        load('model: {num_layers: 1024, num_heads: 1024}\nheads: {"0-1023": {"0-1022": triangle}}\n').resolve().layers
-    )
+    text = 'model: {num_layers: 1024, num_heads: 1024}\nheads: {"0-1023": {"0-1022": triangle}}\n'
+    layers = soon(lambda: load(text).resolve().layers, 1)
     assert len(layers) == 1024 and layers[7].pattern_of_head == (0,) * 1023 + (1,)
-    assert time.process_time() - start < 1
 
 
 def test_unions_of_unions_are_read_once_each() -> None:
@@ -235,10 +235,12 @@ def test_unions_of_unions_are_read_once_each() -> None:
     wrong: Any = "trianlge"
     for _ in range(18):
         wrong = {"name": "union", "of": [wrong]}
-    start = time.process_time()
-    with pytest.raises(SparsekitError, match="Did you mean 'triangle'"):
-        load({"default": wrong})
-    assert time.process_time() - start < 1
+
+    def refused() -> None:
+        with pytest.raises(SparsekitError, match="Did you mean 'triangle'"):
+            load({"default": wrong})
+
+    soon(refused, 1)
     endless: dict[str, Any] = {"name": "union"}
     endless["of"] = [endless]
     with pytest.raises(SparsekitError, match="more than 40 deep"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from soon import soon
 from torch import Tensor, nn
 
 from sparsekit import Geometry, SparsekitError, explain, load, models
@@ -124,9 +124,7 @@ def test_heads_that_differ_are_counted_each() -> None:
 
 
 def test_a_million_tokens_take_no_time() -> None:
-    start = time.perf_counter()
-    found = explain(LLAMA, 1 << 20)
-    assert time.perf_counter() - start < 5
+    found = soon(lambda: explain(LLAMA, 1 << 20), 5)
     assert found.layers[31].density == pytest.approx(0.00123558, rel=1e-5)
     assert found.plan_bytes is not None and found.plan_bytes < 1_000_000  # the two patterns' plans, not 32
 
