@@ -89,13 +89,10 @@ class LayerPatterns:
 
     def of_heads(self, first: int, count: int) -> LayerPatterns:
         """The same layer with `count` of its query heads alone, from head `first` on."""
-        chosen = self.pattern_of_head[first : first + count]
+        heads = range(first, first + count)
+        chosen = [self.pattern_of_head[head] for head in heads]
         used = sorted(set(chosen))
-        kept = []
-        for i in used:
-            heads = [head for head, pattern in enumerate(self.pattern_of_head) if pattern == i]
-            here = [at for at, head in enumerate(heads) if first <= head < first + count]
-            kept.append(self.patterns[i].of_heads(here))
+        kept = [self.patterns[i].of_heads(heads) for i in used]
         reused = None if self.reused is None else self.reused.of_heads(first, count)
         of_head = tuple(used.index(i) for i in chosen)
         taken = [] if reused is None else [kept[i] for i, n in zip(of_head, reused.heads, strict=True) if n is not None]

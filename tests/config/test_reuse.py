@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from sparsekit import SparsekitError, load
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
 from sparsekit.config import ModelFacts, Reuse, Reused, SparseConfig, give_back
 from sparsekit.config.costs import explain
 from sparsekit.patterns import XAttention
+from sparsekit.patterns.shared import SharedPlans
+from sparsekit.testing import inputs_for
 
 TOPK = {"name": "block_topk", "top_k": 4}
 LAYERS, HEADS = 12, 4
@@ -126,6 +131,20 @@ def test_a_process_has_a_part_of_the_heads() -> None:
     ):
         across.of_heads(0, 2)
     assert _config({"4": TOPK, "5": {"reuse": 4}}).resolve().layers[5].alike
+
+
+@pytest.mark.parametrize("dense", ["0", "2"])
+def test_a_part_of_a_mixed_layer_has_the_values_of_its_heads(dense: str) -> None:
+    """A list has a value for each query head of the layer, those that run another pattern too."""
+    rule = {"name": "xattention", "threshold": (0.2, 0.4, 0.6, 0.8), "stride": 8}
+    layer = _config({"4": rule}, {"4": {dense: "dense"}}).resolve().layers[4]
+    geometry = Geometry.of(1500)
+    q, k, _ = inputs_for(geometry)
+    whole = layer.plan(q, k, geometry, Softmax(0.3), SharedPlans()).to_mask()
+    for rank, first in enumerate((0, 2)):
+        part = layer.of_heads(first, 2)
+        plan = part.plan(q[:, first : first + 2], k[:, rank : rank + 1], geometry, Softmax(0.3), SharedPlans())
+        assert torch.equal(plan.to_mask(), whole[:, first : first + 2])
 
 
 @pytest.mark.parametrize("there", ["dense", "triangle"])
