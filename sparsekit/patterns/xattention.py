@@ -54,9 +54,15 @@ class XAttention(BlockPattern):
         return tuple(map(float, shares)) if isinstance(value, list | tuple) else float(value)
 
     def of_heads(self, heads: Sequence[int]) -> XAttention:
-        if not isinstance(self.threshold, tuple):
+        shares = self.threshold
+        if not isinstance(shares, tuple):
             return self
-        return self.model_copy(update={"threshold": tuple(self.threshold[head] for head in heads)})
+        if max(heads) >= len(shares):
+            raise SparsekitError(
+                f"xattention: threshold has {len(shares)} values, and none for query head {max(heads)}: give one "
+                "number, or one for each query head."
+            )
+        return self.model_copy(update={"threshold": tuple(shares[head] for head in heads)})
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         heads, shares = q.shape[1], self.threshold

@@ -75,6 +75,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a head too many": ({"4": TOPK, "5": {"reuse": 4, "heads": [0, 1, 4, 0]}}, r"layers\.'5'\.heads\[2\] = 4: layer 4 "
                         r"has 4 query heads; allowed: 0-3\."),
     "a negative head": ({"4": TOPK, "5": {"reuse": 4, "heads": [0, 1, -1, 0]}}, r"heads\.2 = -1: it should be greater"),
+    "a head without a value": ({"4": {"name": "xattention", "threshold": [0.5, 0.6, 0.7]}, "5": {"reuse": 4}},
+                               "xattention: threshold has 3 values, and none for query head 3: give one number, or"),
     "a huge layer": ({"4": TOPK, "5": {"reuse": 10**20}}, "too large; numbers go up to"),
     "a text": ({"4": TOPK, "5": {"reuse": "4"}}, "layers.'5': reuse = '4': it should be a valid integer"),
     "true": ({"4": TOPK, "5": {"reuse": True}}, "layers.'5': reuse = True: it should be a valid integer"),
