@@ -6,7 +6,6 @@ A name is a key's first part; what it depends on follows: shapes, strides, dtype
 from __future__ import annotations
 
 __all__ = [
-    "ANCHORS",
     "CORRECTED",
     "COVERED",
     "FINER",
@@ -20,7 +19,6 @@ __all__ = [
     "VISITED",
 ]
 
-ANCHORS = "anchors"  # the dense plan of the rows by which the others are corrected
 CORRECTED = "corrected"  # the same pairs with another correction
 RUN = "run"  # attend: the implementation that runs such a call, once it was checked
 COVERED = "covered"  # an implementation's reasons against such a call

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.call.geometry import TILES
+from sparsekit.call.caches import per_geometry
+from sparsekit.call.geometry import TILES, Geometry
 from sparsekit.errors import SparsekitError
 from sparsekit.plan.entries import FLAG_BITS
 from sparsekit.plan.mask import dense_queries, multiplicity
-from sparsekit.plan.memo import ANCHORS, CORRECTED, FINER, SUMS
+from sparsekit.plan.memo import CORRECTED, FINER, SUMS
 from sparsekit.plan.rows import PlanRows
 from sparsekit.plan.totals import PlanTotals, plan_sums, totals_of
 
@@ -69,11 +70,7 @@ class BlockPlan(PlanRows):
         """The dense plan of the rows by which the others are corrected; None where nothing is."""
         if not self.correct_every or self.all_dense:
             return None
-        plan: BlockPlan | None = self.memo.get(ANCHORS)
-        if plan is None:
-            geometry = self.geometry.anchors(self.correct_every)
-            plan = self.memo[ANCHORS] = BlockPlan(geometry, samples=self.samples, on_grid=True)
-        return plan
+        return _anchors(self.geometry, self.samples, self.correct_every)
 
     def dense_queries(self, sample: int) -> Tensor | None:
         """bool (P, q_end - q_first): the queries of a plan sample that keep every key, as far as the plan says."""
@@ -120,6 +117,12 @@ class BlockPlan(PlanRows):
     def tile_density(self) -> float:
         """Visited tiles / tiles of dense causal attention."""
         return self.totals().tile_density()
+
+
+@per_geometry
+def _anchors(geometry: Geometry, samples: int, every: int) -> BlockPlan:
+    """One for all layers: those of a dynamic pattern have a plan each, and this one keeps its launches."""
+    return BlockPlan(geometry.anchors(every), samples=samples, on_grid=True)
 
 
 def pointers(counts: Tensor) -> Tensor:

@@ -181,6 +181,14 @@ def test_a_plan_that_is_dense_is_not_corrected() -> None:
     assert plan.anchors is None
 
 
+def test_plans_of_one_geometry_share_their_anchors() -> None:
+    """A dynamic pattern makes a plan in each layer; its anchors, with what is prepared for them, are made once."""
+    geometry = Geometry.of(300, block_q=64, block_kv=64)
+    one, other = _triangle(geometry).corrected(64), _triangle(geometry, 50).corrected(64)
+    assert one.anchors is other.anchors
+    assert one.anchors is not one.corrected(32).anchors
+
+
 def test_anchors_count_in_the_density() -> None:
     geometry = Geometry.of(300, batch=2, kv_start=(0, 70), block_q=64, block_kv=64)
     plan = _triangle(geometry).corrected(64)
