@@ -68,9 +68,7 @@ class BlockPlan(PlanRows):
     @property
     def anchors(self) -> BlockPlan | None:
         """The dense plan of the rows by which the others are corrected; None where nothing is."""
-        if not self.correct_every or self.all_dense:
-            return None
-        return _anchors(self.geometry, self.samples, self.correct_every)
+        return _anchors(self.geometry, self.samples, self.correct_every) if self.correct_every else None
 
     def dense_queries(self, sample: int) -> Tensor | None:
         """bool (P, q_end - q_first): the queries of a plan sample that keep every key, as far as the plan says."""

@@ -93,7 +93,8 @@ class PlanRows:
         on_grid: whether the host knows that each tile starts at a multiple of `block_kv`.
         ranked: keys in order of importance with an early stop, in place of rows; one plan sample a sample.
         correct_every: above 0: outputs are corrected by dense attention's for every n-th query, n this number
-            (`BlockPlan.anchors`). A property of the result: the pairs above are those before the correction.
+            (`BlockPlan.anchors`). A property of the result: the pairs above are those before the correction. 0 where
+            all is dense, whatever is said: such rows lack nothing.
         memo: what executions derived from this plan and learnt of it, by the names in memo.py. Nothing above changes.
 
     Raises:
@@ -122,7 +123,9 @@ class PlanRows:
         rows = samples * g.rows
         if samples != g.batch and (samples != 1 or not g.uniform):
             raise SparsekitError(f"plan of {samples} samples: want {g.batch}, the batch, or 1 if all are alike.")
-        if g.q_step > 1 and not self.all_dense:
+        if self.all_dense:
+            object.__setattr__(self, "correct_every", 0)
+        elif g.q_step > 1:
             raise SparsekitError(f"plan of every {g.q_step}th query: only a dense one can be, without any tensor.")
         if (self.row_ptr is None) != (self.entries is None) or (self.tokens is None) != (self.token_bits is None):
             raise SparsekitError("plan: row_ptr comes with entries, and tokens with token_bits.")

@@ -176,9 +176,17 @@ def test_heads_are_corrected_alike() -> None:
 
 
 def test_a_plan_that_is_dense_is_not_corrected() -> None:
-    plan = dense_plan(Geometry.of(300))
-    assert plan.corrected(64) is plan
+    """Whoever made it: it keeps its log-sum-exp, counts no anchors, and is a BlockMask."""
+    geometry = Geometry.of(300)
+    dense = dense_plan(geometry)
+    assert dense.corrected(64) is dense
+    plan = BlockPlan(geometry, on_grid=True, correct_every=64)
     assert plan.anchors is None
+    assert plan.density() == plan.tile_density() == 1
+    q, k, v = inputs_for(geometry)
+    got, expected = (attend(q, k, v, each, return_lse=True) for each in (plan, dense))
+    assert all(map(torch.equal, got, expected))
+    to_flex(plan)
 
 
 def test_plans_of_one_geometry_share_their_anchors() -> None:
