@@ -141,9 +141,6 @@ def attend_hopper(
     Returns:
         `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
     """
-    if q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return attend_hopper(q, keys, plan, softmax, return_lse, out)
     pack = _packed_heads(q, keys, plan, softmax)
     if pack == 1:
         return _run(q, keys, plan, softmax, return_lse, out)
@@ -167,9 +164,6 @@ def attend_corrected(
         return None
     if _workspace_slots(plan, q, keys.k, _step_keys(dim), 1):
         return None
-    if q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return attend_corrected(q, keys, plan, softmax, dense, out)
     return _run(q, keys, plan, softmax, False, out, dense=dense.contiguous())[0]
 
 
@@ -196,6 +190,9 @@ def _run(
     q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None, pack: int = 1,
     dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if q.device.index != torch.cuda.current_device():  # launches go to the current device
+        with torch.cuda.device(q.device):
+            return _run(q, keys, plan, softmax, return_lse, out, pack, dense)
     (k, v, table), sinks = keys, softmax.sink_logits
     stream = _driver().get_current_stream(q.device.index)
     key = (
