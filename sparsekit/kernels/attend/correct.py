@@ -48,9 +48,10 @@ def correct(out: Tensor, dense: Tensor, plan: BlockPlan, impl: str | None = None
         dense: (B, H, M, D), what `plan.anchors` gives.
         impl: "torch" or a form of the kernel; None: what the device runs.
     """
-    assert plan.anchors is not None
+    anchors = plan.anchors
+    assert anchors is not None
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    change = dense.to(wide) - anchor_queries(out, plan.anchors.geometry).to(wide)
+    change = anchor_queries(out, anchors.geometry).to(wide).neg_().add_(dense)
     if runs_triton(out.device, impl):
         from sparsekit.kernels.attend.triton_correct import add_changes
 

@@ -32,6 +32,7 @@ from sparsekit.kernels.launch import (
     _precision,
     _start,
     _steps_fit_tma,
+    steps_of,
 )
 from sparsekit.kernels.primitives import (
     LOG2E,
@@ -350,7 +351,7 @@ class _Launch:
         if self.merge_grid[0]:
             spans, order, sinks = self.plan[0], self.plan[7], softmax.sink_logits
             q_offset, q_len, rows, samples, batch_per, *_, chunks = self.numbers
-            steps = out.stride()[:3]
+            steps = steps_of(out)
             numbers = (*steps, q_offset, q_len, rows, samples, batch_per, chunks)
             merge_form = (self.form, lse is None, _pointer_form(sinks), _pointer_form(out), steps)
             merge_args = (args[10], out, lse, sinks, spans, order, *numbers)
@@ -390,7 +391,7 @@ class _Launch:
     def _layout(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> _Layout:
         m, n, dim = self.tile.block_m, self.tile.block_n, self.options["DP"]
         boxes = (q, q.shape[2], m), (k, self.key_rows, n), (v, self.key_rows, n), (out, out.shape[2], m)
-        steps = tuple(step for tensor in (q, k, v, out) for step in tensor.stride()[:3])
+        steps = steps_of(q, k, v, out)
         keys = steps[3:9] if self.plan[5] is not None else (0,) * 6
         tma_steps = (0, 0, 0, *keys, *(steps[9:] if self.early else (0, 0, 0)))
         return _Layout(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekit.kernels.launch import _padded, launch, on_device
+from sparsekit.kernels.launch import _padded, launch, on_device, steps_of
 from sparsekit.kernels.primitives import _offset
 from sparsekit.plan import BlockPlan, span_numbers
 
@@ -25,21 +25,16 @@ def add_changes(out: Tensor, change: Tensor, plan: BlockPlan) -> None:
     batch, heads, _, dim = out.shape
     g, rule, dense = plan.geometry, plan.rule, plan.dense_rows
     tiles = max(-(-(span.q_end - span.q_first) // ROWS) for span in g.spans)
-    steps = (
-        0 if rule is None or rule.shape[0] == 1 else rule.stride(0),
-        0 if rule is None or rule.shape[1] == 1 else rule.stride(1),
-    )
-    strides = *out.stride()[:3], *change.stride()[:3]
+    steps, of_rule = steps_of(out, change), (0, 0) if rule is None else steps_of(rule)[:2]
     args = (
         out, change, span_numbers(g, g.batch, out.device), dense if dense is None else dense.view(torch.uint8), rule,
-        *strides, tiles, heads, g.q_offset, plan.correct_every, plan.rows, plan.samples,
-        *steps,
+        *steps, tiles, heads, g.q_offset, plan.correct_every, plan.rows, plan.samples, *of_rule,
     )  # fmt: skip
     options = {
         "GROUP": heads // plan.heads, "BQ": plan.block_q, "ROWS": ROWS, "D": dim, "DP": _padded(dim), "num_warps": 4,
     }  # fmt: skip
     with on_device(out.device):
-        launch(_add, batch * heads * tiles, args, options, strides)
+        launch(_add, batch * heads * tiles, args, options, steps)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)

@@ -20,7 +20,7 @@ from sparsekit.call.tensors import output
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.attend.tiles import Tile, tile_for
 from sparsekit.kernels.device import capability_of
-from sparsekit.kernels.launch import _padded, _pointer_form, _precision, _start, on_device
+from sparsekit.kernels.launch import _padded, _pointer_form, _precision, _start, on_device, steps_of
 from sparsekit.kernels.primitives import (
     LOG2E,
     MASKED,
@@ -210,7 +210,7 @@ def attend_ranked_triton(
     spans, sinks = span_numbers(g, batch, q.device), softmax.sink_logits
     k, v, table = keys
     tensors = (q, k, v, out, lse, sinks, spans, ranked.q_index, ranked.keys, ranked.key_ptr, visited, table)
-    steps = tuple(step for x in (q, k, v, out) for step in x.stride()[:3])
+    steps = steps_of(q, k, v, out)
     args = (
         *tensors, *steps, float(softmax.scale), float(softmax.softcap or 1.0), float(ranked.stop_tau), ranked.patience,
         g.q_offset, q_len, batch, segments, ranked.segment_tokens, ranked.keys.shape[2],
