@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.torch_ranked import attend_ranked
-from sparsekit.plan import CAUSAL, RULE, BlockPlan, anchor_positions, unpack
+from sparsekit.plan import CAUSAL, RULE, BlockPlan, anchor_positions, unpack, upload
 from sparsekit.plan.memo import MASKS
 
 __all__ = ["attend_torch"]
@@ -64,12 +65,12 @@ def attend_torch(
     padded = g.padded
     out = output(q, out, padded)
     lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=torch.float32) if return_lse else None
+    if g.q_step > 1:
+        _run_anchors(q, k, v, g, softmax, out, lse)
+        return out, lse
     for b in range(batch):
         span = g.spans[b]
         if span.q_first == span.q_end:
-            continue
-        if g.q_step > 1:
-            _run_anchors(q[b], k[b], v[b], plan, softmax, b, out[b], None if lse is None else lse[b])
             continue
         runner = _Sample(q[b], k[b], v[b], plan, softmax, b, return_lse)
         runner.run()
@@ -182,24 +183,24 @@ class _Sample:
 
 
 def _run_anchors(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, sample: int, out: Tensor, lse: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Geometry, softmax: Softmax, out: Tensor, lse: Tensor | None
 ) -> None:
-    """The anchors of one sample, q (H, M, D), over all their causal keys, into out and lse."""
-    g, sinks = plan.geometry, softmax.sink_logits
+    """The anchors of a call, q (B, H, M, D), over all their causal keys, into out and lse."""
+    sinks, positions = softmax.sink_logits, upload(anchor_positions(g, g.batch), q.device)
     softmax = Softmax(softmax.scale, softmax.softcap, None if sinks is None else sinks[None])
-    start, position = g.kv_start[sample], anchor_positions(g, g.batch)[sample].to(q.device)
-    count = g.spans[sample].tiles(g.q_step)
-    for first in range(0, count, DENSE_ROWS_AT_ONCE):
-        rows = slice(first, min(first + DENSE_ROWS_AT_ONCE, count))
-        end = int(position[rows][-1]) + 1
-        mask = torch.arange(end, device=q.device) <= position[rows, None]
-        some_k, some_v = (x[None, :, start : start + end] for x in (k, v))
-        made, own = _softmax_attention(
-            q[None, :, rows], some_k, some_v, _additive(mask, q.dtype), softmax, lse is not None
-        )
-        out[:, rows] = made[0]
-        if lse is not None and own is not None:
-            lse[:, rows] = own[0]
+    for b, span in enumerate(g.spans):
+        count = span.tiles(g.q_step)
+        for first in range(0, count, DENSE_ROWS_AT_ONCE):
+            rows = slice(first, min(first + DENSE_ROWS_AT_ONCE, count))
+            end = span.anchor(rows.stop - 1, g.q_step) + 1
+            mask = torch.arange(end, device=q.device) <= positions[b, rows, None]
+            some_k, some_v = (x[b, None, :, g.kv_start[b] : g.kv_start[b] + end] for x in (k, v))
+            made, own = _softmax_attention(
+                q[b, None, :, rows], some_k, some_v, _additive(mask, q.dtype), softmax, lse is not None
+            )
+            out[b, :, rows] = made[0]
+            if lse is not None and own is not None:
+                lse[b, :, rows] = own[0]
 
 
 def _softmax_attention(

@@ -17,6 +17,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend
+from sparsekit.kernels.attend import torch_blocks
 from sparsekit.kernels.attend.correct import anchor_queries
 from sparsekit.kernels.choose import TABLE
 from sparsekit.plan import BlockPlan, TokenRule, anchor_positions, dense_plan, plan_from_rule, stack_heads
@@ -43,8 +44,9 @@ def _triangle(geometry: Geometry, window: int = 40) -> BlockPlan:
 
 @every
 @geometries
-def test_anchors_are_rows_of_the_whole(geometry: Geometry, every: int) -> None:
+def test_anchors_are_rows_of_the_whole(geometry: Geometry, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row r is the first query of its block, in positions; what it attends is what it attends among all queries."""
+    monkeypatch.setattr(torch_blocks, "DENSE_ROWS_AT_ONCE", 16)  # several stretches of rows
     anchors = geometry.anchors(every)
     q, k, v = inputs_for(geometry, dtype=torch.float64)
     dense = attend(q, k, v, dense_plan(geometry), impl="reference")
