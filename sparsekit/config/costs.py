@@ -29,7 +29,8 @@ from sparsekit.errors import SparsekitError
 from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, shared_correction, static_plan
 from sparsekit.patterns.attention import static_plan_heads
 from sparsekit.patterns.base import rule_of
-from sparsekit.plan import TokenRule, causal_tiles
+from sparsekit.plan import TokenRule
+from sparsekit.plan.totals import causal_totals
 
 __all__ = ["Explanation", "LayerExplanation", "explain", "facts_for"]
 
@@ -115,7 +116,7 @@ def _count(
 ) -> LayerExplanation:
     """Pairs, tiles and bytes of a layer."""
     heads = len(layer.pattern_of_head)
-    dense_pairs, dense_tiles = heads * geometry.spans[0].causal_pairs, heads * _dense_tiles(geometry)
+    dense_pairs, dense_tiles = causal_totals(geometry, heads)
     runs, why, counts, at_most = "sparse", "", None, None
     windowed = _own_counts(layer, facts, geometry)
     dynamic = [pattern for pattern in layer.patterns if isinstance(pattern, DynamicPattern)]
@@ -217,11 +218,8 @@ def _static_counts(layer: LayerPatterns, geometry: Geometry) -> tuple[int, int, 
 
 def _anchor_counts(layer: LayerPatterns, geometry: Geometry) -> tuple[int, int]:
     """(pairs, tiles) of the dense rows by which a layer is corrected, those of all its heads."""
-    every = shared_correction(layer.patterns)
-    if not every:
-        return 0, 0
-    heads, rows = len(layer.pattern_of_head), replace(geometry, q_step=every)
-    return heads * geometry.spans[0].anchor_pairs(every), heads * int(causal_tiles(rows, 1).sum())
+    every, heads = shared_correction(layer.patterns), len(layer.pattern_of_head)
+    return causal_totals(replace(geometry, q_step=every), heads) if every else (0, 0)
 
 
 def _kept_pairs(pattern: StaticPattern, geometry: Geometry) -> int:
@@ -231,12 +229,6 @@ def _kept_pairs(pattern: StaticPattern, geometry: Geometry) -> int:
     if rule is None:
         return static_plan(pattern, geometry, _CPU).kept_pairs()
     return rule.pairs(span)
-
-
-def _dense_tiles(geometry: Geometry) -> int:
-    """Tiles of one head that dense causal attention visits."""
-    ends = range(geometry.block_q, geometry.rows * geometry.block_q + 1, geometry.block_q)
-    return sum(-(-min(end, geometry.q_len) // geometry.block_kv) for end in ends)
 
 
 # ---- predicting

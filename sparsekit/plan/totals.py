@@ -12,7 +12,7 @@ from sparsekit.plan.bounds import causal_tiles, row_bounds, segment_bounds
 from sparsekit.plan.entries import CAUSAL, RULE, unpack
 from sparsekit.plan.rows import PlanRows, Ranked
 
-__all__ = ["PlanTotals", "plan_sums", "totals_of"]
+__all__ = ["PlanTotals", "causal_totals", "plan_sums", "totals_of"]
 
 # Entries, or bits of single columns, summed in one go: a dozen int64 of each are 100 MiB.
 SUMMED_AT_ONCE = 1 << 20
@@ -57,13 +57,13 @@ def totals_of(plan: PlanRows, sums: Tensor) -> PlanTotals:
     g = plan.geometry
     repeats, anchors = g.batch if plan.samples == 1 else 1, (0, 0)
     if plan.correct_every:
-        anchors = _all_causal(replace(g, q_step=plan.correct_every), plan.heads)
-    pairs, tiles = _all_causal(g, plan.heads)
+        anchors = causal_totals(replace(g, q_step=plan.correct_every), plan.heads)
+    pairs, tiles = causal_totals(g, plan.heads)
     return PlanTotals(sums, repeats, plan.block_kv, pairs, tiles, plan.nbytes, anchors)
 
 
-def _all_causal(g: Geometry, heads: int) -> tuple[int, int]:
-    """Pairs and tiles of dense attention, of all samples and `heads` heads."""
+def causal_totals(g: Geometry, heads: int) -> tuple[int, int]:
+    """Pairs and tiles of dense attention, of all samples and `heads` heads; of the anchors alone with a `q_step`."""
     samples = 1 if g.uniform else g.batch
     tiles = int(causal_tiles(g, samples).sum()) * (g.batch // samples)
     return heads * sum(_causal_pairs(g, span) for span in g.spans), heads * tiles
