@@ -89,19 +89,16 @@ def report_layer(layer: Layer) -> LayerReport:
         done.synchronize()
         plan_ms, ms = begun.elapsed_time(planned), begun.elapsed_time(done)
     totals = layer.plan if isinstance(layer.plan, PlanTotals) else layer.plan.totals()
-    density = totals.density()
-    kept_all = (
-        layer.ran == "sparse" and totals.kept_pairs() - totals.anchors[0] == totals.causal_pairs
-    )  # with correction
+    kept_all = layer.ran == "sparse" and totals.keeps_all()
     return LayerReport(
         index,
         layer.ran,
         f"the {'pattern' if reused is None else 'plan'} kept every pair" if kept_all else layer.why,
         pattern,
         layer.choice.impl,
-        density,
-        layer.plan.tile_density(),
-        layer.plan.nbytes,
+        totals.density(),
+        totals.tile_density(),
+        totals.nbytes,
         ms,
         plan_ms,
         layer.choice.why,

@@ -45,6 +45,10 @@ class PlanTotals:
         _, tiles, columns = self.sums.tolist()
         return float((tiles + columns / self.block_kv) * self.repeats) + self.anchors[1]
 
+    def keeps_all(self) -> bool:
+        """Whether every causal pair is kept, before any correction."""
+        return int(self.sums[0]) * self.repeats == self.causal_pairs
+
     def density(self) -> float:
         return self.kept_pairs() / self.causal_pairs if self.causal_pairs else 1.0
 
