@@ -139,7 +139,7 @@ class Pattern(BaseModel, ABC):
     @classmethod
     def _parameters(cls) -> list[str]:
         """Its fields: first its own, then those that every pattern has."""
-        return [key for key in cls.model_fields if key not in Pattern.model_fields] + ["correct_every"]
+        return sorted((key for key in cls.model_fields if key != "name"), key=Pattern.model_fields.__contains__)
 
 
 def bounded(value: Any) -> Any:

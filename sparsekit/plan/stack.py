@@ -12,6 +12,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.plan.bounds import row_bounds, upload
 from sparsekit.plan.build import dense_plan
 from sparsekit.plan.plan import BlockPlan, heaviest_first, pointers
+from sparsekit.plan.rule import INT32
 
 __all__ = ["stack_heads"]
 
@@ -157,7 +158,7 @@ def _stacked_rules(
 @per_geometry
 def _no_rule(device: torch.device) -> Tensor:
     """int32 (1, 1, 3), of a part without RULE tiles, in which no row is dense by a rule."""
-    return upload(torch.tensor([[[0, 0, 2**31 - 1]]], dtype=torch.int32, device="cpu"), device)
+    return upload(torch.tensor([[[0, 0, INT32]]], dtype=torch.int32, device="cpu"), device)
 
 
 def _stacked_columns(
@@ -171,7 +172,7 @@ def _stacked_columns(
     words = -(-width // 32)
     for part in parts:
         own = part.samples * part.heads
-        token = torch.full((own, width), 2**31 - 1, dtype=torch.int32, device=device)
+        token = torch.full((own, width), INT32, dtype=torch.int32, device=device)
         bit = torch.zeros(own * part.rows, words, dtype=torch.int32, device=device)
         if part.tokens is not None and part.token_bits is not None:
             token[:, : part.tokens.shape[-1]] = part.tokens.flatten(0, 1)
