@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from sparsekit.config.ranges import format_range, parse_range
-from sparsekit.config.reuse import Reuse
+from sparsekit.config.ranges import by_number, format_range, parse_range
+from sparsekit.config.reuse import Reuse, pattern_reused
 from sparsekit.config.schema import SparseConfig, load
 from sparsekit.patterns import DynamicPattern, Pattern
 
@@ -28,7 +28,7 @@ def give_back(
     whole = _give_back_layers(config, [layer for layer in layers if layer not in heads]) if layers else config
     data = whole.to_dict()
     for layer, some in heads.items():
-        before = {n: rule for key, rule in data.get("heads", {}).items() for n in parse_range(key)}.get(layer, {})
+        before = by_number(data.get("heads", {})).get(layer, {})
         kept = {format_range(left): p for k, p in before.items() if (left := _without(parse_range(k), some))}
         mine = _left(data.get("heads", {}), [layer])
         data["heads"] = {**mine, str(layer): {**kept, format_range(sorted(some)): "dense"}}
@@ -47,17 +47,15 @@ def _unshared(config: SparseConfig, layers: Sequence[int], heads: Mapping[int, S
 
     So does a layer of which no head is left that would reuse what an estimate chose.
     """
-    rules = {n: rule for key, rule in config.layers.items() for n in parse_range(key)}
-    own = {n: {h: p for k, p in by.items() for h in parse_range(k)} for key, by in config.heads.items()
-           for n in parse_range(key)}  # fmt: skip
+    rules = by_number(config.layers)
+    own = {layer: by_number(some) for layer, some in by_number(config.heads).items()}
     whole: dict[Pattern, list[int]] = {}
     single: dict[int, dict[int, Pattern]] = {}
     for layer, rule in rules.items():
         if not isinstance(rule, Reuse) or layer in layers:
             continue
         some = heads.get(rule.reuse, ())
-        base, there = rules.get(rule.reuse, config.default), own.get(rule.reuse, {})
-        assert isinstance(base, Pattern)
+        base, there = pattern_reused(rule, rules, config.default), own.get(rule.reuse, {})
         kept = rule.reuse not in layers and not (some if rule.heads is None else set(some) & set(rule.heads))
         if kept and layer in heads:
             count = config.model.heads(layer) if config.model and config.model.num_heads else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["MOST", "format_range", "parse_range", "ranged"]
+__all__ = ["MOST", "by_number", "format_range", "parse_range", "ranged"]
 
 MOST = 1024  # layers of a model, and heads of a layer: a range is bounded before it is spelled out
 MOST_CHARACTERS = 5 * MOST  # every second number by itself
@@ -50,6 +50,11 @@ def format_range(numbers: Sequence[int]) -> str:
         else:
             runs.append([n, n])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def by_number(rules: Mapping[str, Any]) -> dict[int, Any]:
+    """Each number of the ranges that are keys, with its value."""
+    return {n: rule for key, rule in rules.items() for n in parse_range(key)}
 
 
 def ranged(rules: Mapping[Any, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparsekit.config.ranges import MOST, format_range
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.patterns import DynamicPattern, Pattern, bounded, parse_pattern
 
-__all__ = ["AnyPattern", "LayerRule", "Reuse", "resolve_reuse"]
+__all__ = ["AnyPattern", "LayerRule", "Reuse", "pattern_reused", "resolve_reuse"]
 
 Number = Annotated[int, Field(ge=0, lt=MOST, strict=True)]
 
@@ -67,6 +67,18 @@ AnyPattern = Annotated[Pattern, BeforeValidator(_parse_pattern)]
 LayerRule = Annotated[Pattern | Reuse, BeforeValidator(_parse_rule)]
 
 
+def pattern_reused(rule: Reuse, rules: Mapping[int, Pattern | Reuse], default: Pattern) -> Pattern:
+    """By a config's rules of layers alone, the pattern that makes the plan that `rule` reuses; an error in a chain."""
+    there = rules.get(rule.reuse, default)
+    if isinstance(there, Reuse):
+        raise SparsekitError(_in_a_chain(f"layers: reuse = {rule.reuse}:", there.reuse))
+    return there
+
+
+def _in_a_chain(begin: str, anchor: int) -> str:
+    return f"{begin} that layer runs the plan of layer {anchor} itself; reuse that one directly."
+
+
 def resolve_reuse(
     rule: Reuse, where: str, layer: int, heads: int, earlier: Sequence[LayerPatterns], own: Mapping[int, Pattern]
 ) -> tuple[list[Pattern], Reused]:
@@ -92,9 +104,7 @@ def resolve_reuse(
         raise SparsekitError(f"{begin} a layer reuses the plan of an earlier one; {instead}")
     anchor = earlier[rule.reuse]
     if anchor.reused is not None:
-        raise SparsekitError(
-            f"{begin} that layer runs the plan of layer {anchor.reused.layer} itself; reuse that one directly."
-        )
+        raise SparsekitError(_in_a_chain(begin, anchor.reused.layer))
     if anchor.dense:
         raise SparsekitError(f"{begin} that layer is dense and makes no plan; {instead}")
     count = len(anchor.pattern_of_head)

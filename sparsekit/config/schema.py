@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparsekit.config.budget import Budget
 from sparsekit.config.facts import ModelFacts
 from sparsekit.config.layers import LayerPatterns
-from sparsekit.config.ranges import MOST, format_range, parse_range, ranged
+from sparsekit.config.ranges import MOST, by_number, format_range, parse_range, ranged
 from sparsekit.config.reuse import AnyPattern, LayerRule, Reuse, resolve_reuse
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
@@ -257,8 +257,7 @@ class SparseConfig(BaseModel):
 
     def _own_heads(self, key: str | None) -> dict[int, Pattern]:
         """The patterns that a key of `heads` gives to single heads."""
-        by_head = self.heads[key] if key is not None else {}
-        return {head: pattern for heads, pattern in by_head.items() for head in parse_range(heads)}
+        return by_number(self.heads[key]) if key is not None else {}
 
     def _check_model(self, facts: ModelFacts) -> None:
         for name in ("num_layers", "num_heads", "num_key_heads", "head_dim", "hidden_size"):

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from sparsekit.call.geometry import TILES, Geometry
-from sparsekit.config import LayerPatterns, Reuse, SparseConfig, format_range, load, parse_range
-from sparsekit.errors import SparsekitError, shown, writing
+from sparsekit.config import LayerPatterns, Reuse, SparseConfig, format_range, load
+from sparsekit.config.ranges import by_number
+from sparsekit.config.reuse import pattern_reused
+from sparsekit.errors import SparsekitError, writing
 from sparsekit.patterns import Pattern, StaticPattern, static_plan
 from sparsekit.plan import BlockPlan, unpack
 
@@ -311,11 +313,9 @@ def _resolved_rules(layers: Sequence[LayerPatterns]) -> Iterator[tuple[str, Patt
 def _written_rules(config: SparseConfig) -> Iterator[tuple[str, Pattern]]:
     """What the config says, where it does not say how many layers its model has."""
     yield "other layers" if config.layers else "every layer", config.default
-    rules = {n: rule for key, rule in config.layers.items() for n in parse_range(key)}
+    rules = by_number(config.layers)
     for key, rule in config.layers.items():
-        pattern = rules.get(rule.reuse, config.default) if isinstance(rule, Reuse) else rule
-        if isinstance(pattern, Reuse):
-            raise SparsekitError(f"layers.{shown(key)}: reuse = {pattern.reuse}: that layer reuses a plan itself.")
+        pattern = pattern_reused(rule, rules, config.default) if isinstance(rule, Reuse) else rule
         yield f"layer{'' if key.isdecimal() else 's'} {key}", pattern
     for key, by_head in config.heads.items():
         for heads, pattern in by_head.items():

@@ -215,6 +215,12 @@ def test_a_layer_that_is_left_nothing_to_reuse_reuses_nothing(rules: dict[str, A
     assert layers[4].reused is not None
 
 
+def test_a_chain_is_told_without_a_model() -> None:
+    config = load({"layers": {"2": TOPK, "3": {"reuse": 2}, "4": {"reuse": 3}}})
+    with pytest.raises(SparsekitError, match=r"layers: reuse = 3: that layer runs the plan of layer 2 itself; reuse t"):
+        give_back(config, [3])
+
+
 def test_facts_of_the_model_are_not_needed_to_give_back() -> None:
     config = load({"layers": {"2": TOPK, "3": {"reuse": 2}}})
     assert give_back(config, [2]).resolve(ModelFacts(num_layers=4, num_heads=2)).layers[3].reused is None

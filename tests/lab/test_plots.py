@@ -120,6 +120,9 @@ def test_a_config_that_names_no_model_can_be_drawn() -> None:
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["Other layers: dense", "Layers 21-29: triangle", "Layer 3, heads 0-1: a_shape"]
     assert mask_figure({"default": "a_shape"}, 300).axes[0].get_title() == "Every layer: a_shape"
+    chain = {"layers": {"2": "block_topk", "3": {"reuse": 2}, "4": {"reuse": 3}}}
+    with pytest.raises(SparsekitError, match="layers: reuse = 3: that layer runs the plan of layer 2 itself"):
+        mask_figure(chain, 300)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "dense", {"name": "a_shape", "sink_tokens": 0}], ids=str)
