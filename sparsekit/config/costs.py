@@ -133,12 +133,12 @@ def _count(
         if not because and short:
             why = f"{geometry.q_len} tokens, fewer than the {max(short.values())} from which {', '.join(short)} pays"
         counts = dense_pairs, dense_tiles, 0
-    elif all(isinstance(pattern, StaticPattern) for pattern in executed.patterns):
+    elif not any(pattern.estimates for pattern in executed.patterns):
         pairs, tiles, plan_bytes = _static_counts(executed, geometry)
         more_pairs, more_tiles = _anchor_counts(executed, geometry) if pairs < dense_pairs else (0, 0)
         counts = pairs + more_pairs, tiles + more_tiles, plan_bytes
     else:
-        names = ", ".join(dict.fromkeys(p.name for p in executed.patterns if not isinstance(p, StaticPattern)))
+        names = ", ".join(dict.fromkeys(p.name for p in executed.patterns if p.estimates))
         why = f"what {names} keeps depends on the prompt"
         most = total([_most_pairs(executed, geometry), _anchor_counts(executed, geometry)[0]])
         at_most = ratio(most, dense_pairs)
@@ -158,16 +158,9 @@ def _count(
         density_at_most=at_most,
         dense_below=0 if own or because else max(below.values(), default=0),
         model_tiles=windowed[1] if windowed else None,
-        estimates=counts is None and not own and _estimates(executed),
+        estimates=counts is None and not own and executed.estimates,
         plan_of=None if layer.reused is None else layer.reused.layer,
     )
-
-
-def _estimates(layer: LayerPatterns) -> bool:
-    """Whether some head's pattern has to look at q and k itself."""
-    there = (None,) * len(layer.pattern_of_head) if layer.reused is None else layer.reused.heads
-    own = {i for i, head in zip(layer.pattern_of_head, there, strict=True) if head is None}
-    return any(isinstance(layer.patterns[i], DynamicPattern) for i in own)
 
 
 def _executed(layer: LayerPatterns, geometry: Geometry) -> LayerPatterns:

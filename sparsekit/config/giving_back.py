@@ -9,7 +9,7 @@ from typing import Any
 from sparsekit.config.ranges import by_number, format_range, parse_range
 from sparsekit.config.reuse import Reuse, pattern_reused
 from sparsekit.config.schema import SparseConfig, load
-from sparsekit.patterns import DynamicPattern, Pattern
+from sparsekit.patterns import Pattern
 
 __all__ = ["give_back"]
 
@@ -61,7 +61,7 @@ def _unshared(config: SparseConfig, layers: Sequence[int], heads: Mapping[int, S
             count = config.model.heads(layer) if config.model and config.model.num_heads else 0
             taken = rule.heads if rule.heads is not None else range(count)
             left = [n for h, n in enumerate(taken) if h not in own.get(layer, {}) and h not in heads[layer]]
-            kept = any(isinstance(there.get(n, base), DynamicPattern) for n in left)
+            kept = any(there.get(n, base).estimates for n in left)
         if kept:
             continue
         if rule.heads is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.config.ranges import format_range
 from sparsekit.errors import SparsekitError
-from sparsekit.patterns import AShape, DynamicPattern, Pattern
+from sparsekit.patterns import AShape, Pattern
 from sparsekit.patterns.attention import plan_heads
 from sparsekit.patterns.shared import SharedPlans, reused_plan
 from sparsekit.plan import BlockPlan
@@ -95,10 +95,20 @@ class LayerPatterns:
         kept = [self.patterns[i].of_heads(heads) for i in used]
         reused = None if self.reused is None else self.reused.of_heads(first, count)
         of_head = tuple(used.index(i) for i in chosen)
-        taken = [] if reused is None else [kept[i] for i, n in zip(of_head, reused.heads, strict=True) if n is not None]
-        if not any(isinstance(pattern, DynamicPattern) for pattern in taken):
-            reused = None  # of dense and static heads, these patterns are the same pairs
-        return LayerPatterns(self.layer, tuple(kept), of_head, first, reused, self.shared)
+        part = LayerPatterns(self.layer, tuple(kept), of_head, first, reused, self.shared)
+        if reused is not None and not part.chooses(head for head, n in enumerate(reused.heads) if n is not None):
+            return replace(part, reused=None)  # of dense and static heads, these patterns are the same pairs
+        return part
+
+    def chooses(self, heads: Iterable[int]) -> bool:
+        """Whether one of these heads, counted from 0 here, runs a pattern that looks at the prompt."""
+        return any(self.patterns[self.pattern_of_head[head]].estimates for head in heads)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether some head looks at q and k here, and does not run what another layer chose."""
+        heads = range(len(self.pattern_of_head))
+        return self.chooses(head for head in heads if self.reused is None or self.reused.heads[head] is None)
 
     def patterns_at(self, heads: Sequence[int]) -> list[Pattern]:
         """What a layer runs whose head h does what head `heads[h]` does here."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sparsekit.config.layers import LayerPatterns, Reused
 from sparsekit.config.ranges import MOST, format_range
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
-from sparsekit.patterns import DynamicPattern, Pattern, bounded, parse_pattern
+from sparsekit.patterns import Pattern, bounded, parse_pattern
 
 __all__ = ["AnyPattern", "LayerRule", "Reuse", "pattern_reused", "resolve_reuse"]
 
@@ -92,7 +92,7 @@ def resolve_reuse(
     Raises:
         SparsekitError: a layer, or heads, whose plan cannot be reused here.
     """
-    sharing = [x.layer for x in earlier if x.reused is None and _chooses(x, range(len(x.pattern_of_head)))]
+    sharing = [x.layer for x in earlier if x.reused is None and x.estimates]
     near = max((n for n in sharing if n <= rule.reuse), default=sharing[0] if sharing else 0)
     instead = (
         f"allowed: {format_range(sharing)}. Did you mean {near}?"
@@ -126,7 +126,7 @@ def resolve_reuse(
     reused = [number for head, number in enumerate(there) if head not in own]
     if not reused:
         raise SparsekitError(f"{begin} `heads` gives every head of it a pattern, so that none reuses a plan.")
-    if not _chooses(anchor, reused):
+    if not anchor.chooses(reused):
         some = "" if len(anchor.patterns) == 1 else f" in heads {format_range(sorted(set(reused)))}"
         raise SparsekitError(
             f"{begin} that layer runs {anchor}, which{some} depends on positions alone and costs no index: give this "
@@ -137,8 +137,3 @@ def resolve_reuse(
         [own.get(head, pattern) for head, pattern in enumerate(patterns)],
         Reused(rule.reuse, tuple(None if head in own else number for head, number in enumerate(there))),
     )
-
-
-def _chooses(layer: LayerPatterns, heads: Sequence[int]) -> bool:
-    """Whether one of these heads runs a pattern that looks at the prompt."""
-    return any(isinstance(layer.patterns[layer.pattern_of_head[head]], DynamicPattern) for head in heads)

@@ -70,6 +70,7 @@ class Pattern(BaseModel, ABC):
     )
     source: ClassVar[str] = "-"  # where the method was published
     whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
+    estimates: ClassVar[bool] = True  # what it keeps depends on q and k; of a static one, on positions alone
     narrow: ClassVar[bool] = False  # keeps fewer pairs in rows of fewer queries, as diagonals do
 
     # Parameters, as in YAML. `sparsekit bench dynamic` measures a pattern at its bench points and, with --sweep, at its
@@ -215,6 +216,8 @@ def rule_of(pattern: StaticPattern, span: Span) -> TokenRule | None:
 
 class StaticPattern(Pattern):
     """A pattern that knows its pairs from their positions alone: no look-ahead, one plan for all heads, cached."""
+
+    estimates = False
 
     @abstractmethod
     def keep(self, q_pos: Tensor, k_pos: Tensor, span: Span) -> Tensor:

@@ -179,8 +179,7 @@ def attend_part(
     else:
         plans = SharedPlans() if plans is None else plans
         reused = patterns.reused
-        static = all(isinstance(pattern, StaticPattern) for pattern in patterns.patterns)
-        estimates = not static and (reused is None or None in reused.heads)
+        estimates = patterns.estimates
         k = keys.gathered_k(part.geometry) if estimates else keys.k
         if reused is not None and not plans.has((request, reused.layer)) and _dense_there(patterns, part, q.device):
             plans.keep((request, reused.layer), dense_plan(part.geometry))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparsekit import SparsekitError, load
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import ModelFacts, Reuse, Reused, SparseConfig, give_back
 from sparsekit.config.costs import explain
-from sparsekit.patterns import XAttention
+from sparsekit.patterns import Pattern, XAttention
+from sparsekit.patterns import base as registry
 from sparsekit.patterns.shared import SharedPlans
+from sparsekit.plan import BlockPlan, dense_plan
 from sparsekit.testing import inputs_for
 
 TOPK = {"name": "block_topk", "top_k": 4}
@@ -107,6 +110,22 @@ def test_heads_that_take_nothing_dynamic_are_refused() -> None:
         _config(layers, {"4": {"0-1": "dense"}}).resolve()
     with pytest.raises(SparsekitError, match="`heads` gives every head of it a pattern, so that none reuses a plan"):
         _config(layers, {"5": {"0-3": "dense"}}).resolve()
+
+
+def test_a_pattern_that_is_neither_static_nor_dynamic_may_be_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a `plan` alone, which may look at the prompt."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    class Plain(Pattern):
+        name: Literal["plain"] = "plain"
+
+        def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
+            return dense_plan(geometry)
+
+    config = _config({"4": "plain", "5": {"reuse": 4}})
+    assert config.resolve().layers[5].reused == Reused(4, (0, 1, 2, 3))
+    anchor, reuses = explain(config, 300).layers[4:6]
+    assert anchor.estimates and not reuses.estimates
 
 
 def test_layers_of_other_heads_are_refused() -> None:
