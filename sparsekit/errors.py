@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["SparsekitError", "named_path", "nearest", "one_line", "read_text", "shown", "writable", "writing"]
+__all__ = [
+    "SparsekitError", "named_path", "nearest", "one_line", "read_bytes", "read_text", "shown", "writable", "writing",
+]  # fmt: skip
 
 SHOWN = 100  # characters of a value that an error shows
 MOST_WORDS = 1200  # characters of an error
@@ -140,12 +142,12 @@ def named_path(text: str | Path, what: str) -> Path:
     return path
 
 
-def read_text(path: Path | str, what: str, most: int = MOST_BYTES) -> str:
-    """The text of a file, UTF-8; its lines end in "\\n".
+def read_bytes(path: Path | str, what: str, most: int = MOST_BYTES) -> bytes:
+    """What a file holds.
 
     Raises:
         SparsekitError: one line that begins with `what` and the path: there is no such file (and the nearest name in
-            its folder), it is a folder, it is larger than `most` bytes, it is no text, or the system refuses.
+            its folder), it is a folder, it is larger than `most` bytes, or the system refuses.
     """
     path, named = Path(path), f"{what} {shown(str(path))}"
     try:
@@ -166,10 +168,17 @@ def read_text(path: Path | str, what: str, most: int = MOST_BYTES) -> str:
         raise SparsekitError(f"{named} is not the name of a file: {error}.") from None
     if len(data) > most:
         raise SparsekitError(f"{named} is too large: a file of at most {most:,} bytes is read.")
+    return data
+
+
+def read_text(path: Path | str, what: str, most: int = MOST_BYTES) -> str:
+    """The text of a file, UTF-8; its lines end in "\\n". Errors: as `read_bytes`, or it is no text."""
     try:
-        text = data.decode("utf-8-sig")
+        text = read_bytes(path, what, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SparsekitError(f"{named} cannot be read as text: byte {error.start:,} is not UTF-8.") from None
+        raise SparsekitError(
+            f"{what} {shown(str(path))} cannot be read as text: byte {error.start:,} is not UTF-8."
+        ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

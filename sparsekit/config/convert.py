@@ -60,7 +60,7 @@ def convert_minference(
         if len(found) != len(heads[0]):
             raise SparsekitError(f"{where}: layer {number} has {len(found)} heads, layer 0 has {len(heads[0])}.")
     source = {"converted_from": Path(path).name, "format": "minference"}
-    return _finish(_config(heads, source), where, model, output)
+    return finish(_config(heads, source), where, model, output)
 
 
 def convert_xattention(
@@ -114,7 +114,7 @@ def convert_xattention(
     source: dict[str, Any] = {"converted_from": Path(path).name, "format": "xattention"}
     source |= {"table": name} if name else {}
     source |= {"zeros_raised_to": SMALLEST_THRESHOLD, "zeros": zeros} if zeros else {}
-    return _finish(_config(layers, source), where, model, output)
+    return finish(_config(layers, source), where, model, output)
 
 
 def convert_duo_attention(
@@ -147,12 +147,8 @@ def convert_duo_attention(
         raise SparsekitError(f"share = {shown(share)}: the share of the key heads that stream, above 0 and up to 1.")
     rows = duo_attention_scores(path, model)
     key_heads = len(rows[0])
-    if group is None:
-        if model is None or model.num_heads is None:
-            raise SparsekitError(f"{where}: it counts key heads alone; say `group`, query heads of each, or the model.")
-        group = model.num_heads // key_heads
+    group = group_of(where, key_heads, group, model)
     _check_count(where, "layers", len(rows))
-    _check_count(where, "query heads", group * key_heads)
     scores = {(n, head): value for n, row in enumerate(rows) for head, value in enumerate(row)}
     order = sorted(scores, key=lambda head: (scores[head], -head[0], head[1]))
     streaming = set(order[: round(share * len(order))])
@@ -167,7 +163,7 @@ def convert_duo_attention(
         "share": share,
         "query_heads_of_each": group,
     }
-    return _finish(_config(layers, source), where, model, output)
+    return finish(_config(layers, source), where, model, output)
 
 
 def duo_attention_scores(path: str | Path, model: ModelFacts | None = None) -> list[list[float]]:
@@ -394,6 +390,16 @@ def _check_count(where: str, what: str, count: int) -> None:
         raise SparsekitError(f"{where}: {count:,} {what}; at most {MOST:,}.")
 
 
+def group_of(where: str, key_heads: int, group: int | None, model: ModelFacts | None) -> int:
+    """Query heads of each of a file's key heads: as they are said, or the model's."""
+    if group is None:
+        if model is None or model.num_heads is None:
+            raise SparsekitError(f"{where}: it counts key heads alone; say `group`, query heads of each, or the model.")
+        group = model.num_heads // key_heads
+    _check_count(where, "query heads", group * key_heads)
+    return group
+
+
 # ---- writing
 
 
@@ -422,16 +428,16 @@ def _config(layers: list[dict[int, Any]], source: Mapping[str, Any]) -> SparseCo
     return load({**config, "provenance": dict(source)})
 
 
-def _finish(config: SparseConfig, where: str, model: ModelFacts | None, output: str | Path | None) -> SparseConfig:
+def finish(config: SparseConfig, where: str, model: ModelFacts | None, output: str | Path | None) -> SparseConfig:
     """The config, checked against a model and written where that is asked for."""
-    if model is not None:
+    if model is not None and config.model.num_key_heads is None:
         key_heads = getattr(model, "num_key_heads", None)
         if config.model.num_heads == key_heads != model.num_heads:
             raise SparsekitError(
                 f"{where}: it has a number for each of {key_heads} key heads; want one for each of the model's "
                 f"{model.num_heads} query heads."
             )
-        config.resolve(model)
+    config.resolve(model)
     if output is not None:
         config.dump(output)
     return config

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekit.config.convert import finish, group_of
 from sparsekit.config.facts import ModelFacts
 from sparsekit.config.ranges import MOST, format_range
 from sparsekit.config.schema import SparseConfig, load
-from sparsekit.errors import MOST_BYTES, SparsekitError, shown
+from sparsekit.errors import SparsekitError, read_bytes, shown
 from sparsekit.patterns import Pattern, parse_pattern
 
 __all__ = ["convert_kascade"]
@@ -50,12 +51,7 @@ def convert_kascade(
     for name, said, number in (("num_layers", "layers", count), ("num_key_heads", "key heads a layer", key_heads)):
         if model is not None and getattr(model, name) not in (None, number):
             raise SparsekitError(f"{where}: {number} {said}, but the model has {getattr(model, name)}.")
-    if group is None:
-        if model is None or model.num_heads is None:
-            raise SparsekitError(f"{where}: it counts key heads alone; say `group`, query heads of each, or the model.")
-        group = model.num_heads // key_heads
-    if group * key_heads > MOST:
-        raise SparsekitError(f"{where}: {group * key_heads:,} query heads; at most {MOST:,}.")
+    group = group_of(where, key_heads, group, model)
     first = [n for n in range(1, count) if n < min(own[1:], default=count)]  # they reuse layer 0
     rules: dict[str, Any] = {format_range(sorted({*own[1:], *first})): runs.to_yaml()} if count > 1 else {}
     for layer, row in enumerate(rows):
@@ -85,10 +81,7 @@ def convert_kascade(
             },
         }
     )
-    config.resolve(model)
-    if output is not None:
-        config.dump(output)
-    return config
+    return finish(config, where, model, output)
 
 
 def _anchors(path: Path, where: str, given: Sequence[int] | None, layers: int) -> list[int]:
@@ -110,19 +103,13 @@ def _rows(path: Path) -> list[list[int]]:
     """The array, a list for each layer.
 
     Raises:
-        SparsekitError: no file, or what is no two-dimensional integer array of numpy's format.
+        SparsekitError: as `read_bytes`, or it is no two-dimensional integer array of numpy's format.
     """
     import numpy as np
 
-    named = f"file {shown(str(path))}"
+    named, data = f"file {shown(str(path))}", read_bytes(path, "file")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise SparsekitError(f"{named} is too large: a file of at most {MOST_BYTES:,} bytes is read.")
-        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except OSError as error:
-        raise SparsekitError(f"{named} cannot be read: {error.strerror or error}.") from None
-    except SparsekitError:
-        raise
+        array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception:  # a header that is none raises whatever Python does
         raise SparsekitError(f"{named} is no array of numpy's .npy format.") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.size or array.dtype.kind not in "iu":

@@ -48,6 +48,8 @@ def test_anchors_may_be_said_and_the_model_is_checked(tmp_path: Path) -> None:
         convert_kascade(path, anchors=[2, 4], model=ModelFacts(num_layers=8, num_heads=12, num_key_heads=3))
     with pytest.raises(SparsekitError, match="3 key heads a layer, but the model has 4"):
         convert_kascade(path, anchors=[2, 4], model=ModelFacts(num_layers=7, num_heads=12, num_key_heads=4))
+    with pytest.raises(SparsekitError, match="this config is for a model with num_heads = 3, but the model has 12"):
+        convert_kascade(path, anchors=[2, 4], group=1, model=facts)
     with pytest.raises(SparsekitError, match="say `group`, query heads of each, or the model"):
         convert_kascade(path, anchors=[2, 4])
     with pytest.raises(SparsekitError, match=r"its name does not end in its anchors, as NAME_layers_0_2_8\.npy does"):
@@ -78,8 +80,10 @@ def test_arrays_that_are_no_head_map(tmp_path: Path, rows: object, kind: str, sa
 
 def test_files_that_are_no_arrays(tmp_path: Path) -> None:
     path = tmp_path / NAME
-    with pytest.raises(SparsekitError, match="cannot be read: No such file or directory"):
+    with pytest.raises(SparsekitError, match=r"layers_0_2_4\.npy': no such file"):
         convert_kascade(path, group=2)
+    with pytest.raises(SparsekitError, match="is a folder; a file is needed"):
+        convert_kascade(tmp_path, anchors=[2], group=2)
     np.save(path, np.array([{"code": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(SparsekitError, match=r"is no array of numpy's \.npy format"):
         convert_kascade(path, group=2)
