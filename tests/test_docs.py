@@ -254,6 +254,17 @@ def test_tables_of_head_choice_are_those_of_the_records(name: str) -> None:
     assert shown == _curve_table(records)
 
 
+def test_the_tables_of_gains_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import gains
+
+    page = (DOCS / "gains.md").read_text()
+    assert page == gains.with_tables(page)
+    wrong = page.replace("| 53% |", "| 54% |")
+    assert wrong != page == gains.with_tables(wrong)
+    gains.draw(tmp_path / "gains.png")
+
+
 def test_what_head_choice_says_beside_its_table_is_in_the_records() -> None:
     path = DOCS / "results" / "head-curve-qwen2.5-coder-1.5b.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

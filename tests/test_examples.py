@@ -29,6 +29,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 # (page, how the block begins) -> where it is checked, or why it is not.
 ELSEWHERE = {
+    (
+        "README.md",
+        "sparsekit.apply(model",
+    ): "needs an 8B model; tests/test_readme.py tries another",
     ("README.md", "import torch, sparsekit"): "tests/test_readme.py runs it",
     ("README.md", "from typing import Literal"): "tests/test_readme.py runs them",
     ("CONTRIBUTING.md", '"""loud_blocks'): "tests/test_contributing.py adds it to a copy of the repository",

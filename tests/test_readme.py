@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
-from sparsekit import models
+from sparsekit import SparsekitError, models
 from sparsekit.lab.demo import markdown_table
 from sparsekit.patterns import base as registry
 from sparsekit.patterns import parse_pattern, pattern_names
@@ -18,7 +18,7 @@ from sparsekit.testing import check_pattern
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FIRST, STATIC, DYNAMIC = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LINE, FIRST, STATIC, DYNAMIC = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def _run(code: str, scope: dict[str, Any]) -> None:
@@ -33,6 +33,8 @@ def test_the_ten_lines_run(
     """As printed, from the repository's root; the model is the session's, in the dtype that is fast here."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(models, "load", lambda name: {"smollm2-135m": smollm2}[name])
+    with pytest.raises(SparsekitError, match="this config is for a model with num_layers = 32"):
+        _run(LINE, {"sparsekit": sparsekit, "model": smollm2[0]})
     _run(FIRST, {})
     out = capsys.readouterr().out
     assert "71432" in out.splitlines()[0]

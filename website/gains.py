@@ -1,0 +1,281 @@
+"""The tables and the picture of docs/gains.md, from the records in docs/results.
+
+`python website/gains.py` writes both. A test holds the page against the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PICTURE = DOCS / "images" / "gains.png"
+CURVE = "head-curve-qwen2.5-coder-1.5b"
+Row = Mapping[str, Any]
+
+CONFIGS = {
+    "configs/llama-3.1-8b/trianglemix.yaml": "TriangleMix, layers 16-31",
+    "trianglemix": "TriangleMix, layers 16-31",
+    "docs/results/heads-75.yaml": "triangle in 75% of the heads",
+    "docs/results/heads-85.yaml": "triangle in 85% of the heads",
+    "docs/results/alone-block_topk.yaml": "block_topk in all layers, structured q and k",
+    "block_topk": "TriangleMix over block_topk",
+    "vertical_slash": "TriangleMix over vertical_slash",
+}
+TASKS = {"needle4": "four keys", "vt": "chained variables", "perplexity": "text"}
+
+
+@cache
+def rows(name: str) -> tuple[Row, ...]:
+    return tuple(json.loads(line) for line in (DOCS / "results" / f"{name}.jsonl").read_text().splitlines())
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
+
+
+# ---- what it saves
+
+
+def _prefill(name: str) -> list[list[str]]:
+    """Rows of `bench prefill`: a config follows the untouched model of its run."""
+    lines: list[list[str]] = []
+    dense = 0.0
+    for row in rows(name):
+        if row["config"] == "untouched":
+            dense = row["ms"]
+        elif row["config"] in CONFIGS:
+            card = row["device"].split()[1]
+            lines.append(
+                _saving("transformers", card, row["tokens"], CONFIGS[row["config"]], dense / 1e3, row["ms"] / 1e3)
+            )
+    return lines
+
+
+def _saving(engine: str, card: str, tokens: int, config: str, dense: float, sparse: float) -> list[str]:
+    return [engine, card, f"{tokens:,}", config, f"{dense:.3g} s", f"{sparse:.3g} s", f"{1 - sparse / dense:.0%}"]
+
+
+def _served(part: str, configs: Sequence[str]) -> list[list[str]]:
+    """Prompts inside vLLM: medians over the turns. A config's first turn may wait for its kernels, and is left out
+    where there are more than two."""
+    seconds: dict[tuple[int, str | None], list[float]] = {}
+    for row in rows("serve-h200"):
+        if row["part"] == part and row["config"] in (None, *configs):
+            seconds.setdefault((row["tokens"], row["config"]), []).append(row["seconds"])
+    middle = {key: median(times[1:] if len(times) > 2 else times) for key, times in seconds.items()}
+    keys = sorted(((tokens, config) for tokens, config in middle if config), key=lambda key: (-key[0], key[1]))
+    return [
+        _saving(f"vLLM, {_CHUNKS[part]}", "H200", tokens, CONFIGS[config], middle[tokens, None], middle[tokens, config])
+        for tokens, config in keys
+    ]  # fmt: skip
+
+
+_CHUNKS = {"chunked": "chunks of 8,192", "whole": "whole prompts"}
+
+
+def saves() -> str:
+    """Time to the first token of one prompt, as it is and with a config; both of one run."""
+    lines = [
+        *_prefill("prefill-h200"), *_prefill("prefill-h100"),
+        *_served("chunked", ["trianglemix"]), *_served("whole", ["block_topk", "vertical_slash"]),
+    ]  # fmt: skip
+    return _table(["engine", "GPU", "tokens", "config", "untouched", "with it", "less"], lines)
+
+
+def load() -> str:
+    """Sixteen clients of one server: means over the turns."""
+    lines = []
+    for part, spread in (("load", "log-uniform"), ("load-uniform", "uniform")):
+        own = [row for row in rows("serve-h200") if row["part"] == part]
+        [bound] = [row for row in own if "bound_half" in row]
+        timed = [row for row in own if "engine" in row]
+
+        def mean(config: str | None, key: str, timed: Sequence[Row] = timed) -> float:
+            values = [row[key] for row in timed if row["config"] == config]
+            return sum(values) / len(values)
+
+        for config in (None, "trianglemix", "block_topk"):
+            name = "stock vLLM" if config is None else CONFIGS[config]
+            turns = [
+                row["requests_per_second"] / mean(None, "requests_per_second")
+                for row in timed
+                if row["config"] == config
+            ]
+            span = "1" if config is None else " and ".join(f"{turn:.2f}" for turn in turns)
+            limit = {None: "", "trianglemix": f"{bound['bound_half']:.2f}", "block_topk": f"{bound['bound_all']:.2f}"}[
+                config
+            ]
+            lines.append([
+                f"{spread}, 2K to 64K", name, f"{mean(config, 'requests_per_second'):.2f}", span, limit,
+                f"{mean(config, 'first_p50'):.1f} s", f"{1e3 * mean(config, 'gap_p99'):.0f} ms",
+            ])  # fmt: skip
+    return _table(
+        [
+            "prompts",
+            "config",
+            "requests a second",
+            "times stock, by turn",
+            "at most",
+            "first token, median",
+            "gap, p99",
+        ],
+        lines,
+    )
+
+
+# ---- what it costs
+
+
+def _curve(task: str, share: float, by: str) -> Row:
+    """Of the first probe's choice, at 8K, 96 prompts."""
+    [row] = [
+        row for row in rows(CURVE)
+        if (row["task"], row["share"], row["by"], row["tokens"], row["samples"]) == (task, share, by, 8192, 96)
+        and row["probe"] == rows(CURVE)[0]["probe"]
+    ]  # fmt: skip
+    return row
+
+
+def costs() -> str:
+    """Qwen2.5-Coder-1.5B at 8K: KL and score, by head and by layer."""
+    lines = []
+    for task, name in TASKS.items():
+        for share in (0.5, 0.65, 0.75, 0.85):
+            head, layer = _curve(task, share, "gradient"), _curve(task, share, "layer")
+            scores = [row["score"] and f"{row['score'][0]:.2f}" for row in (head, layer)]
+            dense = head["dense_score"] and f"{head['dense_score'][0]:.2f}"
+            kls = [f"{row['kl']:.4f} ± {row['kl_half_width']:.4f}" for row in (head, layer)]
+            lines.append([name, f"{share:.0%}", *kls, *(text or "" for text in (*scores, dense))])
+    return _table(
+        ["prompts", "heads on triangle", "KL by head", "KL by layer", "score by head", "by layer", "dense"], lines
+    )
+
+
+def starts() -> str:
+    """Qwen2.5-Coder-1.5B: triangle in the last layers, as the paper chooses them."""
+    lines = []
+    most: dict[tuple[int, float], Row] = {}  # of runs of several sizes, the largest
+    for row in rows(CURVE):
+        key = row["tokens"], row["heads_share"]
+        few = key in most and most[key]["samples"] >= row["samples"]
+        if row["by"] == "layer" and row["task"] == "needle4" and row["samples"] >= 45 and not few:
+            most[key] = row
+    for _, row in sorted(most.items()):
+        first = 28 - round(28 * row["heads_share"])
+        lines.append([
+            f"{row['tokens']:,}", str(first), str(row["samples"]), f"{row['kl']:.4f} ± {row['kl_half_width']:.4f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(*row["score"]), f"{row['dense_score'][0]:.2f}",
+        ])  # fmt: skip
+    return _table(["tokens", "triangle from layer", "prompts", "KL", "score", "dense"], lines)
+
+
+# ---- beside the papers
+
+
+def _one(name: str, **fields: Any) -> Row:
+    """The first row with these fields."""
+    return next(row for row in rows(name) if fields.items() <= row.items())
+
+
+def published() -> str:
+    cudnn = _one("kernel-h100", case="dense", impl="cudnn", tokens=131072)["ms"]
+    triangle = _one("kernel-h100", case="triangle", impl="hopper", tokens=131072)["ms"]
+    s2o = _one("dynamic-h100", method="s2o", tokens=131072)["ms"]
+    beside = _one("dynamic-h100", case="dense", impl="sdpa-cudnn", tokens=131072)["ms"]
+    mix = {row["config"]: row["ms"] for row in rows("prefill-h100")}
+    long = 1 - mix["configs/llama-3.1-8b/trianglemix.yaml"] / mix["untouched"]
+    short = _one("prefill-h200", config="configs/llama-3.1-8b/trianglemix.yaml", tokens=32768)["faster"]
+    late, deep = (_curve("needle4", share, "layer") for share in (0.3, 0.75))
+    return _table(
+        ["what", "published", "here", "agrees"],
+        [
+            [
+                "one layer of triangle, 128K, times faster than dense", "15.3, A100, FlashAttention",
+                f"{cudnn / triangle:.1f}, H100, cuDNN", "larger: another kernel, another GPU",
+            ],
+            [
+                "time to first token under TriangleMix, Llama 3.1 8B, 32K to 128K", "12% to 32% less, A100",
+                f"{1 - 1 / short:.0%} less at 32K (H200), {long:.0%} at 128K (H100), random weights", "yes",
+            ],
+            [
+                "triangle in deep layers harmless, in all of them not", "RULER 77.6 dense, 77.3 mixed",
+                f"1.5B model, four keys: {late['score'][0]:.2f} from layer 20, {deep['score'][0]:.2f} from layer 7, "
+                f"dense {late['dense_score'][0]:.2f}", "yes; RULER's average is not measured",
+            ],
+            [
+                "S2O, one layer, 128K, times faster than dense", "7.51, FlashAttention-2, as others quote it",
+                f"{beside / s2o:.1f}, H100, against cuDNN", "nearly",
+            ],
+            ["S2O, whole prompt, times faster", "3.81, likewise", "", "not measured"],
+            ["TriangleMix over a dynamic pattern, below that pattern alone", "6% to 19% less", "", "not measured"],
+        ],
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "saves": saves, "load": load, "costs": costs, "starts": starts, "published": published
+}  # fmt: skip
+
+
+def with_tables(page: str) -> str:
+    """The page with each `<!-- table NAME -->` filled up to its `<!-- end -->`."""
+    for name, table in TABLES.items():
+        page, count = re.subn(
+            rf"(<!-- table {name} -->\n).*?(<!-- end -->)",
+            lambda at, table=table: at[1] + table() + at[2],
+            page,
+            flags=re.DOTALL,
+        )
+        assert count == 1, name
+    return page
+
+
+# ---- the picture
+
+
+def draw(path: Path) -> None:
+    """Before and after: seconds to the first token, and answers that stay right."""
+    from matplotlib.figure import Figure
+
+    before, after, layers, ink = "#9aa5b1", "#2a78b8", "#d1495b", "#1f2933"
+    figure = Figure(figsize=(11, 3.6), facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
+    times = [row for row in rows("prefill-h200") if row["tokens"] == 131072]
+    seconds = [row["ms"] / 1e3 for row in times]
+    names = ["untouched", *(CONFIGS[row["config"]].replace(" in ", "\nin ") for row in times[1:])]
+    bars = left.barh(names, seconds, color=[before, after, after], height=0.62)
+    left.bar_label(bars, [f"{value:.1f} s" for value in seconds], padding=4, color=ink)
+    left.invert_yaxis()
+    left.set_xlim(0, 1.15 * max(seconds))
+    left.set_title("Time to first token, 128K tokens\nLlama 3.1 8B's shape, H200", fontsize=11, color=ink)
+    for place, task in enumerate(("needle4", "vt")):
+        head, layer = _curve(task, 0.75, "gradient"), _curve(task, 0.75, "layer")
+        for step, (value, colour, label) in enumerate((
+            (head["dense_score"], before, "untouched"), (head["score"], after, "triangle in 75% of the heads, by head"),
+            (layer["score"], layers, "the same share, by layer"),
+        )):  # fmt: skip
+            mean, low, high = value
+            x = place + 0.27 * (step - 1)
+            right.bar(x, mean, 0.25, color=colour, label=None if place else label)
+            right.errorbar(x, mean, yerr=[[mean - low], [max(high - mean, 0)]], color=ink, linewidth=1, capsize=3)
+            right.text(x, 0.04, f"{mean:.2f}", ha="center", color="white", fontsize=10, fontweight="bold")
+    right.set_xticks([0, 1], ["four keys", "chained variables"])
+    right.set_ylim(0, 1.42)
+    right.set_yticks([0, 0.5, 1])
+    right.legend(loc="upper right", frameon=False, fontsize=9)
+    right.set_title("Answers that are right, 8K tokens, 96 prompts\nQwen2.5-Coder-1.5B, H200", fontsize=11, color=ink)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=ink)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    (DOCS / "gains.md").write_text(with_tables((DOCS / "gains.md").read_text()))
+    draw(PICTURE)
