@@ -11,7 +11,7 @@ import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,16 +19,14 @@ from typer.core import TyperGroup
 from sparsekit.cli.about import common_parameters, describe_patterns, doctor, named_models, validate
 from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.check import check
+from sparsekit.cli.convert import convert_app
 from sparsekit.cli.evaluate import eval_, report, sweep
 from sparsekit.cli.head_choice import agreement, duo_attention, head_curve
 from sparsekit.cli.inspect import inspect
-from sparsekit.cli.options import STREAMING, Config, Group, Json, Model, Seed, Tokens, Yaml, command_line
+from sparsekit.cli.options import Config, Json, Model, Seed, Tokens, command_line, facts_of
 from sparsekit.cli.printing import busy, mark_first, print_doctor, print_explanation, print_json, print_table
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.lab.options import Device, device_of
-
-if TYPE_CHECKING:
-    from sparsekit.config import SparseConfig
 
 __all__ = ["app", "describe_patterns", "doctor", "main", "named_models", "validate"]
 
@@ -127,9 +125,6 @@ app.add_typer(plots_app, name="plots")
 bench_app = typer.Typer(cls=_Benches, help="Time what runs here.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
-convert_app = typer.Typer(
-    help="Write a config from another project's file.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(convert_app, name="convert")
 
 
@@ -210,7 +205,7 @@ def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json 
     with busy("explaining"):
         from sparsekit.config.costs import explain
 
-        found = explain(config, tokens, _facts(model))
+        found = explain(config, tokens, facts_of(model))
     if as_json:
         print_json(found.to_dict()["layers"])
     else:
@@ -221,7 +216,7 @@ def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json 
 def _validate(config: Config, model: Model = None) -> None:
     """Check a config and print what each layer runs."""
     with busy("validating"):
-        lines = validate(config, _facts(model))
+        lines = validate(config, facts_of(model))
     typer.echo("\n".join(lines))
 
 
@@ -295,91 +290,6 @@ def _plots_pattern(
     typer.echo(str(output))
 
 
-@convert_app.command("minference")
-def _convert_minference(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="Head patterns, as in minference/configs.")],
-    output: Yaml,
-    model: Model = None,
-) -> None:
-    """Convert MInference's JSON file of head patterns."""
-    with busy("converting"):
-        from sparsekit.config.convert import convert_minference
-
-        config = convert_minference(file, output, model=_facts(model))
-    _say_shape(config, model)
-    typer.echo(str(output))
-
-
-@convert_app.command("xattention")
-def _convert_xattention(
-    file: Annotated[Path, typer.Argument(metavar="TABLE", help="Thresholds, one row per layer: text, JSON or Python.")],
-    output: Yaml,
-    table: Annotated[str | None, typer.Option("--table", help="Name of the table, if there are several.")] = None,
-    stride: Annotated[int | None, typer.Option("--stride", help="Stride of the thresholds (default: by name).")] = None,
-    model: Model = None,
-) -> None:
-    """Convert XAttention's table of thresholds."""
-    with busy("converting"):
-        from sparsekit.config.convert import convert_xattention
-
-        config = convert_xattention(file, output, table=table, stride=stride, model=_facts(model))
-    _say_shape(config, model)
-    typer.echo(str(output))
-
-
-@convert_app.command("duo-attention")
-def _convert_duo_attention(
-    file: Annotated[Path, typer.Argument(metavar="FILE.tsv", help="Scores, a row per layer, a column per key head.")],
-    output: Yaml,
-    share: Annotated[float, typer.Option("--share", help="Share of the key heads that stream, the lowest scores.")],
-    pattern: Annotated[
-        str, typer.Option("--pattern", help="What these heads run, as in YAML; DuoAttention's config.json has its own.")
-    ] = STREAMING,
-    group: Group = None,
-    model: Model = None,
-) -> None:
-    """Convert DuoAttention's scores of key heads."""
-    with busy("converting"):
-        from sparsekit.config import parse_yaml
-        from sparsekit.config.convert import convert_duo_attention
-
-        runs = parse_yaml(pattern, "--pattern")
-        config = convert_duo_attention(file, output, share=share, pattern=runs, group=group, model=_facts(model))
-    _say_shape(config, model)
-    typer.echo(str(output))
-
-
-@convert_app.command("kascade")
-def _convert_kascade(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE.npy", help="A head map, as in kascade's results/head_mappings.")
-    ],
-    output: Yaml,
-    pattern: Annotated[str, typer.Option("--pattern", help="What the anchor layers run, as in YAML.")] = "xattention",
-    anchors: Annotated[
-        str | None, typer.Option("--anchors", help="Anchor layers, such as `0,2,8` (default: by the file's name).")
-    ] = None,
-    group: Group = None,
-    model: Model = None,
-) -> None:
-    """Convert Kascade's head map: which layers reuse whose choice."""
-    with busy("converting"):
-        from sparsekit.config import parse_range, parse_yaml
-        from sparsekit.config.kascade import convert_kascade
-
-        runs, own = parse_yaml(pattern, "--pattern"), None if anchors is None else parse_range(anchors)
-        config = convert_kascade(file, output, pattern=runs, anchors=own, group=group, model=_facts(model))
-    _say_shape(config, model)
-    typer.echo(str(output))
-
-
-def _say_shape(config: SparseConfig, model: str | None) -> None:
-    """What only a model can tell: whether the file's columns are its query heads."""
-    if model is None:
-        layers, heads = config.model.num_layers, config.model.num_heads
-        typer.echo(f"for a model of {layers} layers and {heads} query heads; --model checks it", err=True)
-
-
 for _name, _measured in (("head-curve", head_curve), ("agreement", agreement), ("duo-attention", duo_attention)):
     calibrate_app.command(_name)(_measured)
 app.add_typer(calibrate_app, name="calibrate")
@@ -391,11 +301,3 @@ for _name, _command in (
     ("report", report),
 ):
     app.command(_name)(_command)
-
-
-def _facts(model: str | None) -> Any:
-    if model is None:
-        return None
-    from sparsekit.models import facts
-
-    return facts(model)

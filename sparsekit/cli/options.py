@@ -159,3 +159,12 @@ def load_weights(model: str, device: str, dtype: str | None, *, exact: bool = Fa
         if dtype is None and device == "cpu":
             chosen = "float32" if exact else fast_dtype(device)
         return load(model, dtype=chosen, device=device)
+
+
+def facts_of(model: str | None) -> Any:
+    """What is known of a model without its weights; nothing of none."""
+    if model is None:
+        return None
+    from sparsekit.models import facts
+
+    return facts(model)
