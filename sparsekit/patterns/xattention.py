@@ -28,7 +28,8 @@ class XAttention(BlockPattern):
     a block of keys, is the mass. The first key block and the query's own are kept and counted first; then the largest
     masses, ties to the earlier block, up to and including the one that reaches the threshold. `threshold` 1 is dense.
     Cost: N^2 / (2 stride) products a head. We depart from the published code where a prompt does not end on a stride:
-    it pads with zeros, we take the mean over the queries that exist.
+    it pads with zeros, we take the mean over the queries that exist; and in its first chunk of queries, where it keeps
+    one block more than the threshold asks for.
     """
 
     name: Literal["xattention"] = "xattention"
