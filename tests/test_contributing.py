@@ -108,4 +108,12 @@ def test_recipes_name_files_that_exist() -> None:
 
 def test_there_is_a_recipe_for_each_kind_of_addition() -> None:
     titles = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
-    assert titles == ["A pattern", "A layer rule", "A bench", "A model family's quirk", "A kernel form", "A task"]
+    assert titles == [
+        "A pattern",
+        "A layer rule",
+        "Another project's settings",
+        "A bench",
+        "A model family's quirk",
+        "A kernel form",
+        "A task",
+    ]

@@ -39,7 +39,7 @@ ELSEWHERE = {
     ("CONTRIBUTING.md", "from sparsekit.patterns.loud_blocks"): "tests/test_contributing.py, the same",
     ("CONTRIBUTING.md", "# loud_blocks"): "tests/test_contributing.py, the same",
     ("docs/architecture.md", " YAML ──►"): "a drawing",
-    ("docs/cli.md", "error: table.py line 2"): "tests/config/test_convert.py has such tables",
+    ("docs/convert.md", "error: table.py line 2"): "tests/config/test_convert.py has such tables",
     ("docs/config.md", "error: c.yaml: dense_impl"): "tests/test_docs.py compares it word by word",
     (
         "docs/contract.md",

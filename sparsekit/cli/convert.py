@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsekit.cli.options import STREAMING, Group, Model, Yaml, facts_of
-from sparsekit.cli.printing import busy
+from sparsekit.cli.printing import busy, print_table
+from sparsekit.errors import shown
 
 if TYPE_CHECKING:
     from sparsekit.config import SparseConfig
@@ -96,6 +97,64 @@ def _convert_kascade(
         config = convert_kascade(file, output, pattern=runs, anchors=own, group=group, model=facts_of(model))
     _say_shape(config, model)
     typer.echo(str(output))
+
+
+@convert_app.command("angelslim")
+def _convert_angelslim(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A config with `compression.name: Sparsity`.")],
+    output: Yaml,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Write the nearest pattern where its selection is another one.")
+    ] = False,
+    model: Model = None,
+) -> None:
+    """Convert AngelSlim's YAML of a sparse method."""
+    with busy("converting"):
+        from sparsekit.config.angelslim import convert_angelslim
+
+        config = convert_angelslim(file, output, nearest=nearest, model=facts_of(model))
+    _say_source(config)
+    typer.echo(str(output))
+
+
+@convert_app.command("vllm-ascend")
+def _convert_vllm_ascend(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="`additional_config` with trianglemix, JSON or YAML.")],
+    output: Yaml,
+    model: Model = None,
+) -> None:
+    """Convert the TriangleMix layers of vllm-ascend's additional_config."""
+    with busy("converting"):
+        from sparsekit.config.vllm_ascend import convert_vllm_ascend
+
+        config = convert_vllm_ascend(file, output, model=facts_of(model))
+    _say_source(config)
+    typer.echo(str(output))
+
+
+@convert_app.command("model-optimizer")
+def _read_model_optimizer(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A checkpoint's config.json, or `sparse_cfg`, JSON or YAML.")
+    ],
+) -> None:
+    """Say field by field why Model-Optimizer's sparse attention becomes no config."""
+    from sparsekit.config.model_optimizer import read_model_optimizer
+
+    rows, reason = read_model_optimizer(file)
+    print_table(
+        ["field", "value", "meaning, and what to write"], [[name, shown(value), said] for name, value, said in rows]
+    )
+    typer.echo(reason)
+
+
+def _say_source(config: SparseConfig) -> None:
+    """What of the file is not in the config: where its selection differs, and fields that do not touch it."""
+    differs, left_out = config.provenance.get("differs"), config.provenance.get("left_out")
+    if differs:
+        typer.echo(f"another selection: {differs}", err=True)
+    if left_out:
+        typer.echo(f"left out, without effect on what is kept: {', '.join(left_out)}", err=True)
 
 
 def _say_shape(config: SparseConfig, model: str | None) -> None:

@@ -25,8 +25,11 @@ from typer.testing import CliRunner
 from sparsekit import SparsekitError, explain, load
 from sparsekit.cli import app, validate
 from sparsekit.config import parse_range
+from sparsekit.config.angelslim import convert_angelslim
 from sparsekit.config.convert import convert_minference, convert_xattention
 from sparsekit.config.kascade import convert_kascade
+from sparsekit.config.model_optimizer import read_model_optimizer
+from sparsekit.config.vllm_ascend import convert_vllm_ascend
 from sparsekit.lab.options import numbers_of, patterns_of
 from sparsekit.lab.sweep import load_question
 from sparsekit.patterns import parse_pattern
@@ -71,6 +74,21 @@ MINFERENCE = json.dumps(
     [{str(h): ["vertical_and_slash", 30, 800, 0.5] for h in range(3)} | {"3": ["stream_llm", 4, 64, 1]}] * 3
 )
 TABLE = "import torch\nllama_8 = torch.tensor([[0.9, 0.5, 0.0], [0.8, 0.8, 0.7], [0.2, 0.93, 0.96]])\n"
+ANGELSLIM = """
+global: {save_path: ./output}
+model: {name: Qwen, model_path: Qwen/Qwen3-8B}
+compression:
+  name: Sparsity
+  sparsity: {name: tri_shape, allow_pseudo_sparse: false, attn_kwargs: {n_init: 128, n_local: 3968, n_last: 100}}
+"""
+VLLM_ASCEND = 'additional_config: {trianglemix: {enabled: true, layers: "5,7,15-35", min_seq_len: 0, strict: false}}'
+MODEL_OPTIMIZER = """
+sparse_cfg:
+  calibration: {target_sparse_ratio: {prefill: 0.5}, samples: 64}
+  "*attn*": {method: flash_skip_softmax, thresholds: {prefill: [1.0e-3]}, br: 128, enable: true}
+  default: {enable: false}
+"""
+FOREIGN = [ANGELSLIM, VLLM_ASCEND, MODEL_OPTIMIZER]
 LARGE = "model: {num_layers: 1024, num_heads: 1024}\n"
 PATTERNS = "triangle, {name: a_shape, window_tokens: 64}, {name: union, of: [dense, s2o]}"
 
@@ -188,7 +206,7 @@ def _deep(rng: random.Random) -> str:
 
 @cache
 def inputs() -> tuple[str, ...]:
-    """2,030 texts."""
+    """2,390 texts."""
     return tuple(_inputs())
 
 
@@ -203,6 +221,10 @@ def _inputs() -> Iterator[str]:
         yield json.dumps(_changed(rng, json.loads(MINFERENCE)), default=str)
     for _ in range(220):
         yield _yaml(_structure(rng))
+    for _ in range(240):
+        yield _yaml(_changed(rng, yaml.safe_load(rng.choice(FOREIGN))))
+    for _ in range(120):
+        yield _damaged(rng, rng.choice(FOREIGN))
     for _ in range(80):
         yield str(rng.choice(SCALARS))
     for _ in range(130):
@@ -228,6 +250,9 @@ READERS: dict[str, Callable[[str, Path], Any]] = {
     "minference": lambda text, path: convert_minference(path, path.with_name("out.yaml")),
     "xattention": lambda text, path: convert_xattention(path, path.with_name("out.yaml")),
     "kascade": lambda text, path: convert_kascade(path, path.with_name("out.yaml"), anchors=[0], group=2),
+    "angelslim": lambda text, path: convert_angelslim(path, path.with_name("out.yaml"), nearest=True),
+    "vllm-ascend": lambda text, path: convert_vllm_ascend(path, path.with_name("out.yaml")),
+    "model-optimizer": lambda text, path: read_model_optimizer(path),
     "patterns": lambda text, path: [parse_pattern(one) for one in patterns_of(text)],
     "numbers": lambda text, path: numbers_of(text, "--tokens"),
     "range": lambda text, path: parse_range(text),
@@ -280,7 +305,8 @@ def test_any_text_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
     assert not slow
     assert _peak_mb() - before < MEGABYTES
     assert count >= 2000 and min(refused.values()) > 50, (count, refused)
-    assert all(read[name] > 5 for name in ("load", "question", "minference", "xattention", "patterns")), read
+    taking = ("load", "question", "minference", "xattention", "angelslim", "vllm-ascend", "model-optimizer", "patterns")
+    assert all(read[name] > 5 for name in taking), read
 
 
 def _written(path: Path, text: str) -> Path:
@@ -295,6 +321,9 @@ def _written(path: Path, text: str) -> Path:
         ["explain", "FILE", "-n", "2048", "--json"],
         ["convert", "minference", "FILE", "-o", "out.yaml"],
         ["convert", "xattention", "FILE", "-o", "out.yaml"],
+        ["convert", "angelslim", "FILE", "-o", "out.yaml", "--nearest"],
+        ["convert", "vllm-ascend", "FILE", "-o", "out.yaml"],
+        ["convert", "model-optimizer", "FILE"],
         ["sweep", "FILE", "--dry-run"],
         ["calibrate", "rule", "nowhere", "--rule", "list", "--layers", "TEXT", "--pattern", "TEXT", "-o", "out.yaml"],
         ["report", "FILE", "-o", "out.md"],
