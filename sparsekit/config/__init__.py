@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsekit.config.budget import Budget, MeasuredOn
-from sparsekit.config.facts import ArchFacts, ModelFacts
+from sparsekit.config.facts import ArchFacts, ModelFacts, rope_theta_of
 from sparsekit.config.giving_back import give_back
 from sparsekit.config.layers import LayerPatterns, Reused
 from sparsekit.config.ranges import format_range, parse_range
@@ -26,4 +26,5 @@ __all__ = [
     "load",
     "parse_range",
     "parse_yaml",
+    "rope_theta_of",
 ]

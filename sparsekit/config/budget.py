@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from sparsekit.config.facts import printable
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import bounded
 
@@ -36,6 +37,7 @@ class MeasuredOn(BaseModel):
     half_width: float | None = Field(None, ge=0, allow_inf_nan=False)
 
     _bounded = field_validator("count", "tokens", "next_tokens", mode="before")(bounded)
+    _printable = field_validator("source", mode="before")(printable)
 
     @field_validator("tokens")
     @classmethod

@@ -260,14 +260,12 @@ class SparseConfig(BaseModel):
         return by_number(self.heads[key]) if key is not None else {}
 
     def _check_model(self, facts: ModelFacts) -> None:
-        for name in ("num_layers", "num_heads", "num_key_heads", "head_dim", "hidden_size"):
-            said, real = getattr(self.model, name), getattr(facts, name)
-            if said is not None and real is not None and said != real:
-                label = f" ({self.model.name})" if self.model.name else ""
-                raise SparsekitError(
-                    f"model.{name}: this config is for a model with {name} = {said}{label}, "
-                    f"but the model has {real}{f' ({facts.name})' if facts.name else ''}; use that model's config."
-                )
+        if name := self.model.differs(facts):
+            label = f" ({self.model.name})" if self.model.name else ""
+            raise SparsekitError(
+                f"model.{name}: this config is for a model with {name} = {getattr(self.model, name)}{label}, but the "
+                f"model has {getattr(facts, name)}{f' ({facts.name})' if facts.name else ''}; use that model's config."
+            )
 
 
 def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:

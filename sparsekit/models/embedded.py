@@ -40,7 +40,6 @@ class EmbeddedModel:
     install: str
     facts: ArchFacts
     max_positions: int
-    rope_theta: float
     tied: bool
     size_bytes: int
     sha256: str = ""
@@ -62,9 +61,9 @@ EMBEDDED = {
             hidden_size=576,
             intermediate_size=1536,
             vocab_size=49152,
+            rope_theta=100_000.0,
         ),
         max_positions=8192,
-        rope_theta=100_000.0,
         tied=True,
         size_bytes=98_362_432,
     ),
@@ -83,9 +82,9 @@ EMBEDDED = {
             hidden_size=1536,
             intermediate_size=8960,
             vocab_size=151936,
+            rope_theta=1_000_000.0,
         ),
         max_positions=32768,
-        rope_theta=1_000_000.0,
         tied=False,
         size_bytes=1_117_320_768,
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 from torch import nn
 
-from sparsekit.config import ArchFacts
+from sparsekit.config import ArchFacts, rope_theta_of
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.call import KNOWN_ARGUMENTS
 from sparsekit.patch.state import Attention
@@ -197,6 +197,7 @@ def facts_of(model: PreTrainedModel, text_config: Any = None, modules: Sequence[
             hidden_size=hidden,
             intermediate_size=next((_per_layer(size) for size in feed_forward if size), hidden and 4 * hidden),
             vocab_size=_get(text, "vocab_size"),
+            rope_theta=rope_theta_of(text),
             layer_types=None if _told_by_window(kinds, window) else tuple(kinds),
             sliding_window=window,
             not_computed=_not_computed(modules, count),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from soon import soon
 
-from sparsekit import SparseConfig, SparsekitError, load
+from sparsekit import SparseConfig, SparsekitError, load, models
 from sparsekit.config import Budget, ModelFacts, format_range, give_back, parse_range
 from sparsekit.patterns import AShape, Dense, Pattern, Triangle, Union
 
@@ -100,6 +100,45 @@ def test_resolved_config_is_spelled_out() -> None:
 def test_facts_are_needed() -> None:
     with pytest.raises(SparsekitError, match="num_layers and num_heads are needed"):
         load({"default": "dense"}).resolve()
+
+
+@pytest.mark.parametrize(
+    ("said", "real", "differs"),
+    [  # as on the hub: Mistral 7B v0.3 has the shape of Llama 3.1 8B, OLMo 7B that of Llama 2 7B
+        ({"rope_theta": 5e5}, {"rope_theta": 1e6}, "rope_theta"),
+        ({"model_type": "llama"}, {"model_type": "olmo"}, "model_type"),
+        ({"num_key_heads": 8}, {"num_key_heads": 32}, "num_key_heads"),
+        ({"rope_theta": 283461213.0}, {"rope_theta": 283461216.0}, ""),  # the same in float32, as in a GGUF file
+        ({"rope_theta": 5e5, "model_type": "llama"}, {}, ""),
+        ({"name": "a", "vocab_size": 1}, {"name": "b", "vocab_size": 2}, ""),
+    ],
+)
+def test_another_model_of_the_same_shape_is_told(said: dict[str, Any], real: dict[str, Any], differs: str) -> None:
+    shape = {"num_layers": 32, "num_heads": 32}
+    config, facts = load({"model": {**shape, **said}, "default": "triangle"}), ModelFacts(**{**shape, **real})
+    if not differs:
+        config.resolve(facts)
+        return
+    with pytest.raises(SparsekitError) as error:
+        config.resolve(facts)
+    words = f"model.{differs}: this config is for a model with {differs} = {said[differs]}, but the model has "
+    assert str(error.value) == f"{words}{real[differs]}; use that model's config."
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_a_models_own_facts_fit_it_and_come_back_from_yaml(model_type: str) -> None:
+    facts = models.facts(models.tiny(model_type))
+    config = load(load({"model": facts.model_dump(exclude_none=True), "default": "dense"}).dump())
+    assert config.model.differs(facts) == "" and config.model.missing() == []
+    assert config.model.model_type == model_type
+    assert config.model.rope_theta == {"llama": 1e4, "gemma3_text": 1e6, "gpt2": None}[model_type]
+
+
+@pytest.mark.parametrize("field", ["model: {name: ", "model: {num_layers: 1, not_computed: ["])
+def test_what_is_printed_holds_nothing_that_a_terminal_obeys(field: str) -> None:
+    close = "]}" if "[" in field else "}"
+    with pytest.raises(SparsekitError, match=r"x1b\]0;gone\\x07' holds a control character"):
+        load(f'{field}"\\e]0;gone\\a"{close}\ndefault: dense\n')
 
 
 def test_frozen() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsekit.config import ModelFacts, ResolvedConfig, SparseConfig, load
+from sparsekit.config import ModelFacts, ResolvedConfig, SparseConfig, load, rope_theta_of
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.patterns import Pattern
 from sparsekit.serve.prompts import dense_tail
@@ -185,11 +185,13 @@ def facts_of(vllm_config: Any) -> ModelFacts:
     text = model.hf_text_config
     return ModelFacts(
         name=model.model,
+        model_type=getattr(text, "model_type", None),
         num_layers=text.num_hidden_layers,
         num_heads=text.num_attention_heads,
         num_key_heads=model.get_total_num_kv_heads(),
         head_dim=model.get_head_size(),
         hidden_size=model.get_hidden_size(),
+        rope_theta=rope_theta_of(text),
     )
 
 
