@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+from fake_hub import TOKEN, FakeHub
+from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekit import models
@@ -32,3 +36,17 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def tiny_llama() -> PreTrainedModel:
     """4 layers, 4 heads over 2 key heads, always the same weights; a new one for every test."""
     return models.tiny("llama")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """An empty hub that `huggingface_hub` asks in place of the real one, with an empty cache and a token for it."""
+    with FakeHub() as fake:
+        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
+        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield fake
+        assert fake.unknown == []

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sparsekit.config.budget import Budget
-from sparsekit.config.facts import ModelFacts
+from sparsekit.config.facts import NEEDED, ModelFacts
+from sparsekit.config.hub import HUB, downloaded
 from sparsekit.config.layers import LayerPatterns
 from sparsekit.config.ranges import MOST, by_number, format_range, parse_range, ranged
 from sparsekit.config.reuse import AnyPattern, LayerRule, Reuse, resolve_reuse
@@ -172,7 +173,7 @@ class SparseConfig(BaseModel):
 
     @classmethod
     def load(cls, source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
-        """A config from a path, YAML text, a mapping, or a config. See `load`."""
+        """A config from whatever `load` takes."""
         return load(source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,10 +270,11 @@ class SparseConfig(BaseModel):
 
 
 def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
-    """A SparseConfig from a path to a YAML file, YAML text, a mapping, or a config.
+    """A SparseConfig from a path to a YAML file, `hub:owner/name`, YAML text, a mapping, or a config.
 
-    A string with a line break or a colon and space in it, or one that starts with "{", is text (so is an empty one);
-    any other is a path.
+    A string with a line break or a colon and space in it, or one that starts with "{", is text (so is an empty one).
+    One that starts with "hub:" is a file of a repository of the Hugging Face Hub, which is downloaded:
+    `hub:owner/name`, `hub:owner/name@revision`, and either with `/file.yaml`. Any other is a path.
 
     Raises:
         SparsekitError: one line that names the file, the field, the value, and what is allowed.
@@ -286,8 +288,23 @@ def load(source: SparseConfig | Mapping[str, Any] | str | Path) -> SparseConfig:
     ):
         return _validate(parse_yaml(source, "config"), "config")
     if not isinstance(source, str | Path):
-        raise SparsekitError(f"config {shown(source)}: want a path, YAML text, a mapping or a SparseConfig.")
+        raise SparsekitError(
+            f"config {shown(source)}: want a path, hub:owner/name, YAML text, a mapping or a SparseConfig."
+        )
+    name = source.as_posix() if isinstance(source, Path) else source
+    if name.startswith(HUB):
+        return _for_a_named_model(_validate(parse_yaml(read_text(downloaded(name), "config"), name), name), name)
     return _validate(parse_yaml(read_text(source, "config"), str(source)), str(source))
+
+
+def _for_a_named_model(config: SparseConfig, where: str) -> SparseConfig:
+    """The config, if it says which model it fits."""
+    if missing := config.model.missing():
+        raise SparsekitError(
+            f"{where}: model.{missing[0]} is missing; a config of the hub says for which model it is, by "
+            f"{', '.join(NEEDED)}."
+        )
+    return config
 
 
 def _validate(data: Any, where: str) -> SparseConfig:

@@ -288,7 +288,7 @@ def test_unions_of_unions_are_read_once_each() -> None:
 
 @pytest.mark.parametrize("source", [None, 5, b"default: dense", ["default: dense"]])
 def test_what_is_no_config_is_told(source: Any) -> None:
-    with pytest.raises(SparsekitError, match="want a path, YAML text, a mapping or a SparseConfig"):
+    with pytest.raises(SparsekitError, match="want a path, hub:owner/name, YAML text, a mapping or a SparseConfig"):
         load(source)
 
 
