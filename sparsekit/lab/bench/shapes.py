@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SHAPES", "model_or_shape"]
 
-# Of random weights: config fields of a Llama, as in the config.json of the model of that name.
-SHAPES: dict[str, dict[str, int]] = {
+# Of random weights: arguments of `tiny`, as in the config.json of the model of that name, whose configs fit it then.
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
+        "model_type": "llama",
         "num_hidden_layers": 32,
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -25,18 +26,21 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 128,
         "vocab_size": 128256,
         "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
     },
     "qwen2.5-7b": {
+        "model_type": "qwen2",
         "num_hidden_layers": 28,
         "hidden_size": 3584,
         "intermediate_size": 18944,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
-        "head_dim": 128,
         "vocab_size": 152064,
         "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     },
     "llama-3.2-1b": {
+        "model_type": "llama",
         "num_hidden_layers": 16,
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -45,8 +49,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
         "vocab_size": 128256,
         "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
     },
     "smollm2-135m": {
+        "model_type": "llama",
         "num_hidden_layers": 30,
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -55,6 +61,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
         "vocab_size": 49152,
         "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
     },
     "tiny": {},
 }
@@ -79,7 +86,7 @@ def model_or_shape(
     torch.set_default_dtype(wanted)  # never more of the weights than the model has
     try:
         with torch.device(device):
-            made: Any = tiny("llama", **SHAPES[shape])
+            made: Any = tiny(**SHAPES[shape])
     finally:
         torch.set_default_dtype(before)
     return f"{shape}, random weights", made.to(wanted)

@@ -11,14 +11,15 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 from typer.testing import CliRunner
 
-from sparsekit import SparsekitError, apply
+from sparsekit import SparsekitError, apply, load
 from sparsekit.cli import app
 from sparsekit.lab.bench import bench_overhead
 from sparsekit.lab.bench.overhead import _compared
 from sparsekit.lab.bench.shapes import SHAPES
-from sparsekit.models import tiny
+from sparsekit.models import facts, tiny
 from sparsekit.patch.state import NAMES
 
+ROOT = Path(__file__).parents[3]
 SMALL: dict[str, Any] = {"prompt_tokens": 100, "decode_tokens": 5, "rounds": 4, "device": "cpu"}
 
 
@@ -107,5 +108,7 @@ def test_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])
 def test_shapes_are_configs(name: str) -> None:
     with torch.device("meta"):
-        model = tiny("llama", **SHAPES[name])
+        model = tiny(**SHAPES[name])
     assert model.config.num_hidden_layers == SHAPES[name]["num_hidden_layers"]
+    for file in (ROOT / "configs" / name).glob("*.yaml"):  # those of the model whose shape it is
+        load(file).resolve(facts(model)).own_layers(facts(model))
