@@ -41,6 +41,8 @@ ELSEWHERE = {
     ("docs/architecture.md", " YAML ──►"): "a drawing",
     ("docs/convert.md", "error: table.py line 2"): "tests/config/test_convert.py has such tables",
     ("docs/config.md", "error: c.yaml: dense_impl"): "tests/test_docs.py compares it word by word",
+    ("docs/hub.md", "handle = sparsekit.apply(model"): "asks the hub; tests/config/test_hub.py asks one of its own",
+    ("docs/hub.md", "error: config hub:owner/none"): "tests/config/test_hub.py compares it word by word",
     (
         "docs/contract.md",
         "handle = sparsekit.apply(model",

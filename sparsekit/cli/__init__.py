@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from sparsekit.cli.about import common_parameters, describe_patterns, doctor, named_models, validate
 from sparsekit.cli.calibrate import calibrate_app
 from sparsekit.cli.check import check
+from sparsekit.cli.configs import configs_app
 from sparsekit.cli.convert import convert_app
 from sparsekit.cli.evaluate import eval_, report, sweep
 from sparsekit.cli.head_choice import agreement, duo_attention, head_curve
@@ -293,6 +294,7 @@ def _plots_pattern(
 for _name, _measured in (("head-curve", head_curve), ("agreement", agreement), ("duo-attention", duo_attention)):
     calibrate_app.command(_name)(_measured)
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(configs_app, name="configs")
 for _name, _command in (
     ("check", check),
     ("inspect", inspect),

@@ -17,7 +17,10 @@ from sparsekit.lab.options import Device, Lengths, device_of, numbers_of, words_
 def eval_(
     context: typer.Context,
     configs: Annotated[
-        list[str], typer.Argument(metavar="CONFIG...", help="YAML files; `model` stands for the unchanged model.")
+        list[str],
+        typer.Argument(
+            metavar="CONFIG...", help="YAML files, or hub:owner/name; `model` stands for the unchanged model."
+        ),
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="A hub id, a folder, a .gguf file, or `smollm2-135m`.")],
     tasks: Tasks = "passkey,needle4",

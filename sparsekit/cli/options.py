@@ -16,7 +16,7 @@ import typer
 from sparsekit.cli.printing import busy
 from sparsekit.lab.options import LARGEST, device_of
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sparsekit YAML file, or hub:owner/name.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="Prompt length in tokens.")]
 Model = Annotated[
     str | None,

@@ -130,8 +130,8 @@ def _files(asked: HubConfig) -> Mapping[str, int | None]:
 
     try:
         info = HfApi().model_info(asked.repo, revision=asked.revision, files_metadata=True, timeout=SECONDS)
-    except OfflineModeIsEnabled:
-        raise _NoAnswer("HF_HUB_OFFLINE is set", offline=True) from None
+    except OfflineModeIsEnabled as error:
+        raise _NoAnswer(cause(error, asked.repo), offline=True) from None
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, ValueError) or (status is not None and status < 500 and status != 429):
@@ -143,7 +143,13 @@ def _files(asked: HubConfig) -> Mapping[str, int | None]:
 def cause(error: Exception, repo: str) -> str:
     """Why the hub, or the way there, failed: without a full stop."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     page = f"{constants.ENDPOINT}/{repo}"
     if isinstance(error, GatedRepoError):
@@ -152,9 +158,13 @@ def cause(error: Exception, repo: str) -> str:
         return f"there is no {page}, or it is private and needs a login (`hf auth login`)"
     if isinstance(error, RevisionNotFoundError):
         return f"{page} has no such revision"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
-        return f"{constants.ENDPOINT} answered {error.response.status_code}: {shown(error.server_message or said)}"
+        status = error.response.status_code
+        login = "; log in (`hf auth login`)" if status == 401 else ""
+        return f"{constants.ENDPOINT} answered {status}: {shown(error.server_message or said)}{login}"
     if isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return f"{type(error).__name__}: {shown(said)}"
     return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {shown(said)})"

@@ -26,6 +26,7 @@ from sparsekit.errors import MOST_BYTES
 from sparsekit.lab.sweep import load_question
 from sparsekit.serve.vllm.settings import settings_of
 
+DOCS = Path(__file__).parents[2] / "docs"
 SHAPE = {"num_layers": 4, "num_heads": 4, "num_key_heads": 2}
 TEXT = "model: {name: some/model, num_layers: 4, num_heads: 4, num_key_heads: 2}\ndefault: triangle\n"
 OTHER = TEXT.replace("triangle", "a_shape")
@@ -165,6 +166,25 @@ def test_another_model_is_refused(hub: FakeHub, tiny_llama: PreTrainedModel) -> 
         words = f"model.{field}: this config is for a model with {field} = {said} "
         assert str(error.value).startswith(words) and f"but the model has {has}" in str(error.value)
     assert torch.equal(logits(tiny_llama, ids()), before)
+
+
+def test_errors_are_quoted_word_by_word(hub: FakeHub) -> None:
+    hub.add("owner/gated", {"c.yaml": TEXT}, gated=True)
+    hub.add("owner/two", {"a.yaml": TEXT, "b.yaml": TEXT})
+    hub.add("owner/bare", {"c.yaml": "default: triangle\n"})
+    facts = models.facts("smollm2-135m").model_dump(exclude_none=True)
+    other = load({"model": {**facts, "name": "some/model", "rope_theta": 5e5}, "default": "triangle"})
+    hub.add("owner/theta", {"c.yaml": other.dump()})
+    [quoted] = re.findall(r"```\n(error:.*?)```", (DOCS / "hub.md").read_text(), re.DOTALL)
+    said = [refusal(f"hub:owner/{name}") for name in ("none", "gated", "two", "two/b.yml", "bare")]
+    with pytest.raises(SparsekitError) as error:
+        validate("hub:owner/theta", models.facts("smollm2-135m"))
+    lines = [f"error: {line}\n".replace(hub.endpoint, "https://huggingface.co") for line in (*said, str(error.value))]
+    assert "".join(lines) == quoted
+
+
+def test_the_page_says_how_much_is_read() -> None:
+    assert f"at most {MOST_BYTES:,} bytes" in (DOCS / "hub.md").read_text()
 
 
 # ---- without the hub
