@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import FakeHub
 from tiny_llama import Reference, largest_difference, prompt
+
+from sparsekit import load, models
 
 T = "{name: triangle, sink_tokens: 8, window_tokens: 64, last_tokens: 32}"
 A = "{name: a_shape, sink_tokens: 100, window_tokens: 40}"
@@ -67,3 +71,22 @@ def test_every_pattern_is_its_explicit_mask(start: Callable[..., Any], reference
     assert configs["dense"]["layers"]["0"]["density"] == 1
     control = generate(llm, prompts[1:2], ["triangle"])
     assert largest_difference(reference, None, prompts[1], control[0].outputs[0]) > 1  # the masks do differ
+
+
+def test_a_config_of_the_hub_is_the_same_as_its_text(
+    start: Callable[..., Any], reference: Reference, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's processes download it for themselves; what vLLM knows of the model is compared with it."""
+    facts = models.facts(reference.model).model_dump(exclude_none=True)
+    text = load({**load(CONFIGS["triangle"]).to_dict(), "model": facts}).dump()
+    hub.add("me/one", {"c.yaml": text})
+    hub.add("me/other", {"c.yaml": load({"model": {**facts, "rope_theta": 123.0}, "default": "triangle"}).dump()})
+    for name, value in hub.environment(tmp_path / "hf").items():
+        monkeypatch.setenv(name, value)
+    llm = start("hub:me/one")
+    ids = prompt(900, seed=1)
+    [output] = generate(llm, [ids], [None])
+    assert largest_difference(reference, text, ids, output.outputs[0]) < ROUNDING
+    assert largest_difference(reference, None, ids, output.outputs[0]) > 10 * ROUNDING
+    with pytest.raises(Exception, match=r"model\.rope_theta: this config is for a model with rope_theta = 123\.0"):
+        start("hub:me/other")
