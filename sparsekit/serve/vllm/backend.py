@@ -367,14 +367,14 @@ def warm_chunks(longest: int, rows: int, pays_from: Collection[int] = ()) -> lis
 def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
     """Run what compiles kernels, in each config, and the largest chunk of the longest prompt.
 
-    The cache is not there yet: all its pages are one of zeros.
+    The cache is not there yet: all its pages are one of zeros. It is the first of two, so that strides are as of many.
     """
     dynamic = {x for p in bound.patterns.values() for x in p.patterns if isinstance(x, DynamicPattern)}
     chunks = warm_chunks(bound.longest, min(len(q), bound.longest), {x.dense_below(q.device) for x in dynamic})
     for chunk, (name, patterns) in product(chunks, bound.patterns.items()):
         part = part_of(patterns, chunk, q.device, page=bound.page, dense_here=name in bound.dense_here)
         if part is not None:
-            cache = torch.zeros(1, bound.page, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
+            cache = torch.zeros(2, bound.page, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
             k, v = cache.transpose(1, 2).chunk(2, -1)
             table = torch.zeros(1, -(-part.end // bound.page), dtype=torch.int32, device=q.device)
             some = q[: part.geometry.q_len]
