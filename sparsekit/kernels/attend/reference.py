@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from sparsekit.call.softmax import Softmax
@@ -33,19 +32,16 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: 
     if plan.ranked is not None:
         plan.memo[VISITED] = _walk(q, k, plan, plan.ranked, softmax)
     mask = plan.to_mask().to(q.device)
-    mask = repeat(mask, "b p q k -> b (p r) q k", r=heads // mask.shape[1])
+    mask = mask.repeat_interleave(heads // mask.shape[1], 1)
 
-    grouped = rearrange(q.to(wide), "b (g r) q d -> b g r q d", g=key_heads)
-    dots = einsum(grouped, k.to(wide), "b g r q d, b g k d -> b g r q k")
-    scores = softmax.logits(rearrange(dots, "b g r q k -> b (g r) q k"))
-    scores = scores.masked_fill(~mask, float("-inf"))
+    grouped = q.to(wide).unflatten(1, (key_heads, -1))  # (B, G, H/G, Q, D)
+    dots = grouped @ k.to(wide)[:, :, None].mT
+    scores = softmax.logits(dots.flatten(1, 2)).masked_fill(~mask, float("-inf"))
 
     seen = mask.any(-1)
     lse = softmax.join(scores.logsumexp(-1))
     weights = torch.exp(scores - lse.masked_fill(~seen, 0)[..., None])
-    weights = rearrange(weights, "b (g r) q k -> b g r q k", g=key_heads)
-    out = einsum(weights, v.to(wide), "b g r q k, b g k d -> b g r q d")
-    out = rearrange(out, "b g r q d -> b (g r) q d")
+    out = (weights.unflatten(1, (key_heads, -1)) @ v.to(wide)[:, :, None]).flatten(1, 2)
     return out.to(q.dtype), lse.masked_fill(~seen, float("-inf"))
 
 
