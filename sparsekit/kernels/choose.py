@@ -5,7 +5,6 @@ A new form of the kernel is a file in `attend` and a row here.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -89,7 +88,7 @@ def _triton_missing(device: torch.device, asked: bool) -> str:
 @lru_cache(maxsize=1)
 def _triton_broken() -> str:
     try:
-        importlib.import_module("sparsekit.kernels.attend.triton_blocks")
+        from sparsekit.kernels.attend import triton_blocks  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"this triton does not fit ({type(error).__name__}: {str(error).splitlines()[0]}); install triton>=3.6"
     return ""

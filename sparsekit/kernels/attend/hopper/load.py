@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("sparsekit.kernels.attend.hopper.device"), ""
+        from sparsekit.kernels.attend.hopper import device
     except (ImportError, AttributeError) as error:
         return None, f"needs Gluon as in Triton >= 3.6 ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return device, ""
 
 
 def gluon_missing() -> str:
