@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["capability_of", "processors_of"]
+__all__ = ["TARGETS", "Target", "capability_of", "processors_of"]
+
+
+class Target(NamedTuple):
+    """A kind of device, and how far the kernels were proved on it.
+
+    Attributes:
+        name: of an architecture, as its compiler names it.
+        implementations: of `attend`, those that run there.
+        proved: "run" by tests on such a device, or "compiled, not run" by tests without one.
+        shared_bytes: shared memory that a program may take; 0: it has none.
+    """
+
+    name: str
+    implementations: tuple[str, ...]
+    proved: str
+    shared_bytes: int = 0
+
+
+COMPILED = "compiled, not run"
+TARGETS = (
+    Target("NVIDIA sm_90", ("hopper", "triton"), "run", 232_448),
+    Target("NVIDIA sm_80", ("triton",), COMPILED, 166_912),
+    Target("NVIDIA sm_89", ("triton",), COMPILED, 101_376),  # sm_86 and sm_120 have as much
+    Target("NVIDIA sm_100", ("triton",), COMPILED, 232_448),
+    Target("AMD gfx942", ("triton",), COMPILED, 65_536),
+    Target("CPU", ("torch", "reference"), "run"),
+    Target("CPU, TRITON_INTERPRET=1", ("triton",), "run"),
+)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

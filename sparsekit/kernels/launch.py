@@ -83,7 +83,7 @@ def _start(
     """Launch. Triton's own look at 60 arguments costs the host 200 us a call (H100), a look-up by `form` far less.
 
     The kernel is compiled for what it is handed first, so `form` holds all that Triton specialises on: types, what is
-    None, alignment of pointers, and strides.
+    None, strides, and of pointers what `_pointer_form` says.
     """
     if interpreted():
         kernel[grid](*args, **options, **flags)
@@ -96,8 +96,15 @@ def _start(
     found[0][(grid[0], 1, 1)](*args, *found[1])
 
 
-def _pointer_form(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
-    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+AMD = torch.version.hip is not None
+
+
+def _pointer_form(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What Triton specialises on in a tensor: type, alignment, and for AMD whether 32 bits address its storage."""
+    if tensor is None:
+        return None
+    aligned = tensor.data_ptr() % 16 == 0
+    return (tensor.dtype, aligned, tensor.untyped_storage().size() < 1 << 31) if AMD else (tensor.dtype, aligned)
 
 
 def _steps_fit_tma(tensor: Tensor) -> bool:
@@ -140,12 +147,12 @@ def on_device(device: torch.device) -> Iterator[None]:
 def launch(
     kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any], special: tuple[Any, ...] = ()
 ) -> None:
-    """Start a kernel. It is compiled for the types and alignments in `args`, for `options`, and for `special`: the
-    values of the integers that it specialises on."""
+    """Start a kernel. It is compiled for the types in `args` and the forms of its pointers, for `options`, and for
+    `special`: the values of the integers that it specialises on."""
     if programs == 0:
         return
     device = next(x.device for x in args if isinstance(x, Tensor))
-    kinds = tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else type(x) for x in args)
+    kinds = tuple(_pointer_form(x) if isinstance(x, Tensor) else type(x) for x in args)
     _start(kernel, (id(kernel), device, kinds, *options.values(), special), (programs,), args, options, {})
 
 

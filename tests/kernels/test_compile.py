@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-# Bytes of shared memory that a program may take. sm_86 and sm_89 have the least of what is in use.
-SHARED = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448}
+from sparsekit.kernels.device import TARGETS
+
+# Bytes of shared memory that a program may take.
+LIMITS = {target.name: target.shared_bytes for target in TARGETS}
+SHARED = {(major, minor): LIMITS[f"NVIDIA sm_{major}{minor}"] for major, minor in ((8, 0), (8, 9), (9, 0))}
 CASES = [
     (capability, kind, dim, dtype)
     for capability, kind, dim, dtype in (
@@ -112,7 +115,7 @@ def ptxas(ptx: str, capability: int) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        target = f"--gpu-name=sm_{capability}" + ("a" if capability == 90 else "")
+        target = f"--gpu-name=sm_{capability}" + ("a" if capability >= 90 else "")
         command = [get_ptxas(capability).path, "-v", target, str(source), "-o", str(cubin)]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
         return said.stdout + said.stderr, cubin.read_bytes()
@@ -131,14 +134,15 @@ class Driver:
     """What Triton asks a driver for when it compiles."""
 
     capability = 90
+    amd = ""  # an architecture of AMD's, in place of a capability
 
     def get_current_target(self) -> object:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.capability, 32)
+        return GPUTarget("hip", self.amd, 64) if self.amd else GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps one target a device
+    def get_current_device(self) -> int | str:
+        return self.amd or self.capability  # Triton keeps one target a device
 
     def get_current_stream(self, device: int) -> int:
         return 0
