@@ -38,6 +38,16 @@ def _rows(text: str, section: str = "") -> list[list[str]]:
     return body
 
 
+def test_the_page_says_where_the_kernels_were_proved() -> None:
+    from sparsekit.kernels.device import TARGETS
+
+    expected = []
+    for name, implementations, proved, shared in TARGETS:
+        listed = ", ".join(f"`{one}`" for one in implementations)
+        expected.append([name, listed, proved, f"{shared:,}" if shared else "none"])
+    assert _rows((DOCS / "compatibility.md").read_text(), "## Devices") == expected
+
+
 def _blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 

@@ -70,10 +70,12 @@ def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, .
 
 
 def doctor() -> dict[str, Any]:
-    """What is installed, which devices there are, what runs on each and why, and what is missing with its fix."""
+    """What is installed, which devices there are, what runs on each and why, on which kinds of device the kernels were
+    proved, and what is missing with its fix."""
     import platform
 
     from sparsekit import __version__
+    from sparsekit.kernels.device import TARGETS
 
     return {
         "versions": {
@@ -82,6 +84,7 @@ def doctor() -> dict[str, Any]:
             **{p: _version(p) for p in PACKAGES},
         },
         "devices": [_describe_device(device) for device in _devices()],
+        "targets": [target._asdict() for target in TARGETS],
         "models": named_models(),
         "missing": _missing(),
     }

@@ -85,6 +85,8 @@ def print_doctor(found: dict[str, Any]) -> None:
             why = f": {device['why']}" if impl == device["implementation"] else ""
             rows.append([label if first else "", impl, can + why])
     print_table(["device", "implementation", "runs?"], rows)
+    targets = [[one["name"], ", ".join(one["implementations"]), one["proved"]] for one in found["targets"]]
+    print_table(["kernels on", "implementation", "proved"], targets)
     for model in found["models"]:
         typer.echo(f"model {model['name']}: {'' if model['installed'] else 'not '}installed")
     for item in found["missing"]:

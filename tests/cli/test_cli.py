@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -141,6 +142,10 @@ def test_doctor() -> None:
     assert found["models"][0]["name"] == "smollm2-135m"
     text = out("doctor")
     assert "runs by default" in text and sparsekit.__version__ in text
+    targets = {target["name"]: target["proved"] for target in found["targets"]}
+    assert targets["NVIDIA sm_90"] == targets["CPU"] == "run"
+    assert targets["AMD gfx942"] == targets["NVIDIA sm_100"] == "compiled, not run"
+    assert re.search(r"AMD gfx942 +triton +compiled, not run", text)
 
 
 def test_doctor_tells_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
