@@ -148,6 +148,8 @@ def check_command(words: list[str]) -> None:
         parse(arguments[2:])
     elif program == "python" and arguments[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/")), words
+    elif program == "python" and arguments[0].endswith(".py"):
+        assert (ROOT / arguments[0]).is_file(), words
     elif program == "make":
         assert all(re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for word in arguments), words
     elif program == "pip":
