@@ -39,6 +39,24 @@ __all__ = ["Tile", "antidiagonal_mass_triton", "pooled_means_triton", "pooled_sc
 HALF_MAX = tl.constexpr(65504.0)
 
 
+@triton.jit
+@no_type_check
+def _store_mean(p_row, step, p_out, pos, low, end, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr):
+    """The mean of the rows at `pos` within [low, end). Called from either branch, since Triton 3.6 compiles no choice
+    between pointers for AMD."""
+    column = tl.arange(0, DP)
+    exists = (pos >= low) & (pos < end)
+    p_tile = p_row + pos.to(tl.int64)[:, None] * step + column[None, :]
+    b_x = tl.load(p_tile, mask=exists[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+    count = tl.maximum(tl.sum(exists.to(tl.float32)), 1.0)
+    mean = tl.sum(b_x, 0) / count
+    if HALF:
+        size = tl.abs(mean)
+        largest = tl.where(mean > 0, HALF_MAX, -HALF_MAX)
+        mean = tl.where((size > HALF_MAX) & (size < float("inf")), largest, mean)
+    tl.store(p_out + column, mean, mask=column < D)
+
+
 @triton.jit(do_not_specialize=["q_offset", "q_heads", "k_heads", "rows", "columns"])
 @no_type_check
 def _means(
@@ -57,34 +75,20 @@ def _means(
     q_end = tl.load(p_span + i_sample * 4 + 1)
     start = tl.load(p_span + i_sample * 4 + 3)
     lane = tl.arange(0, BLOCK)
-    column = tl.arange(0, DP)
     if i_item < q_heads * rows:
         i_head = i_item % q_heads
         i_block = i_item // q_heads
         pos = (q_first // BLOCK + i_block) * BLOCK + lane
-        low = q_first
         p_row = p_q + _offset(i_sample, i_head, start - q_offset, q_batch, q_head, q_token)
-        step = q_token
         p_out = p_out_q + ((i_sample * q_heads + i_head) * rows + i_block).to(tl.int64) * D
+        _store_mean(p_row, q_token, p_out, pos, q_first, q_end, D, DP, HALF)
     else:
         i_item -= q_heads * rows
         i_head = i_item % k_heads
         i_block = i_item // k_heads
-        pos = i_block * BLOCK + lane
-        low = 0
         p_row = p_k + _offset(i_sample, i_head, start, k_batch, k_head, k_token)
-        step = k_token
         p_out = p_out_k + ((i_sample * k_heads + i_head) * columns + i_block).to(tl.int64) * D
-    exists = (pos >= low) & (pos < q_end)
-    p_tile = p_row + pos.to(tl.int64)[:, None] * step + column[None, :]
-    b_x = tl.load(p_tile, mask=exists[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-    count = tl.maximum(tl.sum(exists.to(tl.float32)), 1.0)
-    mean = tl.sum(b_x, 0) / count
-    if HALF:
-        size = tl.abs(mean)
-        largest = tl.where(mean > 0, HALF_MAX, -HALF_MAX)
-        mean = tl.where((size > HALF_MAX) & (size < float("inf")), largest, mean)
-    tl.store(p_out + column, mean, mask=column < D)
+        _store_mean(p_row, k_token, p_out, i_block * BLOCK + lane, 0, q_end, D, DP, HALF)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "first_row", "n_rows", "rows"])
