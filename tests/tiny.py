@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 TOKENS = 200
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
+
+traces_names = pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="before PyTorch 2.12 torch.compile cannot trace a model's forward under sparsekit.apply",
+)
 
 
 def ids(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> Tensor:

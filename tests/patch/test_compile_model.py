@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TRIANGLE
+from tiny import TRIANGLE, traces_names
 from tiny import ids as _ids
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -17,6 +17,7 @@ import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.models import tiny
 
+pytestmark = traces_names
 TOKENS = 200
 SPARSE = {"layers": {"1": TRIANGLE}}
 # Gemma 2 and gpt-oss: soft-cap, learned sinks, and a sliding layer, which runs here in Gemma 2.

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import traces_names
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, Trainer, TrainingArguments
 
@@ -116,6 +117,7 @@ def test_autocast_of_families(family: str) -> None:
     assert float((ours - own).abs().max()) < 0.03 * float(own.abs().max())
 
 
+@traces_names
 def test_autocast_of_a_compiled_model(model: PreTrainedModel) -> None:
     """A graph runs without autocast, which was traced into it."""
     torch._dynamo.reset()

@@ -18,7 +18,7 @@ from tiny import TRIANGLE
 from tiny import close as _close
 from tiny import logits as _logits
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, modeling_utils
 
 import sparsekit
 from sparsekit import SparsekitError, explain, models
@@ -73,6 +73,8 @@ def _model(family: str) -> PreTrainedModel:
     """Weights large enough that attention is far from uniform. Tests leave the model as it was."""
     kind, fields = FAMILIES[family]
     model = tiny(kind, initializer_range=0.1, **fields)
+    if family == "Gemma 2":  # transformers 5.19 gives it PyTorch's attention, which drops its soft-cap; later ones this
+        model.set_attn_implementation("eager")
     if family == "Gemma 4":  # does not scale q.k down: logits of random weights reach 500, and rounding shows
         for name, weight in model.named_parameters():
             if name.endswith("q_norm.weight"):
@@ -248,6 +250,10 @@ def test_explain_counts_a_window_as_what_it_replaces() -> None:
 # ---- the last layers of Gemma 4 run the last queries alone
 
 
+@pytest.mark.skipif(
+    not hasattr(modeling_utils, "slice_logits_to_keep"),
+    reason="in this release of transformers Gemma 4 runs all queries in all layers",
+)
 @pytest.mark.parametrize("padded", [False, True], ids=["alone", "padded"])
 @pytest.mark.parametrize("keep", [1, 5])
 def test_layers_that_run_the_last_queries_alone(padded: bool, keep: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import traces_names
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache, Gemma3Config, PreTrainedModel
 from transformers.masking_utils import (
@@ -169,7 +170,13 @@ def test_a_window_in_a_full_layer_is_refused(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [("attn_bias", False), ("attn_bias", True), ("position_bias", False), ("block_table", False), ("foo", False)],
+    [
+        ("attn_bias", False),
+        pytest.param("attn_bias", True, marks=traces_names),
+        ("position_bias", False),
+        ("block_table", False),
+        ("foo", False),
+    ],
 )
 def test_unknown_arguments_are_refused_by_name(model: PreTrainedModel, name: str, compiled: bool) -> None:
     torch._dynamo.reset()
