@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 VLLM := .venv-vllm
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo docs test venv-vllm test-vllm lint gpu-test evidence clean
+.PHONY: demo docs test venv-vllm test-vllm lint release-check gpu-test evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsekit demo
@@ -34,6 +34,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel and the sdist, as a user gets them; nothing is uploaded.
+release-check: $(VENV)/.dev
+	$(BIN)/python .ci/release_check.py
 
 gpu-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu
