@@ -116,4 +116,5 @@ def test_there_is_a_recipe_for_each_kind_of_addition() -> None:
         "A model family's quirk",
         "A kernel form",
         "A task",
+        "A release",
     ]

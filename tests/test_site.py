@@ -112,10 +112,10 @@ def test_every_pattern_has_its_mask(site: Path) -> None:
 )
 def test_a_broken_link_is_an_error(tmp_path: Path, line: str, said: str) -> None:
     copy = tmp_path / "repository"
-    for name in ("docs", "website", "configs", "sparsekit", "build/masks"):
+    for name in ("docs", "website", "configs", "examples", "sparsekit", "build/masks"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
         shutil.copy(ROOT / name, copy / name)
     page = copy / "docs" / "tasks.md"
     page.write_text(f"{page.read_text()}\n{line}\n")

@@ -1,6 +1,6 @@
 """What the site adds to the plain pages of docs/, for mkdocs (`hooks:` in mkdocs.yml).
 
-- Pages and configs of the repository's root, and links to them as a Git host has them.
+- Pages, configs and notebooks of the repository's root, and links to them as a Git host has them.
 - The mask of every registered pattern, drawn; what was measured of it; and the list of them.
 - Docstrings, in the place of the reference's tables.
 - The leaderboard.
@@ -26,7 +26,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 ASSETS = ("site.css", "leaderboard.js")
 CONFIGS = "configs.md"  # the page for links to a folder of configs
 DRAWN = ROOT / "build" / "masks"  # kept between builds, by the digest of the code
@@ -73,6 +73,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add(f"assets/{name}", ROOT / "website" / name)
     configs = sorted((ROOT / "configs").rglob("*.yaml"))
     for path in configs:
+        add(path.relative_to(ROOT).as_posix(), path)
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
         add(path.relative_to(ROOT).as_posix(), path)
     add(CONFIGS, text=_configs_page(configs))
     for name, path in _masks().items():
