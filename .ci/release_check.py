@@ -127,6 +127,9 @@ def check_wheel(wheel: Path, work: Path) -> None:
     version = wheel.name.split("-")[1]
     assert said(sparsekit, "--version").strip() == version, "--version is not the wheel's"
     assert "triangle" in said(sparsekit, "patterns")
+    configs = sorted(path.stem for path in (home / "configs" / "smollm2-135m").glob("*.yaml"))
+    listed = said(sparsekit, "configs", "list")
+    assert configs and all(f"smollm2-135m/{name} " in listed for name in configs), listed
     assert "Predicted prefill" in said(sparsekit, "explain", home / CONFIG, "--tokens", "8192")
     assert "torch" in said(sparsekit, "doctor")
     said(sparsekit, "demo", "--help")
