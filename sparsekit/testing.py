@@ -17,7 +17,7 @@ from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend
-from sparsekit.patterns import Pattern, StaticPattern, parse_pattern
+from sparsekit.patterns import BlockPattern, Blocks, Pattern, StaticPattern, parse_pattern
 from sparsekit.plan import BlockPlan, dense_plan
 
 __all__ = ["GEOMETRIES", "Inputs", "check_pattern", "inputs_for"]
@@ -47,7 +47,7 @@ def check_pattern(pattern: Pattern, geometries: Iterable[Geometry] = GEOMETRIES)
     planning twice gives the same plan; a sample's plan does not depend on its place in the batch; counted pairs are the
     mask's; the batched execution equals the reference, and its correction by dense rows the formula; YAML brings the
     pattern back. A static pattern's plan is its `keep` exactly, a chunk of a known prompt is the whole prompt's rows,
-    and no query sees what comes after it.
+    and no query sees what comes after it. A `BlockPattern`'s plans depend on its scores, unless all of them are dense.
 
     Raises:
         AssertionError: what failed, for which pattern and geometry.
@@ -61,6 +61,9 @@ def check_pattern(pattern: Pattern, geometries: Iterable[Geometry] = GEOMETRIES)
         _check_execution,
         _check_no_leak,
     ]
+    geometries = tuple(geometries)
+    if isinstance(pattern, BlockPattern):
+        _check_scores_matter(pattern, geometries)
     for geometry in geometries:
         inputs = inputs_for(geometry)
         plan = _plan(pattern, geometry, inputs)
@@ -224,6 +227,27 @@ def _check_keep(pattern: StaticPattern, plan: BlockPlan, geometry: Geometry) -> 
         kept = pattern.keep(q_pos, k_pos, span) & (k_pos <= q_pos)
         expected[at : at + len(q_pos), key : key + span.keys] = kept
         assert torch.equal(mask[b], expected.expand_as(mask[b])), f"{pattern}: the plan is not `keep`, {geometry}"
+
+
+def _check_scores_matter(pattern: BlockPattern, geometries: Iterable[Geometry]) -> None:
+    """Of a plan that would be the same with any scores nothing here says whether they are right."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(blocks: Blocks, first: int, rows: int) -> Tensor:
+        scores = pattern.score(blocks, first, rows)
+        return torch.rand(scores.shape, generator=generator).to(scores.device)
+
+    other = pattern.model_copy()
+    other.__dict__["score"] = drawn
+    sparse = 0
+    for geometry in geometries:
+        inputs = inputs_for(geometry)
+        plan = _plan(pattern, geometry, inputs)
+        if not plan.all_dense:
+            sparse += 1
+            if not torch.equal(plan.to_mask(), _plan(other, geometry, inputs).to_mask()):
+                return
+    assert not sparse, f"{pattern}: no plan depends on `score`; take parameters with which more is kept than always is"
 
 
 def _check_chunk(pattern: StaticPattern, geometry: Geometry) -> None:

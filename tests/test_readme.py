@@ -44,7 +44,7 @@ def test_the_ten_lines_run(
 
 
 @pytest.mark.parametrize(
-    ("code", "fields"), [(STATIC, {"name": "window", "tokens": 40}), (DYNAMIC, {"name": "nearest_means", "top_k": 2})]
+    ("code", "fields"), [(STATIC, {"name": "window", "tokens": 40}), (DYNAMIC, {"name": "nearest_means", "top_k": 3})]
 )
 def test_the_patterns_keep_the_contract(code: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pattern_names()

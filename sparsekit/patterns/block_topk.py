@@ -28,7 +28,7 @@ class BlockTopK(BlockPattern):
     pays_from_tokens: ClassVar[dict[str, int]] = {"cuda": 16384}
     bench_points = ({"top_k": 100},)
     sweep_points = tuple({"top_k": n} for n in (2, 4, 8, 16, 32, 64, 100, 200))
-    test_points = ({"top_k": 2}, {"top_k": 1, "block_tokens": 128, "force_sink": False, "force_diagonal": False})
+    test_points = ({"top_k": 3}, {"top_k": 1, "block_tokens": 128, "force_sink": False, "force_diagonal": False})
     top_k: int = Field(100, ge=1, description="key blocks that a block of queries keeps")
     block_tokens: Literal[64, 128] = Field(64, description="block of queries and of keys, tokens: 64 or 128")
     force_sink: bool = Field(True, description="keep the first key block, as one of the top_k")

@@ -53,6 +53,13 @@ def test_contract(pattern: Pattern) -> None:
     check_pattern(pattern)
 
 
+def test_a_budget_that_scores_do_not_decide_is_refused() -> None:
+    """The first block and the query's own are kept anyway."""
+    with pytest.raises(AssertionError, match="no plan depends on `score`"):
+        check_pattern(parse_pattern({"name": "block_topk", "top_k": 2}))
+    check_pattern(parse_pattern({"name": "block_topk", "top_k": 100}), GEOMETRIES[4:5])  # dense: there are no scores
+
+
 @pytest.mark.parametrize("pattern", [pattern for pattern in POINTS if pattern.name != "dense"], ids=str)
 def test_points_drop_something(pattern: Pattern) -> None:
     geometry = Geometry.of(300, block_q=64, block_kv=64)
