@@ -139,6 +139,10 @@ def test_a_server_that_was_told_nothing_is_left_alone(vllm: Any, monkeypatch: py
     for extra in ({}, {"other": 1}, None):
         server.additional_config = extra
         assert requests.checked_settings(server) is None
+    server.additional_config = {"sparskit": TRIANGLE}
+    with pytest.raises(SparsekitError, match="additional_config: unknown field 'sparskit'"):
+        requests.checked_settings(server)
+    server.additional_config = {}
     monkeypatch.setenv("SPARSEKIT_CONFIG", TRIANGLE)
     with pytest.raises(SparsekitError):
         requests.checked_settings(server)

@@ -114,8 +114,16 @@ class Settings:
 
 
 def source_of(vllm_config: Any) -> Any:
-    """What the server was told, as it was told; None: nothing."""
+    """What the server was told, as it was told; None: nothing.
+
+    Raises:
+        SparsekitError: a field whose name is nearly sparsekit's, which vLLM would not read.
+    """
     extra = vllm_config.additional_config
+    if isinstance(extra, Mapping) and KEY not in extra:
+        for name in extra:
+            if meant := nearest(str(name), [KEY]):
+                raise SparsekitError(f"additional_config: unknown field {shown(name)}.{meant}")
     return (extra.get(KEY) if isinstance(extra, Mapping) else None) or os.environ.get(ENV) or None
 
 
