@@ -417,9 +417,10 @@ def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, o
 
 
 def _signed(config: Any, model: str) -> Any:
-    """The config with the model called as it was asked for, and the command that made it."""
+    """The config with the model called as it was asked for, a path by its last name, and the command that made it."""
     from sparsekit.config import load
+    from sparsekit.models.names import label
 
     data = config.to_dict()
     made = {"command": command_line(), **data["provenance"]}
-    return load({**data, "model": {**data["model"], "name": model}, "provenance": made})
+    return load({**data, "model": {**data["model"], "name": label(model)}, "provenance": made})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsekit.config.facts import ModelFacts
+from sparsekit.config.facts import NEEDED, ModelFacts
 from sparsekit.config.schema import SparseConfig, load
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.errors import nearest as nearest_name
@@ -165,8 +165,7 @@ def write_config(
     """
     facts: dict[str, Any] = {} if name is None else {"name": name}
     if model is not None:
-        counts = ("name", "num_layers", "num_heads", "num_key_heads")
-        facts |= {key: getattr(model, key) for key in counts if getattr(model, key) is not None}
+        facts |= {key: getattr(model, key) for key in NEEDED if getattr(model, key) is not None}
     config = load(
         {
             "version": 1,

@@ -92,7 +92,8 @@ def _checked(file: Path, model: ModelFacts | None) -> SparseConfig:
     config = load(file)
     if missing := config.model.missing():
         raise SparsekitError(
-            f"{file}: model.{missing[0]} is missing; a config that others use says for which model it is."
+            f"{file}: model.{', model.'.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; a config that "
+            "others use says for which model it is."
         )
     try:
         config.resolve(facts_for(config, model)).own_layers(model)

@@ -143,7 +143,11 @@ def test_configs_are_packed_as_they_are_and_nothing_else(tmp_path: Path) -> None
         ({}, "me/one", "holds no .yaml file"),
         ({"c": "default: triangel\n"}, "me/one", "c.yaml: default: unknown pattern 'triangel'"),
         ({"c": "- 1\n"}, "me/one", "c.yaml: a mapping is needed"),
-        ({"c": "default: triangle\n"}, "me/one", "c.yaml: model.name is missing"),
+        (
+            {"c": "default: triangle\n"},
+            "me/one",
+            "c.yaml: model.name, model.num_layers, model.num_heads, model.num_key_heads are missing",
+        ),
         ({"c": config(model={**MODEL, "num_layers": 2})}, "me/one", "c.yaml: layers.'1-3': layer 3 of a model with 2"),
         (
             {"c": config(model={**MODEL, "layer_types": ["linear_attention"] * 4})},
