@@ -62,13 +62,12 @@ def _saving(engine: str, card: str, tokens: int, config: str, dense: float, spar
 
 
 def _served(part: str, configs: Sequence[str]) -> list[list[str]]:
-    """Prompts inside vLLM: medians over the turns. A config's first turn may wait for its kernels, and is left out
-    where there are more than two."""
+    """Prompts inside vLLM: medians over the turns."""
     seconds: dict[tuple[int, str | None], list[float]] = {}
     for row in rows("serve-h200"):
         if row["part"] == part and row["config"] in (None, *configs):
             seconds.setdefault((row["tokens"], row["config"]), []).append(row["seconds"])
-    middle = {key: median(times[1:] if len(times) > 2 else times) for key, times in seconds.items()}
+    middle = {key: median(times) for key, times in seconds.items()}
     keys = sorted(((tokens, config) for tokens, config in middle if config), key=lambda key: (-key[0], key[1]))
     return [
         _saving(f"vLLM, {_CHUNKS[part]}", "H200", tokens, CONFIGS[config], middle[tokens, None], middle[tokens, config])

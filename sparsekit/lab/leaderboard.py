@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsekit.config import SparseConfig, load
 from sparsekit.config.reuse import Reuse
-from sparsekit.errors import SparsekitError, shown
+from sparsekit.errors import SparsekitError, read_text, shown
 from sparsekit.lab.sweep.results import lacking
 from sparsekit.models import EMBEDDED
 from sparsekit.patterns import parse_pattern
@@ -100,7 +100,7 @@ def _cells(row: Row) -> list[str]:
         "" if row.dense_score is None else f"{row.dense_score:.2f}",
         "" if row.tile_density is None else f"{row.tile_density:.2f}",
         "" if row.seconds is None else f"{row.seconds:.3g} s",
-        "" if row.of_dense is None else f"{row.of_dense:.2f}",
+        "" if row.of_dense is None or row.device.startswith("cpu") else f"{row.of_dense:.2f}",
         f"{row.device}, {row.dtype}",
         row.file,
     ]
@@ -110,10 +110,14 @@ def _cells(row: Row) -> list[str]:
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise SparsekitError(f"records {str(file)!r} cannot be read: {error}.") from None
+    records = []
+    for number, line in enumerate(read_text(file, "records").splitlines(), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                raise SparsekitError(f"records {str(file)!r} line {number}: {shown(line)} is no JSON.") from None
+    return records
 
 
 def _rows_of(file: Path, records: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

@@ -94,7 +94,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SparsekitError, match=r"r.jsonl line 2: no record of a command of sparsekit \(without label"):
         read_rows([written(tmp_path / "r.jsonl", record(TRIANGLE), {"tokens": 3})])
     (tmp_path / "r.jsonl").write_text('{"label": ')
-    with pytest.raises(SparsekitError, match=r"r.jsonl' cannot be read"):
+    with pytest.raises(SparsekitError, match=r"r.jsonl' line 1: '{.label.: ' is no JSON"):
         read_rows([tmp_path / "r.jsonl"])
     prefill = {"case": "prefill", "config": "no/such.yaml", "model": "m", "tokens": 9, "ms": 1.0, "tile_density": 0.5}
     with pytest.raises(SparsekitError, match=r"line 1: its config has to be in the repository: .*no/such.yaml"):
