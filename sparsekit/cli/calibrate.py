@@ -407,6 +407,8 @@ def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, o
             break
         typer.echo(report.why())
         config = give_back(config, report.give_back, report.give_back_heads)
+    if report.passed:
+        _tell_what_is_hardly_sparse(loaded[0], config, max(lengths))
     if output is not None:
         write_gated(report, output)
         typer.echo(f"passed; written to {output}")
@@ -414,6 +416,20 @@ def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, o
         raise SparsekitError(report.why())
     else:
         typer.echo("passed")
+
+
+def _tell_what_is_hardly_sparse(model: Any, config: Any, tokens: int) -> None:
+    from sparsekit.config.costs import explain
+    from sparsekit.models import facts
+
+    found = [row.density for row in explain(config, tokens, facts(model)).layers]
+    sparse = [share for share in found if share is not None and share < 1]
+    if sparse and (mean := sum(sparse) / len(sparse)) > 0.8:
+        typer.echo(
+            f"at {tokens:,} tokens the sparse layers keep {mean:.0%} of the pairs, so the gate has seen little of the "
+            "pattern; --gate-tokens takes longer prompts",
+            err=True,
+        )
 
 
 def _signed(config: Any, model: str) -> Any:

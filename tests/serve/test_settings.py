@@ -57,7 +57,8 @@ def test_a_request_chooses_out_of_several() -> None:
         ({"configs": {}, "default": "off"}, "a mapping of names to configs, one at least"),
         ({"configs": {"off": TRIANGLE}, "default": "off"}, "'off' is vLLM alone"),
         ({"configs": {"a": TRIANGLE}, "default": "aa"}, "sparsekit.default = 'aa': one of a, off. Did you mean 'a'?"),
-        ({"configs": {"a": TRIANGLE}}, "sparsekit.default = None"),
+        ({"configs": {"a": TRIANGLE}, "default": None}, "sparsekit.default = None"),
+        ({"configs": {"a": TRIANGLE, "b": TRIANGLE}}, "sparsekit.default is missing: one of a, b, off"),
         (
             {"configs": {"a": "default: triangel\n"}, "default": "a"},
             "sparsekit.configs.a: config: default: unknown pat",

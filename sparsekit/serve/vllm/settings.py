@@ -162,12 +162,15 @@ def settings_of(source: Any, facts: ModelFacts) -> Settings:
 
 
 def _several(source: Mapping[str, Any], facts: ModelFacts, exact: bool) -> Settings:
-    named, default = source["configs"], source.get("default")
+    named = source["configs"]
     if not isinstance(named, Mapping) or not named or not all(isinstance(name, str) and name for name in named):
         raise SparsekitError(f"{KEY}.configs = {shown(named)}: a mapping of names to configs, one at least.")
     if OFF in named:
         raise SparsekitError(f"{KEY}.configs: {OFF!r} is vLLM alone; give the config another name.")
     allowed = (*named, OFF)
+    if "default" not in source and len(named) > 1:
+        raise SparsekitError(f"{KEY}.default is missing: one of {', '.join(allowed)}.")
+    default = source.get("default", next(iter(named)))
     if default not in allowed:
         raise SparsekitError(
             f"{KEY}.default = {shown(default)}: one of {', '.join(allowed)}.{nearest(default, allowed)}"

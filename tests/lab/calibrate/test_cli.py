@@ -189,6 +189,15 @@ def test_what_fails_the_gate_is_not_written(tiny) -> None:
     assert "dense attention itself" in out("calibrate", "gate", "m", "d.yaml", *gate, code=1)
 
 
+def test_a_gate_says_where_it_saw_little(tiny, right) -> None:
+    gate = ["calibrate", "gate", "m", "d.yaml", "--gate-tokens", "512", "--gate-samples", "1"]
+    for window, says in ((400, "the sparse layers keep 96% of the pairs"), (64, "")):
+        Path("d.yaml").write_text(f"layers: {{'3': {{name: triangle, window_tokens: {window}, last_tokens: 8}}}}\n")
+        found = run.invoke(app, gate)
+        assert found.exit_code == 0 and found.stdout.endswith("passed\n")
+        assert (says in found.stderr) if says else "sparse layers" not in found.stderr
+
+
 def test_tune_and_heads(tiny, right) -> None:
     patterns = "{name: triangle, window_tokens: 64, last_tokens: 16}, {name: a_shape, window_tokens: 64}"
     short = ["--tokens", "300", "--samples", "1", *GATE]
