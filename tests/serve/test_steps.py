@@ -186,7 +186,7 @@ def test_the_profiling_run_takes_what_the_longest_prompt_needs(monkeypatch: pyte
     attend = backend.attend_part
 
     def noted(part: Any, patterns: Any, q: Tensor, keys: Any, *more: Any) -> Any:
-        assert len(keys.k) == 1  # no memory but for a page
+        assert len(keys.k) == 2  # no memory but for two pages
         read.append(keys.tokens)
         return attend(part, patterns, q, keys, *more)
 
