@@ -231,11 +231,11 @@ def _check_keep(pattern: StaticPattern, plan: BlockPlan, geometry: Geometry) -> 
 
 def _check_scores_matter(pattern: BlockPattern, geometries: Iterable[Geometry]) -> None:
     """Of a plan that would be the same with any scores nothing here says whether they are right."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn(blocks: Blocks, first: int, rows: int) -> Tensor:
         scores = pattern.score(blocks, first, rows)
-        return torch.rand(scores.shape, generator=generator).to(scores.device)
+        return torch.rand(scores.shape, generator=generator, device="cpu").to(scores.device)
 
     other = pattern.model_copy()
     other.__dict__["score"] = drawn
