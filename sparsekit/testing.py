@@ -235,7 +235,8 @@ def _check_scores_matter(pattern: BlockPattern, geometries: Iterable[Geometry]) 
 
     def drawn(blocks: Blocks, first: int, rows: int) -> Tensor:
         scores = pattern.score(blocks, first, rows)
-        return torch.rand(scores.shape, generator=generator, device="cpu").to(scores.device)
+        some = torch.rand(scores.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return some.to(scores.device)
 
     other = pattern.model_copy()
     other.__dict__["score"] = drawn
