@@ -306,7 +306,10 @@ def _question(example: tuple[Sample, list[str]] | None) -> str:
 
 
 def _next_steps() -> str:
-    return "Next: `sparsekit patterns`, `sparsekit explain configs/llama-3.1-8b/trianglemix.yaml --tokens 131072`."
+    return (
+        "Next: `sparsekit patterns`; `sparsekit configs copy llama-3.1-8b/trianglemix`, and what it saves, "
+        "`sparsekit explain trianglemix.yaml --tokens 131072`."
+    )
 
 
 def _draw_masks(settings: Sequence[Setting], folder: Path, console: Console) -> None:
