@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsekit.config.facts import NEEDED, ModelFacts
+from sparsekit.config.facts import ModelFacts
 from sparsekit.config.ranges import MOST, format_range
 from sparsekit.config.schema import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest, read_text, shown
@@ -439,8 +439,7 @@ def finish(config: SparseConfig, where: str, model: ModelFacts | None, output: s
             )
     config.resolve(model)
     if model is not None:
-        known = {name: getattr(model, name) for name in NEEDED if getattr(model, name) is not None}
-        config = config.model_copy(update={"model": config.model.model_copy(update=known)})
+        config = config.model_copy(update={"model": config.model.model_copy(update=model.identity())})
     if output is not None:
         config.dump(output)
     return config

@@ -93,6 +93,10 @@ class ModelFacts(BaseModel):
                 return name
         return ""
 
+    def identity(self) -> dict[str, Any]:
+        """Those of `NEEDED` that are known: what a config says of its model at least."""
+        return {name: getattr(self, name) for name in NEEDED if getattr(self, name) is not None}
+
     def missing(self) -> list[str]:
         """Facts of `NEEDED` that are not given: without them nothing tells which model a config fits."""
         return [name for name in NEEDED if getattr(self, name) is None]

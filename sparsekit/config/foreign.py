@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsekit.config.facts import NEEDED, ModelFacts
+from sparsekit.config.facts import ModelFacts
 from sparsekit.config.schema import SparseConfig, load
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.errors import nearest as nearest_name
@@ -165,7 +165,7 @@ def write_config(
     """
     facts: dict[str, Any] = {} if name is None else {"name": name}
     if model is not None:
-        facts |= {key: getattr(model, key) for key in NEEDED if getattr(model, key) is not None}
+        facts |= model.identity()
     config = load(
         {
             "version": 1,
