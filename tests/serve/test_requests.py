@@ -38,6 +38,8 @@ def test_a_choice_is_refused_before_its_answer_begins(monkeypatch: pytest.Monkey
     wrong, right = (SimpleNamespace(extra_args={"sparsekit": name}) for name in ("fast", "off"))
     with pytest.raises(Refused, match=r"sparsekit='fast': this server has off, default\."):
         Client(settings).generate("a", wrong, "r")
+    with pytest.raises(Refused, match=r"extra arguments: unknown field 'sparskit'\. Did you mean 'sparsekit'\?"):
+        Client(settings).generate("a", SimpleNamespace(extra_args={"sparskit": "off"}), "r")
     for client, params in ((Client(settings), right), (Client(settings), None), (Client(None), wrong)):
         begun = client.generate("a", sampling_params=params, request_id="r")
         with pytest.raises(StopIteration) as said:

@@ -140,9 +140,12 @@ def test_a_server_that_was_told_nothing_is_left_alone(vllm: Any, monkeypatch: py
     for extra in ({}, {"other": 1}, None):
         server.additional_config = extra
         assert requests.checked_settings(server) is None
-    server.additional_config = {"sparskit": TRIANGLE}
-    with pytest.raises(SparsekitError, match="additional_config: unknown field 'sparskit'"):
-        requests.checked_settings(server)
+    for wrong in ("sparskit", "SparseKit", "sparse_kit"):
+        server.additional_config = {"other": 1, wrong: TRIANGLE}
+        with pytest.raises(SparsekitError, match=f"additional_config: unknown field '{wrong}'"):
+            requests.checked_settings(server)
+    server.additional_config = {"sparse_kv": 1, "sparse_config": {}, "spark": 1}  # of other plugins
+    assert requests.checked_settings(server) is None
     server.additional_config = {}
     monkeypatch.setenv("SPARSEKIT_CONFIG", TRIANGLE)
     with pytest.raises(SparsekitError):

@@ -7,7 +7,16 @@ from typing import Any
 
 from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import expose
-from sparsekit.serve.vllm.settings import KEY, Served, Settings, facts_of, refuse, settings_of, source_of
+from sparsekit.serve.vllm.settings import (
+    KEY,
+    Served,
+    Settings,
+    check_spelling,
+    facts_of,
+    refuse,
+    settings_of,
+    source_of,
+)
 from sparsekit.serve.vllm.steps import check_hooks, hook
 
 __all__ = ["checked_settings", "hook_requests"]
@@ -71,7 +80,9 @@ def _served(settings: Settings | None, params: Any) -> Served | None:
     if settings is None:
         return None
     try:
-        return settings.choose(None if params is None else params.extra_args)
+        given = None if params is None else params.extra_args
+        check_spelling(given, "a request's extra arguments")
+        return settings.choose(given)
     except SparsekitError as error:
         from vllm.exceptions import VLLMValidationError  # which the HTTP server answers with a 400
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from sparsekit.config import ModelFacts, ResolvedConfig, SparseConfig, load, rope_theta_of
@@ -120,11 +121,22 @@ def source_of(vllm_config: Any) -> Any:
         SparsekitError: a field whose name is nearly sparsekit's, which vLLM would not read.
     """
     extra = vllm_config.additional_config
-    if isinstance(extra, Mapping) and KEY not in extra:
-        for name in extra:
-            if meant := nearest(str(name), [KEY]):
-                raise SparsekitError(f"additional_config: unknown field {shown(name)}.{meant}")
+    check_spelling(extra, "additional_config")
     return (extra.get(KEY) if isinstance(extra, Mapping) else None) or os.environ.get(ENV) or None
+
+
+def check_spelling(fields: Any, where: str) -> None:
+    """One of others' fields that is nearly `sparsekit`: it would be nobody's, and what it says would not be done.
+
+    Nearer than a word that may be another plugin's, such as `sparse_kv`.
+
+    Raises:
+        SparsekitError: there is one.
+    """
+    if isinstance(fields, Mapping) and KEY not in fields:
+        for name in fields:
+            if get_close_matches(str(name).lower(), [KEY], cutoff=0.85):
+                raise SparsekitError(f"{where}: unknown field {shown(name)}. Did you mean {KEY!r}?")
 
 
 def settings_of(source: Any, facts: ModelFacts) -> Settings:
