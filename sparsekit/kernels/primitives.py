@@ -10,9 +10,11 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-# Finite stand-ins for -inf: no row becomes NaN, and what a wholly masked tile adds is scaled to 0 by the next one.
+# Finite stand-ins for -inf: no row becomes NaN. A running maximum starts at UNSEEN, above every masked logit however it
+# is scaled, so that a wholly masked tile adds exactly 0. Were the maximum itself a scaled MASKED, a fused multiply-add
+# would make `logit * factor - maximum` its rounding error, huge and of either sign: 2 to that power is 0 or inf.
 MASKED = tl.constexpr(-1.0e30)
-UNSEEN = tl.constexpr(-1.0e15)  # a running maximum below this has seen no key
+UNSEEN = tl.constexpr(-1.0e15)
 
 
 @triton.jit
@@ -102,7 +104,8 @@ def _mask_tile(b_s, q_pos, low, pos, flags, sink, RULE: tl.constexpr):
 @triton.jit
 @no_type_check
 def _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION: tl.constexpr):
-    """One tile of the running softmax, in powers of 2: m is the maximum of logits * factor, norm the sum."""
+    """One tile of the running softmax, in powers of 2: m is the maximum of logits * factor, at first UNSEEN, norm the
+    sum."""
     m_new = tl.maximum(m, tl.max(b_s, 1) * factor)
     b_p = tl.math.exp2(b_s * factor - m_new[:, None])
     alpha = tl.math.exp2(m - m_new)

@@ -37,6 +37,7 @@ from sparsekit.kernels.launch import (
 from sparsekit.kernels.primitives import (
     LOG2E,
     MASKED,
+    UNSEEN,
     _finish,
     _gather_rows,
     _load_rows,
@@ -137,7 +138,7 @@ def _attend(
         p_v += _offset(i_batch, i_key_head, start, v_batch, v_head, v_token)
     b_q = _load_rows(d_q, p_q, q_token, i_batch, i_head, 0, row0, q_len, BM, D, DP, TMA)
 
-    m = tl.full([BM], MASKED, tl.float32)
+    m = tl.full([BM], UNSEEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
 
@@ -252,7 +253,7 @@ def _merge(
         i_item, p_order, p_span, rows, samples, batch_per, q_offset, SUB_Q, BM, Q_STEP
     )
     lane = strip + tl.arange(0, STRIP)
-    m = tl.full([STRIP], MASKED, tl.float32)
+    m = tl.full([STRIP], UNSEEN, tl.float32)
     norm = tl.zeros([STRIP], tl.float32)
     acc = tl.zeros([STRIP, DP], tl.float32)
     for i in range(chunks):

@@ -24,6 +24,7 @@ from sparsekit.kernels.launch import _padded, _pointer_form, _precision, _start,
 from sparsekit.kernels.primitives import (
     LOG2E,
     MASKED,
+    UNSEEN,
     _finish,
     _gather_rows,
     _load_rows,
@@ -103,7 +104,7 @@ def _attend_ranked(
         p_k += _offset(i_sample, i_key_head, start, k_batch, k_head, k_token)
         p_v += _offset(i_sample, i_key_head, start, v_batch, v_head, v_token)
     b_q = _gather_rows(p_q, q_token, row, D, DP)
-    m = tl.full([BM], MASKED, tl.float32)
+    m = tl.full([BM], UNSEEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     if p_sink is not None:  # it joins first: a gain is a share of the whole denominator

@@ -123,7 +123,7 @@ def _denominators(
     )  # fmt: skip
     p_k += _offset(i_sample, i_key_head, start, k_batch, k_head, k_token)
     factor = LOG2E if SOFTCAP else scale * LOG2E
-    m = tl.full([AT_ONCE * BM], MASKED, tl.float32)
+    m = tl.full([AT_ONCE * BM], UNSEEN, tl.float32)
     norm = tl.zeros([AT_ONCE * BM], tl.float32)
     for i in tl.range(low, high, num_stages=STAGES):
         b_s = _tile(b_q, p_k, k_token, first, q_end, tiles, i, scale, cap, BM, BN, D, DP, SOFTCAP, PRECISION)
@@ -162,10 +162,10 @@ def _sums(
     lane = tl.arange(0, AT_ONCE * BM)
     place = (i_sample * (KEY_HEADS * GROUP) + head).to(tl.int64) * splits * BM + lane % BM
     half = tl.cast(samples, tl.int64) * (KEY_HEADS * GROUP) * splits * BM
-    m = tl.full([AT_ONCE * BM], MASKED, tl.float32)
+    m = tl.full([AT_ONCE * BM], UNSEEN, tl.float32)
     norm = tl.zeros([AT_ONCE * BM], tl.float32)
     for i in tl.range(0, splits, loop_unroll_factor=4):  # loads that do not wait for each other
-        m_part = tl.load(p_part + place + i * BM, mask=valid, other=MASKED)
+        m_part = tl.load(p_part + place + i * BM, mask=valid, other=UNSEEN)
         norm_part = tl.load(p_part + half + place + i * BM, mask=valid, other=0.0)
         m_new = tl.maximum(m, m_part)
         norm = norm * tl.math.exp2(m - m_new) + norm_part * tl.math.exp2(m_part - m_new)

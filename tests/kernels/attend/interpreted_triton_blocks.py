@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_cases import (
     A_SHAPE,
     GEOMETRIES,
@@ -29,6 +31,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend, choose, launch
 from sparsekit.kernels.attend import triton_blocks
+from sparsekit.kernels.primitives import MASKED, UNSEEN, _softmax_step
 from sparsekit.patterns import S2O, Triangle, Union
 from sparsekit.plan import BlockPlan
 from sparsekit.plan.memo import TRITON
@@ -111,6 +114,30 @@ def test_plans_through_descriptors(name: str) -> None:
 
 
 LOOSE_GEOMETRY = Geometry.of(300, block_q=64, block_kv=64)
+
+
+@triton.jit
+def _two_tiles(p_m, p_norm, p_acc, factor, N: tl.constexpr):
+    """A wholly masked tile of logits, then one of zeros; m and norm after each."""
+    lane, square = tl.arange(0, N), tl.zeros([N, N], tl.float32)
+    m, norm, acc = tl.full([N], UNSEEN, tl.float32), tl.zeros([N], tl.float32), square
+    m, norm, acc = _softmax_step(square + MASKED, square + 1.0, m, norm, acc, factor, "ieee")
+    tl.store(p_m + lane, m)
+    tl.store(p_norm + lane, norm)
+    m, norm, acc = _softmax_step(square, square + 1.0, m, norm, acc, factor, "ieee")
+    tl.store(p_m + N + lane, m)
+    tl.store(p_norm + N + lane, norm)
+    tl.store(p_acc + lane[:, None] * N + lane[None, :], acc)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 192, 256])
+def test_a_wholly_masked_tile_adds_nothing(dim: int) -> None:
+    """Not what a later tile would scale away: with a fused multiply-add it may be inf, and inf * 0 is NaN."""
+    m, norm, acc = torch.empty(2, 16), torch.empty(2, 16), torch.empty(16, 16)
+    _two_tiles[(1,)](m, norm, acc, dim**-0.5 * 1.4426950408889634, N=16)
+    assert (m == torch.tensor([[-1e15], [0.0]])).all()
+    assert (norm == torch.tensor([[0.0], [16.0]])).all()
+    assert (acc == 16).all()
 
 
 @pytest.mark.parametrize("kind", loose_plans(LOOSE_GEOMETRY))

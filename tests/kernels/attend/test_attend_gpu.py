@@ -77,6 +77,15 @@ def test_head_sizes(dim: int, dtype: torch.dtype) -> None:
         check(plan, _inputs(plan.geometry, dtype, dim=dim), "triton")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 192, 256])
+def test_rows_whose_first_tile_is_wholly_masked(dim: int, dtype: torch.dtype) -> None:
+    """A window without sinks: most rows see nothing of the first key tile that their query tile visits."""
+    geometry = Geometry.of(1000, block_q=128, block_kv=64)
+    plan = plan_from_rule(TokenRule(0, 40, 1000), geometry)
+    check(plan, _inputs(geometry, dtype, dim=dim), "triton")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sink_logits": SINKS}, {"scale": 0.2}])
 def test_softmax_variants(options: dict[str, object]) -> None:
     options = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
