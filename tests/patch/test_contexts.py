@@ -142,7 +142,8 @@ def test_trainer_evaluates_in_bfloat16(model: PreTrainedModel, tmp_path: Path) -
 @pytest.mark.gpu
 @every_pattern
 def test_trainer_evaluates_in_bfloat16_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the reference does, within the error that the untouched model has under autocast."""
+    """As the reference does, within the error that the untouched model has under autocast. One layer is sparse: the
+    inputs of a second would differ by rounding, and where two blocks score alike so does what is selected."""
     model = tiny("llama", initializer_range=0.1, head_dim=64).cuda()
     rows = [{"input_ids": _ids(tokens=LONG, seed=n)[0], "labels": _ids(tokens=LONG, seed=n)[0]} for n in range(2)]
     ids = torch.stack([row["input_ids"] for row in rows]).cuda()
@@ -150,9 +151,9 @@ def test_trainer_evaluates_in_bfloat16_on_a_gpu(name: str, tmp_path: Path, monke
     exact = _logits(model, ids)
     with torch.autocast("cuda", torch.bfloat16):
         own_error = float((_logits(model, ids) - exact).abs().max())
-    with sparsekit.apply(model, _config(name)) as handle:
+    with sparsekit.apply(model, {"layers": {"0": _config(name)["default"]}}) as handle:
         loss = Trainer(model=model, args=arguments).evaluate(rows)["eval_loss"]
-        assert _ran(handle) == ["sparse"] * 4
+        assert _ran(handle) == ["sparse"] + ["dense"] * 3
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
             ours = model(ids, labels=ids)
             monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
