@@ -31,6 +31,7 @@ import sparsekit
 from sparsekit.errors import SparsekitError, named_path
 from sparsekit.models import EMBEDDED, parts_found
 from sparsekit.patch.state import applied_to
+from sparsekit.patterns.crossover import device_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -308,10 +309,6 @@ def _version(package: str) -> str | None:
         return str(torch.__version__) if package == "torch" else version(package)
     except PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def measured_on(model: PreTrainedModel) -> dict[str, Any]:

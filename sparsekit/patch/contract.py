@@ -114,6 +114,7 @@ def _check(
                 layer.patterns.layer for layer in handle._applied.layers if not (layer.own or layer.patterns.dense)
             ]
             embeddings: Any = model.get_input_embeddings()
+            config = config.model_copy(update={"dense_below_tokens": handle.resolved.config.dense_below})
             read = prompts_of(prompts, tokenizer, int(embeddings.weight.shape[0]))
             _check_prompts(model, handle.resolved, sparse, read, next_tokens)
             measured = _Measured(model, config, read, sparse, step)
@@ -137,7 +138,7 @@ def _check_prompts(
     first = min(patterns, key=lambda pattern: (least[pattern], str(pattern)))
     needed, why = max(
         (config.min_queries, "min_queries"),
-        (config.dense_below_tokens, "dense_below_tokens"),
+        (config.dense_below, "dense_below_tokens"),
         (least[first], f"{first.name} runs dense below that on {model.device.type}"),
     )
     short = [prompt for prompt in prompts if len(prompt.ids) < needed]

@@ -14,6 +14,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.config import SparseConfig, format_range, give_back, load
+from sparsekit.config.settle import settle
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.probe import own_layers
@@ -25,6 +26,7 @@ from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
 from sparsekit.patch.giving_back import give_back_until
+from sparsekit.patch.model import machine_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,12 +151,15 @@ def gate(
         records: a JSONL file of the answers; an interrupted gate goes on from it.
     """
     loaded = load(config)
-    resolved, own = loaded.resolve(facts(model)), own_layers(model, some=True)
+    known, own = facts(model), own_layers(model, some=True)
+    resolved = settle(loaded.resolve(known), known, lambda: machine_of(model))
+    loaded = loaded.model_copy(update={"dense_below_tokens": resolved.config.dense_below})  # of what is given back too
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
-    if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
+    shortest = max(resolved.config.dense_below, loaded.min_queries)
+    if min(tokens, default=0) <= shortest:
         raise SparsekitError(
-            f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
+            f"tokens = {min(tokens, default=0)}: prompts of up to {shortest} "
             "tokens run dense under this config (dense_below_tokens), so the gate checks nothing; "
             "give longer ones (--gate-tokens), or lower it (`calibrate rule --dense-below`)."
         )
