@@ -19,7 +19,7 @@ from sparsekit.patterns import Pattern
 from sparsekit.patterns.crossover import Found, Place, device_name, find, rows_of_tables
 from sparsekit.patterns.fields import AUTO
 
-__all__ = ["Machine", "fingerprint", "settle"]
+__all__ = ["Machine", "fingerprint", "has_auto", "settle"]
 
 MOST_NAMED = 6  # rows that an error names
 
@@ -59,7 +59,7 @@ def settle(
         SparsekitError: a config that is not in the tables there, or a table that cannot be read.
     """
     whole = resolved.config.dense_below_tokens == AUTO
-    if not whole and not any(_has_auto(pattern) for layer in resolved.layers for pattern in layer.patterns):
+    if not whole and not any(has_auto(pattern) for layer in resolved.layers for pattern in layer.patterns):
         return resolved
     here, said = machine(), dict[str, list[int]]()
     layers = tuple(_layer(layer, facts, here, said) for layer in resolved.layers)
@@ -78,13 +78,14 @@ def fingerprint(resolved: ResolvedConfig, facts: ModelFacts) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _has_auto(pattern: Pattern) -> bool:
+def has_auto(pattern: Pattern) -> bool:
+    """Whether a pattern, or a member of a union, says `auto`."""
     own = getattr(pattern, "dense_below_tokens", None) == AUTO
-    return own or any(map(_has_auto, getattr(pattern, "of", ())))  # the members of a union
+    return own or any(map(has_auto, getattr(pattern, "of", ())))
 
 
 def _layer(layer: LayerPatterns, facts: ModelFacts, here: Machine, said: dict[str, list[int]]) -> LayerPatterns:
-    if not any(map(_has_auto, layer.patterns)):
+    if not any(map(has_auto, layer.patterns)):
         return layer
     place, told = _place(facts, here, len(layer.pattern_of_head)), list[str]()
     patterns = tuple(pattern.settled(place, told.append) for pattern in layer.patterns)

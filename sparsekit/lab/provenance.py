@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 import sparsekit
+from sparsekit.config.settle import has_auto
 from sparsekit.errors import SparsekitError, named_path
 from sparsekit.models import EMBEDDED, parts_found
 from sparsekit.patch.state import applied_to
-from sparsekit.patterns.crossover import device_name
+from sparsekit.patterns.crossover import device_name, rows_of_tables
+from sparsekit.patterns.fields import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,7 @@ __all__ = [
     "measured_on",
     "patterns_of",
     "place",
+    "tables_of",
     "versions",
 ]
 
@@ -294,6 +297,13 @@ def patterns_of(config: SparseConfig | None) -> list[Pattern]:
     whole = (rule for rule in config.layers.values() if not isinstance(rule, Reuse))
     named = [config.default, *whole, *heads]
     return [*named, *(inner for pattern in named for inner in getattr(pattern, "of", ()))]
+
+
+def tables_of(config: SparseConfig) -> dict[str, str]:
+    """What a config's results depend on beside it, where it says `dense_below_tokens: auto`: all rows of the tables."""
+    if config.dense_below_tokens != AUTO and not any(map(has_auto, patterns_of(config))):
+        return {}
+    return {"crossovers": content_key([row.model_dump_json() for row, _ in rows_of_tables()])}
 
 
 # ---- where it was made

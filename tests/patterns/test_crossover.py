@@ -11,6 +11,7 @@ from crossovers import HERE, own, row, write
 
 import sparsekit
 from sparsekit import SparsekitError
+from sparsekit.config.settle import fingerprint
 from sparsekit.patterns import BlockTopK, DynamicPattern, parse_pattern, pattern_names
 from sparsekit.patterns.crossover import (
     ENV,
@@ -90,6 +91,10 @@ def test_what_comes_with_sparsekit_is_a_table() -> None:
     for one in read_table(SHIPPED):
         assert one.by["date"] and one.measured
         assert one.pattern is None or one.pattern["name"] in pattern_names()
+        if one.config is not None:  # the label is its file
+            config = sparsekit.load(Path(__file__).parents[2] / one.label)
+            without = config.model_copy(update={"dense_below_tokens": 0}).resolve()
+            assert fingerprint(without, config.model) == one.config, f"{one.label} has changed: measure it again"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.progress import progress
-from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of
+from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of, tables_of
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
@@ -217,7 +217,7 @@ class _Gate:
         meaning = {name: value for name, value in config.to_dict().items() if name not in ("provenance", "model")}
         place = {"kind": "gate", "model": self._content, "device": self.model.device.type}
         code = content_of_code([prompt.task, *patterns_of(config)])
-        key = {**place, "code": code, "prompt": prompt.key, "config": meaning}
+        key = {**place, "code": code, "prompt": prompt.key, "config": meaning, **tables_of(config)}
         found: dict[str, Any] | None = self.records.get(key)
         return found if found is not None else self.records.add(key, self._measure(config, prompt))
 
