@@ -217,7 +217,8 @@ class Handle:
                 "runs its own attention; sparsekit.apply the config again"
             )
         said = () if self.check is None else self.check.lines()
-        return Report(tuple(map(report_layer, layers)), warning, said, self._applied.resolved.settled)
+        settled = tuple(line for line in self._applied.resolved.settled if line not in said)
+        return Report(tuple(map(report_layer, layers)), warning, said, settled)
 
     def _active(self, method: str) -> Applied:
         if self._applied.ended:

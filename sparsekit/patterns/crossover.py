@@ -225,8 +225,8 @@ def find(place: Place, what: Mapping[str, Any] | str) -> Found | None:
     key = place, _text(what)
     for row, path in rows_of_tables():
         if row.key == key:
-            by = " ".join(f"{name} {row.by[name]}" for name in ("sparsekit", "date") if row.by.get(name))
-            source = f"measured on {place}{f', {by}' if by else ''}, in {path}"
+            version, date = (row.by.get(name) or "?" for name in ("sparsekit", "date"))
+            source = f"measured on {place}, with sparsekit {version}, {date}, in {path}"
             if row.faster_from_tokens is not None:
                 return Found(row.faster_from_tokens, f"{row.faster_from_tokens:,} ({source})")
             return Found(
@@ -239,7 +239,8 @@ def find(place: Place, what: Mapping[str, Any] | str) -> Found | None:
 def settled_tokens(fields: Mapping[str, Any], place: Place, default: int) -> Found:
     """What `auto` is of a pattern with these fields; where no table has it, what its class says by itself."""
     return find(place, subject(fields)) or Found(
-        default, f"{default:,}, the pattern's default (no table has it on {place}; `sparsekit bench crossover` does it)"
+        default,
+        f"{default:,}, the pattern's default (no table has it on {place}; `sparsekit bench crossover` measures it)",
     )
 
 

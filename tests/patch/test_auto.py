@@ -64,3 +64,7 @@ def test_what_a_check_gives_back_keeps_the_number(tiny_llama, tmp_path: Path, mo
     own(tmp_path, monkeypatch, row(fingerprint(sparsekit.load(config).resolve(known), known), True, True))
     report = sparsekit.check(tiny_llama, config, [ids(tokens=300)[0].tolist()], next_tokens=2)
     assert report.given_back and report.config.dense_below_tokens == 100
+    assert sum("dense_below_tokens auto is 100 (measured on" in line for line in report.lines()) == 1
+    plain = {key: value for key, value in config.items() if key != "dense_below_tokens"}
+    report = sparsekit.check(tiny_llama, plain, [ids(tokens=300)[0].tolist()], next_tokens=2)
+    assert "dense_below_tokens" not in report.config.to_dict()

@@ -78,6 +78,7 @@ def bench_crossover(
     such, and once what a kind costs more where nothing is kept from prompts before (its plan, its lists of work).
     Layers that it leaves dense are the same on both sides; those with a window, or of another kind, are left out. A
     pattern in it runs dense below its own `dense_below_tokens`, as in use; the config's own is not looked at.
+    A pattern's `auto` is settled by the tables that there are: measure patterns first.
 
     The crossover is the least length from which all longer ones are faster.
 

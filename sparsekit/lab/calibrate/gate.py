@@ -27,6 +27,7 @@ from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
 from sparsekit.patch.giving_back import give_back_until
 from sparsekit.patch.model import machine_of
+from sparsekit.patterns.fields import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,7 +154,8 @@ def gate(
     loaded = load(config)
     known, own = facts(model), own_layers(model, some=True)
     resolved = settle(loaded.resolve(known), known, lambda: machine_of(model))
-    loaded = loaded.model_copy(update={"dense_below_tokens": resolved.config.dense_below})  # of what is given back too
+    if loaded.dense_below_tokens == AUTO:  # with layers given back it is another config, of which no table is
+        loaded = loaded.model_copy(update={"dense_below_tokens": resolved.config.dense_below})
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
     shortest = max(resolved.config.dense_below, loaded.min_queries)
