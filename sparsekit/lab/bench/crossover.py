@@ -26,8 +26,8 @@ from sparsekit.lab.bench.shapes import SHAPES
 from sparsekit.lab.bench.timing import Record, rounds, spread
 from sparsekit.lab.options import Device, Dtype, Lengths, device_of, numbers_of, patterns_of
 from sparsekit.lab.provenance import place
+from sparsekit.models import check_device, tiny
 from sparsekit.models import facts as model_facts
-from sparsekit.models import tiny
 from sparsekit.patterns import DynamicPattern, Pattern, parse_pattern, pattern_class, pattern_names
 from sparsekit.patterns.crossover import Crossover, Measured, device_name, faster_from, own_table, read_table, subject
 
@@ -77,8 +77,8 @@ def bench_crossover(
     A config is faster where the layers that it makes sparse are, added up: each kind of layer as often as there are
     such, and once what a kind costs more where nothing is kept from prompts before (its plan, its lists of work).
     Layers that it leaves dense are the same on both sides; those with a window, or of another kind, are left out. A
-    pattern in it runs dense below its own `dense_below_tokens`, as in use; the config's own is not looked at.
-    A pattern's `auto` is settled by the tables that there are: measure patterns first.
+    pattern in it runs dense below its own `dense_below_tokens`, as in use, and its `auto` is what the tables say so
+    far: measure patterns first. The config's own is not looked at.
 
     The crossover is the least length from which all longer ones are faster.
 
@@ -103,6 +103,8 @@ def bench_crossover(
     Raises:
         SparsekitError: an unknown pattern, shape, device or dtype, a config for another model, a table that is none.
     """
+    if device is not None:
+        check_device(device)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if dtype not in DTYPES:

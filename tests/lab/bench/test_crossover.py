@@ -164,6 +164,7 @@ def test_a_pattern_that_is_wrong_is_not_measured(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"device": "cuda:99"}, "cuda:99"),
         ({"shape": "llama-3.1-8"}, r"shape 'llama-3.1-8' is not one of .*Did you mean 'llama-3.1-8b'"),
         ({"shape": "tiny", "model": "smollm2-135m"}, "one of them"),
         ({"lengths": []}, "at least one prompt length"), ({"lengths": [64, 64]}, "each once"),
@@ -181,3 +182,16 @@ def test_what_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> No
     with pytest.raises(SparsekitError, match=said):
         bench_crossover(**{"device": "cpu", "table": tmp_path / "t.jsonl", "lengths": [64], **given})
     assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_row_is_of_its_name(tmp_path: Path) -> None:
+    facts = {**FACTS.model_dump(exclude_none=True), "head_dim": 64}
+    config = _config(model=facts, default="triangle", layers={"0": TOPK})
+    given: dict[str, Any] = {"lengths": [8192, 1024], "repeat_ms": 30, "table": tmp_path / "t.jsonl"}
+    rows = bench_crossover([config], patterns=["triangle", TOPK], **given)
+    found = read_table(tmp_path / "t.jsonl")
+    assert [row.device for row in found] == [torch.cuda.get_device_name()] * 3
+    assert {row.dtype for row in found} == {"bfloat16"} and all(len(row.measured) == 2 for row in found)
+    impls = {row["impl"] for row in rows if row["case"] == "dense"}
+    assert "sdpa" in impls and impls & {"hopper", "triton"}
