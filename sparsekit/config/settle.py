@@ -15,11 +15,10 @@ from sparsekit.config.layers import LayerPatterns
 from sparsekit.config.ranges import format_range
 from sparsekit.config.schema import ResolvedConfig
 from sparsekit.errors import SparsekitError
-from sparsekit.patterns import Pattern
 from sparsekit.patterns.crossover import Found, Place, device_name, find, rows_of_tables
-from sparsekit.patterns.fields import AUTO
+from sparsekit.patterns.fields import AUTO, has_auto
 
-__all__ = ["Machine", "fingerprint", "has_auto", "settle"]
+__all__ = ["Machine", "fingerprint", "settle"]
 
 MOST_NAMED = 6  # rows that an error names
 
@@ -76,12 +75,6 @@ def fingerprint(resolved: ResolvedConfig, facts: ModelFacts) -> str:
     """By which tables know a config: what its layers run, its patterns' `dense_below_tokens` included, not its own."""
     said = [resolved.to_dict(), resolved.config.dense_impl, sorted(resolved.own_layers(facts))]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def has_auto(pattern: Pattern) -> bool:
-    """Whether a pattern, or a member of a union, says `auto`."""
-    own = getattr(pattern, "dense_below_tokens", None) == AUTO
-    return own or any(map(has_auto, getattr(pattern, "of", ())))
 
 
 def _layer(layer: LayerPatterns, facts: ModelFacts, here: Machine, said: dict[str, list[int]]) -> LayerPatterns:

@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 import sparsekit
-from sparsekit.config.settle import has_auto
 from sparsekit.errors import SparsekitError, named_path
 from sparsekit.models import EMBEDDED, parts_found
 from sparsekit.patch.state import applied_to
 from sparsekit.patterns.crossover import device_name, rows_of_tables
-from sparsekit.patterns.fields import AUTO
+from sparsekit.patterns.fields import AUTO, has_auto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,9 +13,10 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.kernels import attend, geometry_for, narrow_tile, preferred_tile, softmax_of
-from sparsekit.patterns import DynamicPattern, Pattern, StaticPattern, parse_pattern, static_plan
+from sparsekit.patterns import Pattern, StaticPattern, parse_pattern, static_plan
 from sparsekit.patterns.base import checked_plan
 from sparsekit.patterns.crossover import Place
+from sparsekit.patterns.fields import has_auto
 from sparsekit.plan import BlockPlan, stack_heads
 
 __all__ = ["attention", "plan_heads", "static_plan_heads", "tiled_for"]
@@ -48,7 +49,8 @@ def attention(
     pattern = parse_pattern(pattern)
     softmax = softmax_of(q, k, v, scale, softcap, sink_logits)
     check_tensors(q, k, v, sink_logits)
-    pattern = pattern.settled(Place.of(q, k)) if isinstance(pattern, DynamicPattern) else pattern
+    if has_auto(pattern):
+        pattern = pattern.settled(Place.of(q, k))
     if geometry is None:
         geometry = tiled_for(pattern, geometry_for(q, k), q)
     check_fits(q, k, geometry, "geometry")

@@ -7,7 +7,17 @@ from typing import Any, get_args, get_origin
 
 from sparsekit.errors import SparsekitError, nearest, shown
 
-__all__ = ["AUTO", "MOST_DEPTH", "UNHASHABLE", "bounded", "holds", "tokens_or_auto", "tokens_or_none", "too_deep"]
+__all__ = [
+    "AUTO",
+    "MOST_DEPTH",
+    "UNHASHABLE",
+    "bounded",
+    "has_auto",
+    "holds",
+    "tokens_or_auto",
+    "tokens_or_none",
+    "too_deep",
+]
 
 AUTO = "auto"  # of `dense_below_tokens`: what a table of crossovers says
 LARGEST = 2**31 - 1  # plans hold positions and counts in 32 bits
@@ -42,6 +52,12 @@ def tokens_or_auto(value: Any) -> Any:
 def tokens_or_none(value: Any) -> Any:
     """The same, or None: the pattern's own default."""
     return value if value is None else tokens_or_auto(value)
+
+
+def has_auto(pattern: object) -> bool:
+    """Whether a pattern, or a member of a union, says `auto`."""
+    own = getattr(pattern, "dense_below_tokens", None) == AUTO
+    return own or any(map(has_auto, getattr(pattern, "of", ())))
 
 
 def too_deep(value: Any) -> bool:
