@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crossovers import HERE, own, row
+from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, explain, load
+from sparsekit.cli import app
 from sparsekit.config import ModelFacts, SparseConfig
 from sparsekit.config.settle import Machine, fingerprint, settle
 from sparsekit.patterns import BlockTopK
@@ -112,6 +115,10 @@ def test_explain_says_what_it_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert short.layers[2].why == "299 tokens, fewer than dense_below_tokens 300" and short.layers[2].runs == "dense"
     assert long.layers[2].runs == "sparse"
     assert "dense_below_tokens auto is 300 (measured on NVIDIA H200" in str(long) and long.to_dict()["settled"]
+    path = tmp_path / "c.yaml"
+    path.write_text(load(config).dump())
+    ran = CliRunner().invoke(app, ["explain", str(path), "--tokens", "299", "--json"])
+    assert json.loads(ran.stdout)[2]["runs"] == "dense" and ran.stderr.startswith("dense_below_tokens auto is 300 (")
     monkeypatch.setattr("sparsekit.config.costs._machine", lambda: Machine("", "bfloat16"))
     unknown = explain(config, 299)
     assert unknown.layers[2].runs == "sparse"

@@ -24,7 +24,7 @@ from sparsekit.lab.bench.dynamic_rows import Setting, check_size, checked
 from sparsekit.lab.bench.inputs import Inputs, structured
 from sparsekit.lab.bench.shapes import SHAPES
 from sparsekit.lab.bench.timing import Record, rounds, spread
-from sparsekit.lab.options import Device, Dtype, Lengths, device_of, numbers_of, patterns_of
+from sparsekit.lab.options import Device, Dtype, device_of, numbers_of, patterns_of
 from sparsekit.lab.provenance import place
 from sparsekit.models import check_device, tiny
 from sparsekit.models import facts as model_facts
@@ -34,7 +34,7 @@ from sparsekit.patterns.crossover import Crossover, Measured, device_name, faste
 __all__ = ["bench_crossover", "command"]
 
 DEFAULT_SHAPE = "llama-3.1-8b"
-LENGTHS = (4096, 8192, 16384, 32768)
+LENGTHS = {"cuda": (4096, 8192, 16384, 32768), "cpu": (1024, 2048, 4096)}
 Size = tuple[int, int, int]  # heads, key heads, head size
 
 
@@ -59,7 +59,7 @@ def bench_crossover(
     heads: int | None = None,
     key_heads: int | None = None,
     dim: int | None = None,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     dtype: str | None = None,
     device: str | None = None,
     repeat_ms: float = 100,
@@ -89,7 +89,7 @@ def bench_crossover(
         shape: the same, one of `sparsekit.lab.bench.shapes.SHAPES`. Default: what each config says of its model, and
             llama-3.1-8b where there is no config.
         heads, key_heads, dim: of the patterns' layer, in place of the shape's; not with configs.
-        lengths: prompt lengths, tokens.
+        lengths: prompt lengths, tokens; default `LENGTHS`.
         dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         repeat_ms: about so long each call is repeated, in three rounds that alternate with the others'.
         seed: of the inputs, which are `sparsekit.lab.bench.inputs.structured`.
@@ -109,6 +109,7 @@ def bench_crossover(
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise SparsekitError(f"dtype={dtype!r}: one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    lengths = LENGTHS.get(where.type, LENGTHS["cpu"]) if lengths is None else lengths
     if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
         raise SparsekitError(f"lengths={list(lengths)}: at least one prompt length, each once and of 1 token or more.")
     if not repeat_ms > 0:
@@ -346,7 +347,12 @@ def command(
         str | None,
         typer.Option(help="Comma-separated: names, or mappings as in YAML; default all, or with configs none."),
     ] = None,
-    tokens: Lengths = "4096,8192,16384,32768",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens", "-n", help="Prompt lengths, comma-separated; default 4096 to 32768, on a CPU to 4096."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="As for `explain`: whose facts configs get.")
     ] = None,
@@ -366,8 +372,8 @@ def command(
     """From which length patterns and configs beat dense attention: the table of `dense_below_tokens: auto`."""
     found = bench_crossover(
         configs or [], patterns=None if patterns is None else patterns_of(patterns), model=model, shape=shape,
-        heads=heads, key_heads=key_heads, dim=dim, lengths=numbers_of(tokens, "--tokens"), dtype=dtype,
-        device=device_of(device), repeat_ms=repeat_ms, seed=seed, table=table, out=rows, show=typer.echo,
+        heads=heads, key_heads=key_heads, dim=dim, lengths=None if tokens is None else numbers_of(tokens, "--tokens"),
+        dtype=dtype, device=device_of(device), repeat_ms=repeat_ms, seed=seed, table=table, out=rows, show=typer.echo,
     )  # fmt: skip
     if any(row["case"] == "failed" for row in found):
         raise typer.Exit(1)
