@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 __all__ = [
-    "SparsekitError", "named_path", "nearest", "one_line", "read_bytes", "read_text", "shown", "writable", "writing",
+    "SparsekitError", "cache_folder", "named_path", "nearest", "one_line", "read_bytes", "read_text", "shown",
+    "writable", "writing",
 ]  # fmt: skip
 
 SHOWN = 100  # characters of a value that an error shows
@@ -140,6 +141,14 @@ def named_path(text: str | Path, what: str) -> Path:
     except OSError as error:
         raise SparsekitError(f"{what} {shown(str(text))} cannot be looked for: {error.strerror or error}.") from None
     return path
+
+
+def cache_folder() -> Path:
+    """The user's own: `$SPARSEKIT_CACHE`, else `$XDG_CACHE_HOME/sparsekit`, else `~/.cache/sparsekit`."""
+    own = os.environ.get("SPARSEKIT_CACHE")
+    if own:
+        return named_path(own, "SPARSEKIT_CACHE")
+    return named_path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "XDG_CACHE_HOME") / "sparsekit"
 
 
 def read_bytes(path: Path | str, what: str, most: int = MOST_BYTES) -> bytes:

@@ -113,6 +113,7 @@ def test_there_is_a_recipe_for_each_kind_of_addition() -> None:
         "A layer rule",
         "Another project's settings",
         "A bench",
+        "A device's crossovers",
         "A model family's quirk",
         "A kernel form",
         "A task",

@@ -209,6 +209,7 @@ def _explain(config: Config, tokens: Tokens, model: Model = None, as_json: Json 
         found = explain(config, tokens, facts_of(model))
     if as_json:
         print_json(found.to_dict()["layers"])
+        typer.echo("".join(f"{line}\n" for line in found.settled), nl=False, err=True)
     else:
         print_explanation(found)
 

@@ -12,6 +12,7 @@ from sparsekit.config.facts import COMPARED
 from sparsekit.config.hub import HUB
 from sparsekit.config.schema import SparseConfig
 from sparsekit.config.strict_yaml import dump_yaml
+from sparsekit.patterns.fields import AUTO
 
 __all__ = ["card", "is_hub_id"]
 
@@ -89,7 +90,9 @@ def _of_config(file: str, config: SparseConfig, tokens: int) -> Iterable[str]:
     yield f"## {_code(file)}"
     yield _fenced(str(explain(config, tokens)), "")
     short = config.dense_below_tokens
-    if short:
+    if short == AUTO:
+        yield "Shorter prompts than `sparsekit bench crossover` measured to gain run the model's own attention."
+    elif short:
         yield f"Prompts of fewer than {short:,} tokens run the model's own attention."
     yield f"**Budget.** {_of_budget(config.budget)}"
     gate = config.provenance.get("gate")

@@ -25,10 +25,12 @@ from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, t
 from sparsekit.config.facts import ModelFacts
 from sparsekit.config.layers import LayerPatterns
 from sparsekit.config.schema import ResolvedConfig, SparseConfig, load
+from sparsekit.config.settle import Machine, settle
 from sparsekit.errors import SparsekitError
 from sparsekit.patterns import AShape, Dense, DynamicPattern, Pattern, StaticPattern, shared_correction, static_plan
 from sparsekit.patterns.attention import static_plan_heads
 from sparsekit.patterns.base import rule_of
+from sparsekit.patterns.crossover import device_name
 from sparsekit.plan import TokenRule
 from sparsekit.plan.totals import causal_totals
 
@@ -57,7 +59,8 @@ def explain(
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
         raise SparsekitError(f"tokens = {tokens!r}: a whole number from 1 to {MAX_TOKENS} is needed.")
     facts = facts_for(config, model)
-    resolved = config.resolve(facts)
+    resolved = settle(config.resolve(facts), facts, _machine, strict=False)
+    config = resolved.config
     own = resolved.own_layers(facts)
     geometry = Geometry.of(tokens)
     because = config.why_dense(tokens, tokens)
@@ -82,9 +85,16 @@ def explain(
             plan_bytes=total(row.plan_bytes for row in counted.values()),
             missing=(*missing, *dict.fromkeys(unknown)),
             drawing=tuple(_drawn(resolved, facts)),
+            settled=resolved.settled,
         ),
         facts,
     )
+
+
+def _machine() -> Machine:
+    """The GPU that is here, at the dtype that models are served in; nothing of a CPU, on which no config is meant to
+    run."""
+    return Machine(device_name(_CUDA) if torch.cuda.is_available() else "", "bfloat16")
 
 
 def _drawn(resolved: ResolvedConfig, facts: ModelFacts) -> list[str]:

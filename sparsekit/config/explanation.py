@@ -73,6 +73,7 @@ class Explanation:
         plan_bytes: of all different plans together, as they are kept.
         missing: facts without which some numbers are None.
         drawing: layers x heads, lines of text; empty where no layer mixes patterns.
+        settled: of each `dense_below_tokens: auto`, what was counted on the GPU that is here, in bfloat16, and why.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Explanation:
     plan_bytes: int | None
     missing: tuple[str, ...]
     drawing: tuple[str, ...] = ()
+    settled: tuple[str, ...] = ()
 
     @property
     def density(self) -> float | None:
@@ -136,7 +138,7 @@ class Explanation:
         )
         found = asdict(self)
         layers = found.pop("layers")
-        found["missing"], found["drawing"] = list(self.missing), list(self.drawing)
+        found |= {name: list(found[name]) for name in ("missing", "drawing", "settled")}
         return {**found, **{name: getattr(self, name) for name in totals}, "layers": list(layers)}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -184,6 +186,7 @@ class Explanation:
                 f"Predicted prefill of {self.tokens:,} tokens: {self.prefill_ratio:.3f} of the dense one's time, in "
                 f"which attention takes {_percent(self.dense_attention_share)}."
             )
+        lines += self.settled
         if self.missing:
             lines.append(f"Not predicted, because these are not known: {', '.join(self.missing)}.")
         return lines

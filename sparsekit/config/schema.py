@@ -22,6 +22,7 @@ from sparsekit.config.reuse import AnyPattern, LayerRule, Reuse, resolve_reuse
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
 from sparsekit.patterns import Pattern, bounded, parse_pattern, shared_correction
+from sparsekit.patterns.fields import tokens_or_auto
 
 __all__ = ["ResolvedConfig", "SparseConfig", "load"]
 
@@ -30,10 +31,16 @@ MOST_IN_A_FIELD = 4096  # values of a list; a model has at most 1,024 layers, an
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A config spelled out for one model: the patterns of every layer and head, nothing left to a rule."""
+    """A config spelled out for one model: the patterns of every layer and head, nothing left to a rule.
+
+    Attributes:
+        settled: of each `dense_below_tokens: auto`, what it is here and where that comes from; empty until
+            `sparsekit.config.settle.settle` made numbers of them.
+    """
 
     config: SparseConfig
     layers: tuple[LayerPatterns, ...]
+    settled: tuple[str, ...] = ()
 
     def own_layers(self, model: ModelFacts | None = None) -> dict[int, str]:
         """Layers that keep their own attention because they are not full causal attention, each with the reason.
@@ -117,7 +124,8 @@ class SparseConfig(BaseModel):
     Attributes:
         version: 1.
         model: facts that are checked against the model it is applied to.
-        dense_below_tokens: prompts shorter than this run the model's own attention.
+        dense_below_tokens: prompts shorter than this run the model's own attention; "auto": than a table says of this
+            config on the device (`sparsekit.patterns.crossover`).
         min_queries: a call with fewer queries is decoding, and runs the model's own attention.
         dense_impl: dense layers run the model's own attention function ("model"), or sparsekit's kernel ("kernel").
         default: the pattern of layers that no rule names.
@@ -131,7 +139,7 @@ class SparseConfig(BaseModel):
 
     version: Literal[1] = 1
     model: ModelFacts = ModelFacts()
-    dense_below_tokens: int = Field(0, ge=0)
+    dense_below_tokens: int | Literal["auto"] = Field(0, ge=0)
     min_queries: int = Field(64, ge=2)
     dense_impl: Literal["model", "kernel"] = "model"
     default: AnyPattern = Field(default_factory=lambda: parse_pattern("dense"))
@@ -140,7 +148,8 @@ class SparseConfig(BaseModel):
     budget: Budget | None = None
     provenance: dict[str, Any] = {}
 
-    _bounded = field_validator("dense_below_tokens", "min_queries", mode="before")(bounded)
+    _bounded = field_validator("min_queries", mode="before")(bounded)
+    _tokens_or_auto = field_validator("dense_below_tokens", mode="plain")(tokens_or_auto)
 
     @field_validator("version", mode="before")
     @classmethod
@@ -199,12 +208,26 @@ class SparseConfig(BaseModel):
 
     # ---- meaning
 
+    @property
+    def dense_below(self) -> int:
+        """`dense_below_tokens`, of a config in which it is a number.
+
+        Raises:
+            SparsekitError: it is `auto`, and was not settled.
+        """
+        if self.dense_below_tokens == "auto":
+            raise SparsekitError(
+                "dense_below_tokens = 'auto' is no number yet; sparsekit.apply makes it one, and so does "
+                "sparsekit.config.settle.settle for a device."
+            )
+        return self.dense_below_tokens
+
     def why_dense(self, queries: int, tokens: int) -> str:
         """Why a call of `queries` queries in a prompt of `tokens` tokens runs the model's own attention, or nothing."""
         if queries < self.min_queries:
             return f"{queries} queries, fewer than min_queries {self.min_queries}"
-        if tokens < self.dense_below_tokens:
-            return f"{tokens} tokens, fewer than dense_below_tokens {self.dense_below_tokens}"
+        if tokens < self.dense_below:
+            return f"{tokens} tokens, fewer than dense_below_tokens {self.dense_below}"
         return ""
 
     def resolve(self, facts: ModelFacts | None = None) -> ResolvedConfig:

@@ -233,7 +233,11 @@ def ran_dense(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in records:
         if record["config_key"] != "dense" and not record["sparse_prompts"]:
             least = record["config"].get("dense_below_tokens", 0)
-            why = f"dense_below_tokens is {least}" if record["tokens"] < least else "of which every pair was kept"
+            why = (
+                f"dense_below_tokens is {least}"
+                if least == "auto" or record["tokens"] < least
+                else "of which every pair was kept"
+            )
             remarks.append(
                 f"{record['task']}, {record['label']}: no prompt ran sparse; the longest has {record['tokens']} "
                 f"tokens, {why}."

@@ -31,6 +31,8 @@ import sparsekit
 from sparsekit.errors import SparsekitError, named_path
 from sparsekit.models import EMBEDDED, parts_found
 from sparsekit.patch.state import applied_to
+from sparsekit.patterns.crossover import device_name, rows_of_tables
+from sparsekit.patterns.fields import AUTO, has_auto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +51,7 @@ __all__ = [
     "measured_on",
     "patterns_of",
     "place",
+    "tables_of",
     "versions",
 ]
 
@@ -295,6 +298,13 @@ def patterns_of(config: SparseConfig | None) -> list[Pattern]:
     return [*named, *(inner for pattern in named for inner in getattr(pattern, "of", ()))]
 
 
+def tables_of(config: SparseConfig) -> dict[str, str]:
+    """What a config's results depend on beside it, where it says `dense_below_tokens: auto`: all rows of the tables."""
+    if config.dense_below_tokens != AUTO and not any(map(has_auto, patterns_of(config))):
+        return {}
+    return {"crossovers": content_key([row.model_dump_json() for row, _ in rows_of_tables()])}
+
+
 # ---- where it was made
 
 
@@ -308,10 +318,6 @@ def _version(package: str) -> str | None:
         return str(torch.__version__) if package == "torch" else version(package)
     except PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def measured_on(model: PreTrainedModel) -> dict[str, Any]:

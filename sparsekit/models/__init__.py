@@ -5,8 +5,9 @@ be called, `embedded` what comes in packages, `loading` and `gguf` bring it, `re
 random ones.
 """
 
+from sparsekit.errors import cache_folder
 from sparsekit.models.embedded import EMBEDDED, EmbeddedModel, parts_found
-from sparsekit.models.gguf import cache_folder, is_converted
+from sparsekit.models.gguf import is_converted
 from sparsekit.models.loading import can_shorten, check_device, fast_dtype, load
 from sparsekit.models.reading import facts
 from sparsekit.models.small import tiny

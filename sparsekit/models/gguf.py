@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.errors import SparsekitError, named_path
+from sparsekit.errors import SparsekitError, cache_folder
 from sparsekit.models.embedded import EMBEDDED, joined, parts
 from sparsekit.models.names import one_line_errors
 from sparsekit.patch.model import facts_of
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
 _COMPLETE = "sparsekit.json"  # written last: a cache folder without it is half-written
 _CACHE_FORMAT = 1  # counts up when what is written below changes
 _ABANDONED_SECONDS = 3600.0  # a temporary folder this old was left by a killed process
-
-
-def cache_folder() -> Path:
-    """For de-quantised models: `$SPARSEKIT_CACHE`, else `$XDG_CACHE_HOME/sparsekit`, else `~/.cache/sparsekit`."""
-    own = os.environ.get("SPARSEKIT_CACHE")
-    if own:
-        return named_path(own, "SPARSEKIT_CACHE")
-    return named_path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "XDG_CACHE_HOME") / "sparsekit"
 
 
 def check_embedded(name: str, loaded: PreTrainedModel) -> None:

@@ -50,6 +50,8 @@ class CheckReport:
         alone: of each sparse layer, mean KL with that layer alone sparse, over the prompts that diverge most; empty
             where the budget holds, or there is none.
         given_back: layers that exceed the budget, and run dense.
+        settled: of each `dense_below_tokens: auto` of the config as given, what it is and where that comes from; that
+            of the config is a number in `config`.
     """
 
     config: SparseConfig
@@ -60,6 +62,7 @@ class CheckReport:
     after: Divergence
     alone: Mapping[int, float]
     given_back: tuple[int, ...] = ()
+    settled: tuple[str, ...] = ()
 
     @property
     def budget(self) -> float | None:
@@ -118,7 +121,7 @@ class CheckReport:
             f"nats a token; worst {self.before.kl[worst]:.3g}, {self.prompts[worst]}"
         )
         verdict = self.verdict() or "no budget in the config: nothing is run dense."
-        return first, f"check: {verdict}"
+        return first, f"check: {verdict}", *self.settled
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(heading, rows): a row a prompt."""

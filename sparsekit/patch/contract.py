@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from sparsekit.patch.handle import Handle, left_alone, put_on
 from sparsekit.patch.model import check_positions
 from sparsekit.patch.user_prompts import UserPrompt, prompts_of
 from sparsekit.patterns import DynamicPattern
+from sparsekit.patterns.fields import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,11 +116,13 @@ def _check(
                 layer.patterns.layer for layer in handle._applied.layers if not (layer.own or layer.patterns.dense)
             ]
             embeddings: Any = model.get_input_embeddings()
+            if config.dense_below_tokens == AUTO:  # with layers given back it is another config, of which no table is
+                config = config.model_copy(update={"dense_below_tokens": handle.resolved.config.dense_below})
             read = prompts_of(prompts, tokenizer, int(embeddings.weight.shape[0]))
             _check_prompts(model, handle.resolved, sparse, read, next_tokens)
             measured = _Measured(model, config, read, sparse, step)
             measured.read_dense(handle, next_tokens)
-        return measured.report(next_tokens)
+        return replace(measured.report(next_tokens), settled=handle.resolved.settled)
 
 
 def _check_prompts(
@@ -137,7 +141,7 @@ def _check_prompts(
     first = min(patterns, key=lambda pattern: (least[pattern], str(pattern)))
     needed, why = max(
         (config.min_queries, "min_queries"),
-        (config.dense_below_tokens, "dense_below_tokens"),
+        (config.dense_below, "dense_below_tokens"),
         (least[first], f"{first.name} runs dense below that on {model.device.type}"),
     )
     short = [prompt for prompt in prompts if len(prompt.ids) < needed]

@@ -14,10 +14,11 @@ from torch import nn
 from sparsekit.call.caches import clear_caches
 from sparsekit.call.geometry import whole
 from sparsekit.config import ResolvedConfig, SparseConfig, load
+from sparsekit.config.settle import settle
 from sparsekit.errors import SparsekitError, shown
 from sparsekit.patch.check_report import CheckReport
 from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
-from sparsekit.patch.model import attention_modules, facts_of, own_attention
+from sparsekit.patch.model import attention_modules, facts_of, machine_of, own_attention
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import CHANGES, DOORS, LAYERS, Applied, Layer, Prompt, applied_to, forgetter
 from sparsekit.patch.switch import guard, guards_of, restore_guards, unguard
@@ -48,10 +49,10 @@ def put_on(
     text_config = _text_config(model)
     modules = attention_modules(model, text_config)
     facts = facts_of(model, text_config, modules)
-    resolved = config.resolve(facts)
+    resolved = settle(config.resolve(facts), facts, lambda: machine_of(model))
     own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
     name, original = name_for(model, text_config), original_of(text_config)
-    applied = Applied(resolved, weakref.ref(text_config), bool(windows))
+    applied = Applied(config, resolved, weakref.ref(text_config), bool(windows))
     for module in modules:
         index: int = module.layer_idx  # type: ignore[assignment]
         layer = Layer(
@@ -115,7 +116,7 @@ class Handle:
 
     Attributes:
         config: the SparseConfig as given.
-        resolved: the same, spelled out for this model.
+        resolved: the same, spelled out for this model and its device: a `dense_below_tokens: auto` is a number there.
         check: what `apply(check=)` found; None without.
     """
 
@@ -125,7 +126,7 @@ class Handle:
 
     @property
     def config(self) -> SparseConfig:
-        return self._applied.resolved.config
+        return self._applied.given
 
     @property
     def resolved(self) -> ResolvedConfig:
@@ -216,7 +217,8 @@ class Handle:
                 "runs its own attention; sparsekit.apply the config again"
             )
         said = () if self.check is None else self.check.lines()
-        return Report(tuple(map(report_layer, layers)), warning, said)
+        settled = tuple(line for line in self._applied.resolved.settled if line not in said)
+        return Report(tuple(map(report_layer, layers)), warning, said, settled)
 
     def _active(self, method: str) -> Applied:
         if self._applied.ended:

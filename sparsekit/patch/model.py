@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsekit.config import ArchFacts, rope_theta_of
+from sparsekit.config.settle import Machine
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.call import KNOWN_ARGUMENTS
 from sparsekit.patch.state import Attention
@@ -319,6 +320,14 @@ def _not_computed(modules: Sequence[Any], count: int) -> tuple[str, ...] | None:
         elif strange:
             found[module.layer_idx] = f"the model passes {strange[0]!r} to its attention function"
     return tuple(found) if any(found) else None
+
+
+def machine_of(model: nn.Module) -> Machine:
+    """What a model is on, as tables of crossovers know it."""
+    from transformers import PreTrainedModel
+
+    whole = next(part for part in model.modules() if isinstance(part, PreTrainedModel))  # of a wrapper, what it holds
+    return Machine.of(whole.device, whole.dtype)
 
 
 # ---- the model's own function

@@ -49,11 +49,13 @@ class Report:
     Attributes:
         warning: why sparsekit does not run, or empty.
         check: what `apply(check=)` found, in lines; empty without.
+        settled: of each `dense_below_tokens: auto`, what it is here and where that comes from.
     """
 
     layers: tuple[LayerReport, ...]
     warning: str = ""
     check: tuple[str, ...] = ()
+    settled: tuple[str, ...] = ()
 
     def to_dicts(self) -> list[dict[str, Any]]:
         return [asdict(layer) for layer in self.layers]
@@ -73,7 +75,7 @@ class Report:
             )
         reasons = dict.fromkeys((row.impl, row.impl_why) for row in self.layers if row.impl_why)
         lines += [f"{impl}: {why}" for impl, why in reasons]
-        return "\n".join([*lines, *self.check])
+        return "\n".join([*lines, *self.settled, *self.check])
 
 
 def report_layer(layer: Layer) -> LayerReport:

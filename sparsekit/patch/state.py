@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.call.geometry import Geometry
-from sparsekit.config import LayerPatterns, ResolvedConfig
+from sparsekit.config import LayerPatterns, ResolvedConfig, SparseConfig
 from sparsekit.kernels import Choice
 from sparsekit.patterns.shared import SharedPlans
 from sparsekit.plan import BlockPlan, PlanTotals
@@ -50,6 +50,7 @@ class Applied:
     """sparsekit on one model's attention layers: what `apply` made, and `Handle` shows.
 
     Attributes:
+        given: the config as it was given; `resolved` has numbers for its `auto`.
         windows: whether sliding layers run here.
         paused: depth of `Handle.pause` blocks.
         epoch: another object whenever `paused` or `prompt` changes; by it a Call remembers what they made of it.
@@ -57,6 +58,7 @@ class Applied:
         ended: why it is no longer active, or "".
     """
 
+    given: SparseConfig
     resolved: ResolvedConfig
     text_config: weakref.ref[Any]
     windows: bool

@@ -15,6 +15,8 @@ from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.kernels import attend, geometry_for, narrow_tile, preferred_tile, softmax_of
 from sparsekit.patterns import Pattern, StaticPattern, parse_pattern, static_plan
 from sparsekit.patterns.base import checked_plan
+from sparsekit.patterns.crossover import Place
+from sparsekit.patterns.fields import has_auto
 from sparsekit.plan import BlockPlan, stack_heads
 
 __all__ = ["attention", "plan_heads", "static_plan_heads", "tiled_for"]
@@ -35,8 +37,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of q (B, H, Q, D) over k, v (B, G, K, D) under a pattern.
 
-    `pattern` is a Pattern, a name, or a mapping as in YAML. Without `geometry` the queries are the last Q of the K
-    keys, and the prompt ends with them. The rest is `sparsekit.kernels.attend`'s, results and errors too.
+    `pattern` is a Pattern, a name, or a mapping as in YAML; its `dense_below_tokens: auto` is what a table says for q
+    and k. Without `geometry` the queries are the last Q of the K keys, and the prompt ends with them. The rest is
+    `sparsekit.kernels.attend`'s, results and errors too.
 
     >>> import torch, sparsekit
     >>> q, k, v = torch.randn(1, 4, 1000, 64), torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
@@ -46,6 +49,8 @@ def attention(
     pattern = parse_pattern(pattern)
     softmax = softmax_of(q, k, v, scale, softcap, sink_logits)
     check_tensors(q, k, v, sink_logits)
+    if has_auto(pattern):
+        pattern = pattern.settled(Place.of(q, k))
     if geometry is None:
         geometry = tiled_for(pattern, geometry_for(q, k), q)
     check_fits(q, k, geometry, "geometry")

@@ -7,11 +7,11 @@ registers it. A static pattern says which pairs it keeps; a dynamic one looks at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from inspect import ismodule
 from threading import RLock
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, Literal
 from warnings import warn
 
 import torch
@@ -31,6 +31,8 @@ from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
+from sparsekit.patterns.crossover import Place, settled_tokens
+from sparsekit.patterns.fields import AUTO, MOST_DEPTH, UNHASHABLE, bounded, holds, tokens_or_none, too_deep
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.mask import first_without_itself
 
@@ -48,9 +50,6 @@ __all__ = [
 _REGISTRY: dict[str, type[Pattern]] = {}
 
 ENTRY_POINTS = "sparsekit.patterns"
-LARGEST = 2**31 - 1  # plans hold positions and counts in 32 bits
-UNHASHABLE = (list, dict, set, Mapping, MutableMapping, MutableSequence, MutableSet)
-MOST_DEPTH = 40  # mappings and lists in one another, as a union of unions has them
 
 
 class Pattern(BaseModel, ABC):
@@ -101,7 +100,7 @@ class Pattern(BaseModel, ABC):
         if not isinstance(name, str):
             return  # a base class
         for field, info in cls.model_fields.items():
-            if _holds(info.annotation, UNHASHABLE):
+            if holds(info.annotation, UNHASHABLE):
                 raise SparsekitError(
                     f"pattern {name!r} of {cls.__module__}: the field {field!r} may be a list, a mapping or a set, "
                     "which cannot be hashed, as plans are cached by pattern: make it a tuple, such as tuple[int, ...]."
@@ -117,6 +116,13 @@ class Pattern(BaseModel, ABC):
 
     def of_heads(self, heads: Sequence[int]) -> Pattern:
         """This pattern restricted to `heads`; itself unless a field has a value for each head."""
+        return self
+
+    def settled(self, place: Place, say: Callable[[str], None] = lambda said: None) -> Pattern:
+        """This pattern with a number in place of `auto`: what a table says of it there, or else its own default.
+
+        `say` is told the number, and where it comes from.
+        """
         return self
 
     @classmethod
@@ -141,18 +147,6 @@ class Pattern(BaseModel, ABC):
     def _parameters(cls) -> list[str]:
         """Its fields: first its own, then those that every pattern has."""
         return sorted((key for key in cls.model_fields if key != "name"), key=Pattern.model_fields.__contains__)
-
-
-def bounded(value: Any) -> Any:
-    """The value, of a field; an error where it is, or holds, a whole number beyond 32 bits."""
-    for one in value if isinstance(value, tuple) else (value,):
-        if isinstance(one, int) and abs(one) > LARGEST:
-            raise SparsekitError(f"{shown(one)} is too large; numbers go up to {LARGEST:,}")
-    return value
-
-
-def _holds(annotation: Any, kinds: tuple[Any, ...]) -> bool:
-    return (get_origin(annotation) or annotation) in kinds or any(_holds(one, kinds) for one in get_args(annotation))
 
 
 def _brief(value: Any) -> str:
@@ -304,9 +298,17 @@ class DynamicPattern(Pattern):
     # were measured to beat the best dense kernel (docs/results/dynamic-h100.jsonl).
     pays_from_tokens: ClassVar[Mapping[str, int]] = {}
 
-    dense_below_tokens: int | None = Field(
-        None, ge=0, description="shorter prompts run dense, tokens; default: where it was measured to pay; 0: none do"
+    dense_below_tokens: int | Literal["auto"] | None = Field(
+        None,
+        ge=0,
+        description="shorter prompts run dense, tokens; default: where it was measured to pay; 0: none do; "
+        "auto: as a table says",
     )
+
+    @field_validator("dense_below_tokens", mode="plain")
+    @classmethod
+    def _tokens_or_auto(cls, value: Any) -> Any:
+        return tokens_or_none(value)
 
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:
         """The plan of `select`; of everything where a prompt is so short that estimating costs more than it saves.
@@ -330,10 +332,29 @@ class DynamicPattern(Pattern):
         return plan
 
     def dense_below(self, device: torch.device) -> int:
-        """Prompts shorter than this, tokens, run dense on such a device; 0: none do."""
-        if self.dense_below_tokens is not None:
-            return self.dense_below_tokens
+        """Prompts shorter than this, tokens, run dense on such a device; 0: none do.
+
+        Raises:
+            SparsekitError: it is `auto`, and was not settled.
+        """
+        if self.dense_below_tokens == AUTO:
+            raise SparsekitError(
+                f"pattern {self.name!r}: dense_below_tokens = {AUTO!r} is no number yet; sparsekit.apply and "
+                "sparsekit.attention make it one, and so does pattern.settled(place)."
+            )
+        return self.pays_below(device) if self.dense_below_tokens is None else int(self.dense_below_tokens)
+
+    def pays_below(self, device: torch.device) -> int:
+        """The same where the pattern does not say: its own default for such a device."""
         return self.pays_from_tokens.get(device.type, 0)
+
+    def settled(self, place: Place, say: Callable[[str], None] = lambda said: None) -> Pattern:
+        if self.dense_below_tokens != AUTO:
+            return self
+        default = self.pays_below(torch.device("cpu" if place.device.startswith("cpu") else "cuda"))
+        tokens, said = settled_tokens(self.model_dump(mode="json"), place, default)
+        say(f"{self.name}: dense_below_tokens auto is {said}")
+        return self.model_copy(update={"dense_below_tokens": tokens})
 
     def keys_at_most(self, geometry: Geometry) -> int | None:
         """Keys that a query tile of that geometry computes at most, by a budget; None where none bounds them."""
@@ -402,7 +423,7 @@ def parse_pattern(value: Pattern | str | Mapping[str, Any], where: str = "patter
         raise SparsekitError(
             f"{begin}{shown(value)} is not a pattern; write a name, or a mapping with `name` and parameters."
         )
-    if _too_deep(fields):
+    if too_deep(fields):
         raise SparsekitError(f"{begin}patterns and lists in one another, more than {MOST_DEPTH} deep.")
     if not isinstance(fields.get("name"), str):
         raise SparsekitError(f"{begin}{shown(dict(fields))} needs a `name`: one of {', '.join(pattern_names())}.")
@@ -413,14 +434,3 @@ def parse_pattern(value: Pattern | str | Mapping[str, Any], where: str = "patter
         raise SparsekitError(f"{begin}{fields['name']}: {said}") from None
     except SparsekitError as error:
         raise SparsekitError(f"{begin}{error}") from None
-
-
-def _too_deep(value: Any) -> bool:
-    """Whether mappings and lists are nested more than `MOST_DEPTH` deep in one another, or hold themselves."""
-    level = [value]
-    for _ in range(MOST_DEPTH):
-        inner = (one.values() if isinstance(one, Mapping) else one for one in level)
-        level = list({id(x): x for one in inner for x in one if isinstance(x, Mapping | list | tuple)}.values())
-        if not level:
-            return False
-    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from sparsekit.patterns.base import (
     rule_of,
     static_plan,
 )
+from sparsekit.patterns.crossover import Place
 from sparsekit.plan import BlockPlan, TokenRule
 
 __all__ = ["DynamicUnion", "Union"]
@@ -115,9 +116,13 @@ class DynamicUnion(DynamicPattern):
             else:
                 yield member
 
-    def dense_below(self, device: torch.device) -> int:
-        if self.dense_below_tokens is not None:
-            return self.dense_below_tokens
+    def settled(self, place: Place, say: Callable[[str], None] = lambda said: None) -> Pattern:
+        members = tuple(member.settled(place, say) for member in self.of)
+        same = all(one is other for one, other in zip(members, self.of, strict=True))
+        own = self if same else self.model_copy(update={"of": members})
+        return DynamicPattern.settled(own, place, say)
+
+    def pays_below(self, device: torch.device) -> int:
         return max((x.dense_below(device) for x in self.leaves() if isinstance(x, DynamicPattern)), default=0)
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax) -> BlockPlan:

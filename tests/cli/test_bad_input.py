@@ -52,7 +52,11 @@ CONFIGS = [
     Bad("negative window", "default: {name: triangle, window_tokens: -512}\n", ("window_tokens = -512", "equal to 1")),
     Bad("no last rows", "default: {name: triangle, last_tokens: 0}\n", ("last_tokens = 0", "equal to 1")),
     Bad("wrong type", 'default: {name: triangle, window_tokens: "512"}\n', ("window_tokens = '512'", "valid integer")),
-    Bad("wrong type of a field", "dense_below_tokens: many\n", ("dense_below_tokens = 'many'", "valid integer")),
+    Bad(
+        "wrong type of a field",
+        "dense_below_tokens: many\n",
+        ("dense_below_tokens = 'many'", "a whole number", "or 'auto'"),
+    ),
     Bad("layers as a list", "layers: [triangle]\n", ("layers = ['triangle']", "dictionary")),
     Bad("pattern as a number", "default: 7\n", ("default", "7 is not a pattern", "a name, or a mapping")),
     Bad("pattern without name", "default: {window_tokens: 3}\n", ("default", "needs a `name`", "triangle")),

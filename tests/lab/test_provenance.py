@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from crossovers import own, row
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
-from sparsekit import models
+from sparsekit import load, models
 from sparsekit.lab import provenance
 from sparsekit.lab.calibrate.prompts import make_prompts
 from sparsekit.lab.evaluate import Evaluator
 from sparsekit.lab.provenance import content_of_code, content_of_files, content_of_model, content_of_source, patterns_of
 from sparsekit.lab.sweep import load_question
+from sparsekit.lab.sweep.runs import config_key
 from sparsekit.lab.tasks import read_corpus, task
 from sparsekit.patterns import pattern_class
 
@@ -216,6 +218,25 @@ def test_other_code_computes_other_values(monkeypatch: pytest.MonkeyPatch) -> No
         finally:
             monkeypatch.undo()
             provenance._own_code.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "auto",
+    [
+        {"dense_below_tokens": "auto", "default": "triangle"},
+        {"layers": {"0": {"name": "block_topk", "dense_below_tokens": "auto"}}},
+        {"default": {"name": "union", "of": ["triangle", {"name": "block_topk", "dense_below_tokens": "auto"}]}},
+    ],
+)
+def test_what_is_auto_is_another_config_by_another_table(
+    auto: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = set()
+    for rows in ((), (row("triangle", True),), (row("triangle", False),)):
+        own(tmp_path, monkeypatch, *rows)
+        keys |= {config_key(load(auto))}
+        keys |= {config_key(load({"default": "triangle"}))}
+    assert len(keys) == 3 + 1
 
 
 def test_a_pattern_of_ones_own_counts_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:

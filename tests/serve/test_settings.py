@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from crossovers import HERE, own, row
 
-from sparsekit import SparsekitError
+from sparsekit import SparsekitError, load
 from sparsekit.config import ModelFacts
+from sparsekit.config.settle import Machine, fingerprint
 from sparsekit.serve.vllm import requests, settings, steps
-from sparsekit.serve.vllm.settings import Settings, settings_of
+from sparsekit.serve.vllm.settings import Settings, machine_of, settings_of
 
 TRIANGLE = "version: 1\ndense_below_tokens: 1000\ndefault: {name: triangle, last_tokens: 100}\n"
 TOPK = "version: 1\ndefault: block_topk\n"
@@ -242,3 +246,35 @@ def test_a_loaded_runner_has_what_the_hooks_read() -> None:
     second = SimpleNamespace(req_states=SimpleNamespace(prompt_len=SimpleNamespace(), req_id_to_index={}))
     with pytest.raises(SparsekitError, match=r"no req_states\.prompt_len\.np"):
         steps.check_runner(second)
+
+
+def test_auto_is_settled_when_the_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = FACTS.model_copy(update={"num_key_heads": 2, "head_dim": 16})
+    known = load(TRIANGLE)
+    auto = known.model_copy(update={"dense_below_tokens": "auto"}).dump()
+    place = HERE._replace(device="NVIDIA H200", heads=facts.num_heads or 0, dtype="bfloat16")
+    own(tmp_path, monkeypatch, row(fingerprint(known.resolve(facts), facts), False, True, place=place))
+    [served] = settings_of(auto, facts, lambda: Machine("NVIDIA H200", "bfloat16")).configs.values()
+    assert served.why_dense(100, 199) == "the prompt is below dense_below_tokens" and not served.why_dense(100, 200)
+    assert (
+        served.resolved.settled
+        and served.digest == settings_of(TRIANGLE.replace("1000", "200"), facts).configs["default"].digest
+    )
+    for machine, said in ((Machine("NVIDIA H200", "bfloat16", 2), "2 processes share"), (None, "an unknown device")):
+        with pytest.raises(SparsekitError, match=rf"^sparsekit: dense_below_tokens = 'auto': .*{said}"):
+            settings_of(auto, facts) if machine is None else settings_of(auto, facts, lambda m=machine: m)
+    with pytest.raises(SparsekitError, match=r"^sparsekit.configs.a: dense_below_tokens = 'auto'"):
+        settings_of({"configs": {"a": auto, "b": TRIANGLE}, "default": "b"}, facts)
+
+
+def test_the_machine_is_what_vllm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its platform, which starts no CUDA."""
+    platforms: Any = ModuleType("vllm.platforms")
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    given = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16), parallel_config=SimpleNamespace(tensor_parallel_size=4)
+    )
+    for cpu, device in ((False, "NVIDIA H200"), (True, HERE.device)):
+        platforms.current_platform = SimpleNamespace(is_cpu=lambda cpu=cpu: cpu, get_device_name=lambda: "NVIDIA H200")
+        assert machine_of(given) == Machine(device, "bfloat16", 4)

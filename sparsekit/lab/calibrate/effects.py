@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekit.config import LayerPatterns, SparseConfig, load
+from sparsekit.config.settle import settle
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.prompts import Prompt, make_prompts
@@ -21,6 +22,7 @@ from sparsekit.lab.stats import standard_error
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
+from sparsekit.patch.model import machine_of
 from sparsekit.patterns import DynamicPattern, Pattern
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ class Judge:
             SparsekitError: a layer that keeps its own attention, or a pattern that prompts of such a length run dense.
         """
         config = mixture if isinstance(mixture, SparseConfig) else _of_layers(mixture)
-        resolved = config.resolve(self.facts)
+        config = config.model_copy(update={"dense_below_tokens": 0})
+        resolved = settle(config.resolve(self.facts), self.facts, lambda: machine_of(self.model))
         sparse = {p.layer: p for p in resolved.layers if not p.dense and p.layer not in resolved.own_layers(self.facts)}
         for pattern in dict.fromkeys(pattern for layer in sparse.values() for pattern in layer.patterns):
             self._check_length(pattern)
@@ -141,8 +144,7 @@ class Judge:
         if not sparse:
             score = self._exact(dense, prompt)
             return {"kl": 0.0, "score": score, "dense_score": score, "same": 1.0, "tile_density": {}}
-        given = config.model_copy(update={"dense_below_tokens": 0})
-        with apply(self.model, given) as handle, self._shared.from_layer(min(sparse), content_key(prompt.key)):
+        with apply(self.model, config) as handle, self._shared.from_layer(min(sparse), content_key(prompt.key)):
             got = self._read(prompt, handle)
             rows = {row.layer: row for row in got.layers}
         idle = [layer for layer in sparse if rows[layer].ran == "own"]

@@ -14,17 +14,20 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.config import SparseConfig, format_range, give_back, load
+from sparsekit.config.settle import settle
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, answer, kl_divergence
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import TASKS, Prompt, make_prompts
 from sparsekit.lab.calibrate.records import Records
 from sparsekit.lab.progress import progress
-from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of
+from sparsekit.lab.provenance import content_of_code, content_of_model, made_on, patterns_of, tables_of
 from sparsekit.lab.tasks import Task
 from sparsekit.models import facts
 from sparsekit.patch import Handle, apply
 from sparsekit.patch.giving_back import give_back_until
+from sparsekit.patch.model import machine_of
+from sparsekit.patterns.fields import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,12 +152,16 @@ def gate(
         records: a JSONL file of the answers; an interrupted gate goes on from it.
     """
     loaded = load(config)
-    resolved, own = loaded.resolve(facts(model)), own_layers(model, some=True)
+    known, own = facts(model), own_layers(model, some=True)
+    resolved = settle(loaded.resolve(known), known, lambda: machine_of(model))
+    if loaded.dense_below_tokens == AUTO:  # with layers given back it is another config, of which no table is
+        loaded = loaded.model_copy(update={"dense_below_tokens": resolved.config.dense_below})
     if not 0 <= bound < 1 or not 0 < dense_at_least <= 1:
         raise SparsekitError(f"bound = {bound}, dense_at_least = {dense_at_least}: shares, of 0 to 1.")
-    if min(tokens, default=0) <= max(loaded.dense_below_tokens, loaded.min_queries):
+    shortest = max(resolved.config.dense_below, loaded.min_queries)
+    if min(tokens, default=0) <= shortest:
         raise SparsekitError(
-            f"tokens = {min(tokens, default=0)}: prompts of up to {max(loaded.dense_below_tokens, loaded.min_queries)} "
+            f"tokens = {min(tokens, default=0)}: prompts of up to {shortest} "
             "tokens run dense under this config (dense_below_tokens), so the gate checks nothing; "
             "give longer ones (--gate-tokens), or lower it (`calibrate rule --dense-below`)."
         )
@@ -212,7 +219,7 @@ class _Gate:
         meaning = {name: value for name, value in config.to_dict().items() if name not in ("provenance", "model")}
         place = {"kind": "gate", "model": self._content, "device": self.model.device.type}
         code = content_of_code([prompt.task, *patterns_of(config)])
-        key = {**place, "code": code, "prompt": prompt.key, "config": meaning}
+        key = {**place, "code": code, "prompt": prompt.key, "config": meaning, **tables_of(config)}
         found: dict[str, Any] | None = self.records.get(key)
         return found if found is not None else self.records.add(key, self._measure(config, prompt))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsekit.config import SparseConfig, parse_range
-from sparsekit.lab.provenance import content_key, patterns_of
+from sparsekit.lab.provenance import content_key, patterns_of, tables_of
 from sparsekit.patterns import Pattern
 
 __all__ = ["Run", "canonical", "config_key", "groups"]
@@ -103,6 +103,7 @@ def canonical(config: SparseConfig | None) -> Any:
         "dense_below_tokens": config.dense_below_tokens,
         "min_queries": config.min_queries,
         "dense_impl": config.dense_impl,
+        **tables_of(config),
     }
 
 

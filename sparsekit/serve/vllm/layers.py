@@ -85,6 +85,7 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
     METER.about = {"sparsekit": __version__, "rank": rank, "backend": backend, "exact_prefix": settings.exact_prefix}
     for name, served in settings.configs.items():
         lines.append(line(name, backend, {i: m.impl for i, m in found.items()}, own[name], served.config))
+        lines += [f"config {name!r}: {said}" for said in served.resolved.settled]
     return lines
 
 
@@ -109,7 +110,7 @@ def line(name: str, backend: str, impls: Mapping[int, Any], own: Mapping[int, st
         said = str(patterns) if patterns is not None else f"vLLM ({own.get(index, 'dense')})"
         by_pattern.setdefault(said, []).append(index)
     where = "; ".join(f"layers {format_range(layers)}: {said}" for said, layers in by_pattern.items())
-    below = f"; prompts below {config.dense_below_tokens} tokens: vLLM" if config.dense_below_tokens else ""
+    below = f"; prompts below {config.dense_below} tokens: vLLM" if config.dense_below else ""
     return f"sparsekit {__version__} over {backend}, config {name!r}: {where}{below}; decoding: vLLM"
 
 

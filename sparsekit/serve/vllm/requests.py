@@ -13,6 +13,7 @@ from sparsekit.serve.vllm.settings import (
     Settings,
     check_spelling,
     facts_of,
+    machine_of,
     refuse,
     settings_of,
     source_of,
@@ -33,7 +34,7 @@ def checked_settings(vllm_config: Any) -> Settings | None:
         return None
     refuse(vllm_config)
     check_hooks()
-    settings = settings_of(source, facts_of(vllm_config))
+    settings = settings_of(source, facts_of(vllm_config), lambda: machine_of(vllm_config))
     if settings.exact_prefix and vllm_config.kv_transfer_config is not None:
         raise SparsekitError(
             f"{KEY}.exact_prefix with --kv-transfer-config: it keeps pages out of vLLM's own cache, not out of a "
@@ -123,7 +124,7 @@ def _cap_cache(init: Callable[..., Any]) -> Callable[..., Any]:
             params = request.sampling_params
             served = settings.choose(None if params is None else params.extra_args)
             prompt = request.num_prompt_tokens
-            if served is not None and prompt >= served.config.dense_below_tokens:
+            if served is not None and prompt >= served.config.dense_below:
                 num_computed_tokens = min(num_computed_tokens, max(prompt - (served.tail or 0), 0))
             return cache(request, num_computed_tokens, *more, **named)
 

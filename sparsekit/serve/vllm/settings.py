@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from sparsekit.config import ModelFacts, ResolvedConfig, SparseConfig, load, rope_theta_of
+from sparsekit.config.settle import Machine, settle
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.patterns import Pattern
+from sparsekit.patterns.crossover import device_name
 from sparsekit.serve.prompts import dense_tail
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "WRAPPED",
     "Served",
     "Settings",
+    "machine_of",
     "refuse",
     "settings_of",
     "source_of",
@@ -74,7 +79,7 @@ class Served:
         vLLM says itself what is decoding, so static patterns run in chunks of any size, and a prompt's result does not
         depend on how it was cut. From fewer than `min_queries` queries, dynamic ones would estimate little.
         """
-        if prompt < self.config.dense_below_tokens:
+        if prompt < self.config.dense_below:
             return "the prompt is below dense_below_tokens"
         return "a chunk below min_queries" if self.tail is None and queries < self.config.min_queries else ""
 
@@ -109,7 +114,7 @@ class Settings:
 
         Under `exact_prefix`, a prompt that is dense for its length has those of `off`.
         """
-        if served is None or (self.exact_prefix and prompt < served.config.dense_below_tokens):
+        if served is None or (self.exact_prefix and prompt < served.config.dense_below):
             return given
         return f"sparsekit-{served.digest}{'' if given is None else f'-{given}'}"
 
@@ -139,14 +144,19 @@ def check_spelling(fields: Any, where: str) -> None:
                 raise SparsekitError(f"{where}: unknown field {shown(name)}. Did you mean {KEY!r}?")
 
 
-def settings_of(source: Any, facts: ModelFacts) -> Settings:
-    """The settings of a source for a model.
+def nowhere() -> Machine:
+    """A device of which no table has a row."""
+    return Machine("", "")
+
+
+def settings_of(source: Any, facts: ModelFacts, machine: Callable[[], Machine] = nowhere) -> Settings:
+    """The settings of a source for a model. `machine` is asked where a config says `dense_below_tokens: auto`.
 
     Raises:
         SparsekitError: a field or config that is wrong, or for another model.
     """
     if not isinstance(source, Mapping) or "version" in source:
-        return Settings({DEFAULT: _served(DEFAULT, source, facts)}, DEFAULT)
+        return Settings({DEFAULT: _served(DEFAULT, source, facts, machine)}, DEFAULT)
     unknown = [name for name in source if name not in FIELDS]
     if unknown:
         raise SparsekitError(
@@ -161,9 +171,9 @@ def settings_of(source: Any, facts: ModelFacts) -> Settings:
     if "config" in source:
         if "default" in source:
             raise SparsekitError(f"{KEY}.default goes with `configs`; a single config is called {DEFAULT!r}.")
-        settings = Settings({DEFAULT: _served(DEFAULT, source["config"], facts)}, DEFAULT, exact)
+        settings = Settings({DEFAULT: _served(DEFAULT, source["config"], facts, machine)}, DEFAULT, exact)
     else:
-        settings = _several(source, facts, exact)
+        settings = _several(source, facts, machine, exact)
     if exact and (dynamic := [name for name, served in settings.configs.items() if served.tail is None]):
         raise SparsekitError(
             f"{KEY}.exact_prefix: {dynamic[0]!r} has patterns whose choice depends on later rows, or whose correction "
@@ -173,7 +183,7 @@ def settings_of(source: Any, facts: ModelFacts) -> Settings:
     return settings
 
 
-def _several(source: Mapping[str, Any], facts: ModelFacts, exact: bool) -> Settings:
+def _several(source: Mapping[str, Any], facts: ModelFacts, machine: Callable[[], Machine], exact: bool) -> Settings:
     named = source["configs"]
     if not isinstance(named, Mapping) or not named or not all(isinstance(name, str) and name for name in named):
         raise SparsekitError(f"{KEY}.configs = {shown(named)}: a mapping of names to configs, one at least.")
@@ -187,16 +197,16 @@ def _several(source: Mapping[str, Any], facts: ModelFacts, exact: bool) -> Setti
         raise SparsekitError(
             f"{KEY}.default = {shown(default)}: one of {', '.join(allowed)}.{nearest(default, allowed)}"
         )
-    return Settings({name: _served(name, each, facts) for name, each in named.items()}, str(default), exact)
+    return Settings({name: _served(name, each, facts, machine) for name, each in named.items()}, str(default), exact)
 
 
-def _served(name: str, source: Any, facts: ModelFacts) -> Served:
+def _served(name: str, source: Any, facts: ModelFacts, machine: Callable[[], Machine]) -> Served:
     try:
-        config = load(source)
-        resolved = config.resolve(facts)
+        resolved = settle(load(source).resolve(facts), facts, machine)
     except SparsekitError as error:
         raise SparsekitError(f"{KEY}{'' if name == DEFAULT else f'.configs.{name}'}: {error}") from None
-    said = f"{resolved.to_dict()} {config.dense_below_tokens} {config.min_queries} {config.dense_impl}"
+    config = resolved.config
+    said = f"{resolved.to_dict()} {config.dense_below} {config.min_queries} {config.dense_impl}"
     patterns: set[Pattern] = {pattern for layer in resolved.layers for pattern in layer.patterns}
     tail = dense_tail(tuple(patterns), TAIL_TOKENS)
     return Served(name, resolved, hashlib.sha256(said.encode()).hexdigest()[:16], tail)
@@ -216,6 +226,15 @@ def facts_of(vllm_config: Any) -> ModelFacts:
         hidden_size=model.get_hidden_size(),
         rope_theta=rope_theta_of(text),
     )
+
+
+def machine_of(vllm_config: Any) -> Machine:
+    """What the server's processes run on. vLLM asks NVML: starting CUDA here would keep it from forking workers."""
+    from vllm.platforms import current_platform
+
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    name = device_name(torch.device("cpu")) if current_platform.is_cpu() else current_platform.get_device_name()
+    return Machine(name, dtype, vllm_config.parallel_config.tensor_parallel_size)
 
 
 def version_refusal(version: tuple[Any, ...]) -> str:
