@@ -14,7 +14,7 @@ from sparsekit.call.keys import Keys
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, preferred_tile
-from sparsekit.lab.bench.kernel_peers import SINK, WINDOW, Shape
+from sparsekit.lab.bench.kernel_cases import SINK, WINDOW, Shape
 from sparsekit.lab.bench.timing import rounds, spread
 from sparsekit.patterns import Triangle
 from sparsekit.plan import BlockPlan, dense_plan, plan_from_rule
