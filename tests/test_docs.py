@@ -256,12 +256,55 @@ def _curve_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _gates_table() -> str:
+    """Grad(Middle), DuoAttention's gates and the last layers on the same prompts."""
+    of, lines = {}, []
+    for name in ("duo-attention-qwen2.5-coder-1.5b", "head-curve-qwen2.5-coder-1.5b"):
+        rows = [json.loads(line) for line in (DOCS / "results" / f"{name}.jsonl").read_text().splitlines()]
+        of |= {(row["task"], row["share"], row["by"]): row for row in rows
+               if (row["tokens"], row["samples"], row["probe"]) == (8192, 96, rows[0]["probe"])}  # fmt: skip
+    for task in ("needle4", "vt", "perplexity"):
+        for share in (0.5, 0.65, 0.75):
+            three = [of[task, share, by] for by in ("gradient", "scores", "layer")]
+            kls = [f"{row['kl']:.4f} ± {row['kl_half_width']:.4f}" for row in three]
+            scores = ", ".join(f"{row['score'][0]:.2f}" for row in three if row["score"])
+            lines.append(" | ".join([f"| {task}, {share:.0%}", *kls, scores]).rstrip() + " |\n")
+    head = (
+        "| 96 prompts of 8,192 tokens | KL, Grad(Middle) | KL, gates | KL, by layer | scores |\n|---|---|---|---|---|\n"
+    )
+    return head + "".join(lines)
+
+
+def test_the_table_of_gates_is_that_of_the_records() -> None:
+    page = (DOCS / "head-choice.md").read_text()
+    [shown] = re.findall(r"<!-- duo-attention-qwen2.5-coder-1.5b -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert shown == _gates_table()
+
+
 @pytest.mark.parametrize("name", ["head-curve-qwen2.5-coder-1.5b", "head-curve-smollm2"])
 def test_tables_of_head_choice_are_those_of_the_records(name: str) -> None:
     records = [json.loads(line) for line in (DOCS / "results" / f"{name}.jsonl").read_text().splitlines()]
     page = (DOCS / "head-choice.md").read_text()
     [shown] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end -->", page, re.DOTALL)
     assert shown == _curve_table(records)
+
+
+def test_the_table_of_the_head_search_is_that_of_the_records() -> None:
+    found, curve = (
+        [json.loads(line) for line in (DOCS / "results" / f"{name}-qwen2.5-coder-1.5b.jsonl").read_text().splitlines()]
+        for name in ("heads", "head-curve")
+    )
+    lines = []
+    for row in found:
+        [beside] = [one for one in curve if (one["task"], one["share"], one["tokens"], one["samples"], one["by"]) ==
+                    (row["task"], 0.75, 8192, 96, "gradient") and one["probe"] == curve[0]["probe"]]  # fmt: skip
+        kl = f"{row['kl']:.4f} ± {row['kl_width']:.4f} | {beside['kl']:.4f} ± {beside['kl_half_width']:.4f}"
+        score = beside["score"] and f"{row['score']:.2f}, {beside['score'][0]:.2f}; {row['dense_score']:.2f}"
+        tiles = f"{row['tile_density']:.2f}, {beside['tile_density']:.2f}"
+        lines.append(f"| {row['task']} | {tiles} | {kl} | {score or ''} |\n")
+    page = (DOCS / "head-choice.md").read_text()
+    [shown] = re.findall(r"<!-- heads-qwen2.5-coder-1.5b -->\n.*?\n.*?\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert shown == "".join(lines)
 
 
 def test_the_tables_of_gains_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -282,11 +325,11 @@ def test_what_head_choice_says_beside_its_table_is_in_the_records() -> None:
     kl = {(row["task"], row["tokens"], row["share"], row["by"], row["samples"]): row["kl"] for row in rows}
     times = {key[:3]: value / kl[(*key[:3], "gradient", key[4])] for key, value in kl.items() if
              key[3] == "layer" and (*key[:3], "gradient", key[4]) in kl}  # fmt: skip
-    text = [1 / value for (task, *_), value in times.items() if task == "perplexity"]
+    text = [1 / value for (task, _, share), value in times.items() if task == "perplexity" and share >= 0.5]
     layers = dict.fromkeys(f"{28 * row['heads_share']:.0f}" for row in rows if row["by"] == "layer")
     page = " ".join((DOCS / "head-choice.md").read_text().split())
     assert f"0.55 at 75%, with {times['needle4', 8192, 0.75]:.0f} times the KL" in page
-    assert f"changes {min(text):.2f} to {max(text):.2f} times as much as by layer" in page
+    assert f"changes {min(text):.2f} to {max(text):.2f} times as much as by layer from 50% on" in page
     assert f"come nearest: {', '.join(list(layers)[:-1])} and {list(layers)[-1]}." in page
 
 
