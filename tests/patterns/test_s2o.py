@@ -14,6 +14,7 @@ from sparsekit import SparsekitError, attention
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import attend
 from sparsekit.kernels.select import ranking
+from sparsekit.kernels.select.segments import segments_of
 from sparsekit.patterns import S2O, parse_pattern, s2o
 from sparsekit.plan import BlockPlan
 
@@ -152,7 +153,6 @@ def test_groups_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in (S2O(segment_tokens=64, max_tokens=200, guide="last"), S2O(segment_tokens=70, max_tokens=None)):
         plan = plan_of(pattern, inputs, geometry)
         for scratch in (1, 20_000, 60_000):
-            monkeypatch.setattr(s2o, "SCRATCH_BYTES", scratch)
             monkeypatch.setattr(ranking, "SCRATCH_BYTES", scratch)
             other = plan_of(pattern, inputs, geometry)
             for name in ("q_index", "keys", "key_ptr"):
@@ -257,9 +257,9 @@ def test_a_million_tokens_fit() -> None:
     """The default's ranked keys at 1M tokens and 32 heads, by what the pattern counts before it allocates."""
     geometry = Geometry.of(1 << 20)
     pattern = S2O()
-    ptr, _ = s2o._key_ptr(geometry, 1, pattern.segment_tokens, pattern.max_tokens, torch.device("cpu"))
-    assert 32 * ptr[0][-1] * 4 < 1.1 * 2**30
-    pattern._check_room(32 * ptr[0][-1] * 4, geometry)
+    room = segments_of(geometry, pattern.segment_tokens, pattern.max_tokens, torch.device("cpu")).room
+    assert 32 * room * 4 < 1.1 * 2**30
+    pattern._check_room(32 * room * 4, geometry)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
