@@ -41,7 +41,8 @@ from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule, row
 
 # name -> what `capability_of` says there, and processors: of MI300X and B200
 TARGETS = {"AMD gfx942": ((0, 0), 304), "NVIDIA sm_100": ((10, 0), 148)}
-ESTIMATORS = (block_scores_triton, mean_keys_triton, last_queries_triton, ranking_triton)  # those that ask for the capability
+# Those that ask for the capability.
+ESTIMATORS = (block_scores_triton, mean_keys_triton, last_queries_triton, ranking_triton)
 TOKENS = 4096
 CPU = torch.device("cpu")
 ALL = sys.argv[1:] == ["all"]

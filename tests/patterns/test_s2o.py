@@ -14,7 +14,7 @@ from sparsekit import SparsekitError, attention
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import attend
 from sparsekit.kernels.select import ranking
-from sparsekit.kernels.select.segments import segments_of
+from sparsekit.kernels.select.segments import segments_of, turns_of
 from sparsekit.patterns import S2O, parse_pattern, s2o
 from sparsekit.plan import BlockPlan
 
@@ -173,6 +173,22 @@ def test_groups_fit_the_scratch() -> None:
             assert len({int(counts[i]) < firsts[i][0] - 64 for i in range(a, b)}) == 1
             seen += range(a, b)
         assert seen == list(range(1, 256))
+
+
+@pytest.mark.parametrize("limit", [1 << 22, 1 << 26, 1 << 28])
+def test_turns_fit_the_limit(limit: int) -> None:
+    """Of the Triton path: every segment with a list is in one turn, in a row wide enough."""
+    for geometry in (Geometry.of(131072), Geometry.of(5000, 20000, batch=2, kv_start=(0, 19000))):
+        segments = segments_of(geometry, 512, 4096, torch.device("cpu"))
+        seen: list[int] = []
+        for a, b, width in turns_of(geometry, 512, 32, 128, 1000, limit):
+            ends = [rows[i][0] for rows in segments.rows for i in range(a, b) if rows[i][1] < rows[i][2]]
+            assert 0 <= width - 1000 - (max(ends) - 64) < 128
+            assert (width - 1000) % 128 == 0
+            assert b - a == 1 or geometry.batch * 32 * (b - a) * width <= limit
+            seen += range(a, b)
+        lists = [any(p[i + 1] > p[i] for p in segments.ptr) for i in range(len(segments.rows[0]))]
+        assert seen == [i for i, some in enumerate(lists) if some]
 
 
 # ---- samples and chunks

@@ -129,7 +129,7 @@ def _segment_scores(
 @triton.jit
 @no_type_check
 def _lanes(CHUNK: tl.constexpr):
-    """0 to CHUNK - 1 (threads, 4, 4), so that a thread holds 16 of them, as loads of 16 bytes, and counts them alone."""
+    """0 to CHUNK - 1 in (CHUNK / 16, 4, 4): a thread loads four times 16 bytes, and counts what it holds by itself."""
     thread = tl.arange(0, CHUNK // 16)[:, None, None] * 4
     return thread + tl.arange(0, 4)[None, :, None] * (CHUNK // 4) + tl.arange(0, 4)[None, None, :]
 
@@ -224,7 +224,7 @@ def _keep_about(
     turn = count * 0
     while ((found < count) | (found > ROOM)) & (turn < TURNS):
         wanted = tl.minimum(tl.maximum(share.to(tl.int32), 1), n_some)
-        least, reached = _narrow(some, lowest, highest, wanted, n_some)
+        least, _reached = _narrow(some, lowest, highest, wanted, n_some)
         found = _keep(p_score, p_pair, padded, _value(least), padded, ROOM, CHUNK, False)
         share = share * ((count + ROOM) // 2).to(tl.float32) / tl.maximum(found, 1).to(tl.float32)
         turn += 1
