@@ -63,6 +63,11 @@ class Blocks:
         return pooled_means(self.q, self.k, self.geometry, self.grid, self.block_tokens, half=half)
 
     @cached_property
+    def group_queries(self) -> Tensor:
+        """(B, G, Q, D), in q's type: the mean query of the heads that share a key head."""
+        return self.q.unflatten(1, (self.k.shape[1], -1)).mean(2)
+
+    @cached_property
     def key_means(self) -> Tensor:
         """float32 (B, G, columns, D): the mean key of every block alone; q is not read."""
         return pooled_means(self.q[:, :0], self.k, self.geometry, self.grid, self.block_tokens)[1]
