@@ -85,7 +85,8 @@ class BlockPattern(DynamicPattern):
         """float32 (B, H, rows, columns), contiguous: what each key block is worth to block rows first, first + 1, ...
 
         Query head h reads key head `h // (H // G)`. Columns beyond a row's `blocks.lengths` may hold anything. Several
-        scores of a head may stand as several heads, if `choose` makes one choice of them.
+        scores of a head may stand as several heads, and one of several heads as one, if `choose` makes H choices of
+        them.
         """
 
     @abstractmethod

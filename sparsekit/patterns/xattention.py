@@ -95,11 +95,15 @@ class XAttention(BlockPattern):
             q, sinks = x.group_queries, softmax.sink_logits
             if sinks is not None:  # a key of its own logit in each head
                 softmax = replace(softmax, sink_logits=sinks.unflatten(0, (q.shape[1], -1)).mean(1))
-        mass = antidiagonal_mass(q, x.k, x.geometry, x.grid, x.block_tokens, self.stride, softmax, first, rows)
-        return mass if self.proxy is None else mass.repeat_interleave(x.q.shape[1] // q.shape[1], 1)
+        return antidiagonal_mass(q, x.k, x.geometry, x.grid, x.block_tokens, self.stride, softmax, first, rows)
 
     def choose(self, scores: Tensor, lengths: Tensor) -> Tensor:
-        share = self.threshold if isinstance(self.threshold, float) else _shares_on(self.threshold, scores.device)
+        group = lengths.shape[1] // scores.shape[1]  # heads that a score stands for
+        if isinstance(self.threshold, float):
+            bits = top_p_bits(scores, self.threshold, lengths=lengths[:, ::group], force_first=True, force_last=True)
+            return bits if group == 1 else bits.repeat_interleave(group, 1)
+        scores = scores if group == 1 else scores.repeat_interleave(group, 1)
+        share = _shares_on(self.threshold, scores.device)
         return top_p_bits(scores, share, lengths=lengths, force_first=True, force_last=True)
 
 

@@ -101,6 +101,8 @@ def test_a_proxy_is_the_mean_query(sinks: Tensor | None) -> None:
     for h, share in enumerate(shares):
         one = XAttention(threshold=share).select((q[:, ::2] + q[:, 1::2]) / 2, k, geometry, mean)
         assert torch.equal(_kept(plan)[h], _kept(one)[h // 2])
+    same = [XAttention(threshold=one, proxy="mean").select(q, k, geometry, softmax) for one in (0.5, (0.5,) * 4)]
+    assert torch.equal(same[0].to_mask(), same[1].to_mask())
     assert not torch.equal(_kept(plan), _kept(XAttention(threshold=shares).select(q, k, geometry, softmax)))
 
 
