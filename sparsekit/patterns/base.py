@@ -70,6 +70,7 @@ class Pattern(BaseModel, ABC):
     source: ClassVar[str] = "-"  # where the method was published
     whole_layer: ClassVar[bool] = False  # its plan is a layer's only one: no union, no heads of another pattern
     estimates: ClassVar[bool] = True  # what it keeps depends on q and k; of a static one, on positions alone
+    left_out: ClassVar[tuple[str, ...]] = ("correct_every",)  # what records name only where it is not null
     narrow: ClassVar[bool] = False  # keeps fewer pairs in rows of fewer queries, as diagonals do
 
     # Parameters, as in YAML. `sparsekit bench dynamic` measures a pattern at its bench points and, with --sweep, at its
@@ -87,11 +88,8 @@ class Pattern(BaseModel, ABC):
 
     @model_serializer(mode="wrap")
     def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Records name what every pattern may have only where one has it."""
         data: dict[str, Any] = handler(self)
-        if data.get("correct_every", 0) is None:
-            del data["correct_every"]
-        return data
+        return {name: value for name, value in data.items() if value is not None or name not in self.left_out}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

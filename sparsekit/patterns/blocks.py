@@ -63,6 +63,11 @@ class Blocks:
         return pooled_means(self.q, self.k, self.geometry, self.grid, self.block_tokens, half=half)
 
     @cached_property
+    def group_queries(self) -> Tensor:
+        """(B, G, Q, D), in q's type: the mean query of the heads that share a key head."""
+        return self.q.unflatten(1, (self.k.shape[1], -1)).mean(2)
+
+    @cached_property
     def key_means(self) -> Tensor:
         """float32 (B, G, columns, D): the mean key of every block alone; q is not read."""
         return pooled_means(self.q[:, :0], self.k, self.geometry, self.grid, self.block_tokens)[1]
@@ -80,7 +85,8 @@ class BlockPattern(DynamicPattern):
         """float32 (B, H, rows, columns), contiguous: what each key block is worth to block rows first, first + 1, ...
 
         Query head h reads key head `h // (H // G)`. Columns beyond a row's `blocks.lengths` may hold anything. Several
-        scores of a head may stand as several heads, if `choose` makes one choice of them.
+        scores of a head may stand as several heads, and one of several heads as one, if `choose` makes H choices of
+        them.
         """
 
     @abstractmethod

@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels.select.ranking import KEY_TILE, SCRATCH_BYTES, _finite, _key_ptr, _rank_keys
+from sparsekit.kernels.select.ranking import mean_queries, rank_keys
+from sparsekit.kernels.select.segments import KEY_TILE, segments_of
 from sparsekit.patterns.base import DynamicPattern
-from sparsekit.plan import BlockPlan, Ranked, dense_plan, segment_bounds
+from sparsekit.plan import BlockPlan, Ranked, dense_plan
 
 __all__ = ["RANKED_BYTES", "S2O"]
 
@@ -69,19 +69,13 @@ class S2O(DynamicPattern):
         # The queries of a tile stop together, so they are one program: as many as a GPU holds of the head size.
         row_bytes = q.element_size() << max(q.shape[3] - 1, 64).bit_length()
         cut = geometry.with_tile(min(geometry.block_q, max(128 * 256 // row_bytes, 16)), KEY_TILE)
-        bounds = segment_bounds(cut, batch, self.segment_tokens, torch.device("cpu"))
-        rows = torch.stack(bounds, -1).tolist()  # per sample and segment: first position, first query, one past it
-        ptr, key_ptr = _key_ptr(cut, batch, self.segment_tokens, self.max_tokens, q.device)
-        room = max(max(ends) for ends in ptr)
-        self._check_room(batch * heads * room * 4, geometry)
-        tiles = -(-self.segment_tokens // cut.block_q)
-        shape = (batch, heads, len(rows[0]))
-        q_index = torch.full((*shape, tiles * cut.block_q), -1, dtype=torch.int32, device=q.device)
-        keys = torch.zeros(batch, heads, max(room, 1), dtype=torch.int32, device=q.device)
-        for b, start in enumerate(geometry.kv_start):
-            means = self._order_queries(q[b], geometry.q_index(b, 0), rows[b], q_index[b])
-            _rank_keys(means, k[b, :, start:], rows[b], ptr[b], self.segment_tokens, keys[b])
-        ranked = Ranked(self.segment_tokens, q_index, keys, key_ptr, self.tau, self.patience)
+        segments = segments_of(cut, self.segment_tokens, self.max_tokens, q.device)
+        self._check_room(batch * heads * segments.room * 4, geometry)
+        places = -(-self.segment_tokens // cut.block_q) * cut.block_q
+        shape = (batch, heads, len(segments.rows[0]), places)
+        q_index = torch.empty(shape, dtype=torch.int32, device=q.device)
+        keys = rank_keys(mean_queries(q, segments, self.guide, q_index), k, segments)
+        ranked = Ranked(self.segment_tokens, q_index, keys, segments.key_ptr, self.tau, self.patience)
         return BlockPlan(cut, samples=batch, heads=heads, ranked=ranked)
 
     def _check_room(self, needed: int, geometry: Geometry) -> None:
@@ -91,38 +85,3 @@ class S2O(DynamicPattern):
                 f"s2o: max_tokens={self.max_tokens} and segment_tokens={self.segment_tokens} rank {ranks} of keys for "
                 f"{geometry.batch} x {geometry.kv_len} tokens, above {limit}: fewer max_tokens or longer segments."
             )
-
-    def _order_queries(self, q: Tensor, offset: int, rows: list[list[int]], q_index: Tensor) -> Tensor:
-        """Fills in q_index (H, n, T * block_q) of one sample, from q (H, Q, D); float32 (H, n, D): the mean queries.
-
-        Args:
-            offset: row of q that holds position 0.
-        """
-        size = self.segment_tokens
-        means = q.new_zeros(len(q), len(rows), q.shape[2], dtype=torch.float32)
-        step = max(SCRATCH_BYTES // (q.shape[0] * size * q.shape[2] * 4), 1)
-        for i in range(0, len(rows), step):
-            part = [row for row in rows[i : i + step] if row[1] < row[2]]
-            if not part:
-                break
-            (first, low, _), high = part[0], part[-1][2]
-            lead, n = low - first, len(part)
-            trail = n * size - lead - (high - low)
-            some = q[:, low + offset : high + offset]
-            if lead or trail:
-                some = pad(some, (0, 0, lead, trail))
-            some = some.unflatten(1, (n, size))
-            place = torch.arange(n * size, device=q.device).view(n, size)
-            valid = (place >= lead) & (place < n * size - trail)
-            count = valid.sum(1)[:, None]
-            means[:, i : i + n] = some.sum(2, dtype=torch.float32) / count
-            if self.guide == "none":
-                order = (first + place[:, :1]).clamp(min=low) + place[:1]
-            else:
-                some = some.float()
-                last = torch.cat([some[:, :-1, -1:], some[:, -1:, size - trail - 1 : size - trail]], 1)
-                guide = means[:, i : i + n, None] if self.guide == "mean" else last
-                likeness = _finite((some @ guide.mT)[..., 0]).masked_fill_(~valid, -torch.inf)
-                order = first + place[:, :1] + likeness.sort(dim=-1, descending=True, stable=True).indices
-            q_index[:, i : i + n, :size] = torch.where(place[:1] < count, order, -1)
-        return means

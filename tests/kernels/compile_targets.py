@@ -35,12 +35,14 @@ from sparsekit.kernels.select import (
     totals_triton,
 )
 from sparsekit.kernels.select.grid import Budgets, Form, block_grid, slash_grid
+from sparsekit.kernels.select.segments import segments_of
 from sparsekit.patterns import S2O
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule, row_bounds
 
 # name -> what `capability_of` says there, and processors: of MI300X and B200
 TARGETS = {"AMD gfx942": ((0, 0), 304), "NVIDIA sm_100": ((10, 0), 148)}
-ESTIMATORS = (block_scores_triton, mean_keys_triton, last_queries_triton)  # those that ask for the capability
+# Those that ask for the capability.
+ESTIMATORS = (block_scores_triton, mean_keys_triton, last_queries_triton, ranking_triton)
 TOKENS = 4096
 CPU = torch.device("cpu")
 ALL = sys.argv[1:] == ["all"]
@@ -98,6 +100,9 @@ def _ranked(dim: int, dtype: torch.dtype) -> None:
     k = k.transpose(1, 2)
     plan = S2O().select(q, k, Geometry.of(2048), Softmax(0.1))
     triton_blocks.attend_triton(q, Keys(k, k), plan, Softmax(0.1), True)
+    segments = segments_of(plan.geometry, 512, 4096, CPU)
+    means = ranking_triton.mean_queries_triton(q, segments, plan.tensors["ranked.q_index"])
+    ranking_triton.rank_keys_triton(means, k, segments, plan.tensors["ranked.keys"])
 
 
 def _correct(dim: int, dtype: torch.dtype) -> None:

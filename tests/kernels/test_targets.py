@@ -17,7 +17,16 @@ import sparsekit
 
 KERNELS = Path(sparsekit.__file__).parent / "kernels"
 # Kernels that multiply matrices.
-PRODUCTS = {"_attend", "_attend_ranked", "_antidiagonals", "_scores", "_query_lse", "_denominators", "_sums"}
+PRODUCTS = {
+    "_attend",
+    "_attend_ranked",
+    "_antidiagonals",
+    "_scores",
+    "_query_lse",
+    "_denominators",
+    "_sums",
+    "_segment_scores",
+}
 
 
 @pytest.fixture(scope="module")

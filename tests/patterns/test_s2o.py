@@ -14,6 +14,7 @@ from sparsekit import SparsekitError, attention
 from sparsekit.call.geometry import Geometry
 from sparsekit.kernels import attend
 from sparsekit.kernels.select import ranking
+from sparsekit.kernels.select.segments import segments_of, turns_of
 from sparsekit.patterns import S2O, parse_pattern, s2o
 from sparsekit.plan import BlockPlan
 
@@ -152,7 +153,6 @@ def test_groups_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in (S2O(segment_tokens=64, max_tokens=200, guide="last"), S2O(segment_tokens=70, max_tokens=None)):
         plan = plan_of(pattern, inputs, geometry)
         for scratch in (1, 20_000, 60_000):
-            monkeypatch.setattr(s2o, "SCRATCH_BYTES", scratch)
             monkeypatch.setattr(ranking, "SCRATCH_BYTES", scratch)
             other = plan_of(pattern, inputs, geometry)
             for name in ("q_index", "keys", "key_ptr"):
@@ -173,6 +173,22 @@ def test_groups_fit_the_scratch() -> None:
             assert len({int(counts[i]) < firsts[i][0] - 64 for i in range(a, b)}) == 1
             seen += range(a, b)
         assert seen == list(range(1, 256))
+
+
+@pytest.mark.parametrize("limit", [1 << 22, 1 << 26, 1 << 28])
+def test_turns_fit_the_limit(limit: int) -> None:
+    """Of the Triton path: every segment with a list is in one turn, in a row wide enough."""
+    for geometry in (Geometry.of(131072), Geometry.of(5000, 20000, batch=2, kv_start=(0, 19000))):
+        segments = segments_of(geometry, 512, 4096, torch.device("cpu"))
+        seen: list[int] = []
+        for a, b, width in turns_of(geometry, 512, 32, 128, 1000, limit):
+            ends = [rows[i][0] for rows in segments.rows for i in range(a, b) if rows[i][1] < rows[i][2]]
+            assert 0 <= width - 1000 - (max(ends) - 64) < 128
+            assert (width - 1000) % 128 == 0
+            assert b - a == 1 or geometry.batch * 32 * (b - a) * width <= limit
+            seen += range(a, b)
+        lists = [any(p[i + 1] > p[i] for p in segments.ptr) for i in range(len(segments.rows[0]))]
+        assert seen == [i for i, some in enumerate(lists) if some]
 
 
 # ---- samples and chunks
@@ -257,9 +273,9 @@ def test_a_million_tokens_fit() -> None:
     """The default's ranked keys at 1M tokens and 32 heads, by what the pattern counts before it allocates."""
     geometry = Geometry.of(1 << 20)
     pattern = S2O()
-    ptr, _ = s2o._key_ptr(geometry, 1, pattern.segment_tokens, pattern.max_tokens, torch.device("cpu"))
-    assert 32 * ptr[0][-1] * 4 < 1.1 * 2**30
-    pattern._check_room(32 * ptr[0][-1] * 4, geometry)
+    room = segments_of(geometry, pattern.segment_tokens, pattern.max_tokens, torch.device("cpu")).room
+    assert 32 * room * 4 < 1.1 * 2**30
+    pattern._check_room(32 * room * 4, geometry)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -89,6 +89,37 @@ def test_thresholds_of_each_head() -> None:
         _select(XAttention(threshold=(0.5, 0.6, 0.7)), geometry, q, k)
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 3.0, -2.0, 0.0])], ids=["no sinks", "sinks"])
+def test_a_proxy_is_the_mean_query(sinks: Tensor | None) -> None:
+    """Heads 0 and 1 keep, each by its own threshold, what one head of their mean query and mean sink keeps."""
+    geometry = Geometry.of(128 * 9, block_kv=128)
+    q, k, _ = _sharp(geometry)
+    shares = (0.3, 0.7, 0.5, 0.9)
+    softmax = Softmax(0.25, None, sinks)
+    plan = XAttention(threshold=shares, proxy="mean").select(q, k, geometry, softmax)
+    mean = Softmax(0.25, None, None if sinks is None else torch.tensor([2.0, -1.0]))
+    for h, share in enumerate(shares):
+        one = XAttention(threshold=share).select((q[:, ::2] + q[:, 1::2]) / 2, k, geometry, mean)
+        assert torch.equal(_kept(plan)[h], _kept(one)[h // 2])
+    same = [XAttention(threshold=one, proxy="mean").select(q, k, geometry, softmax) for one in (0.5, (0.5,) * 4)]
+    assert torch.equal(same[0].to_mask(), same[1].to_mask())
+    assert not torch.equal(_kept(plan), _kept(XAttention(threshold=shares).select(q, k, geometry, softmax)))
+
+
+def test_a_proxy_of_one_head_is_that_head() -> None:
+    geometry = Geometry.of(500)
+    q, k, _ = _sharp(geometry)
+    for heads in (q[:, ::2], q[:, ::2].repeat_interleave(2, 1)):  # a key head each, or two that are equal
+        plans = [_select(XAttention(threshold=0.5, proxy=proxy), geometry, heads, k) for proxy in (None, "mean")]  # type: ignore[arg-type]
+        assert torch.equal(plans[0].to_mask(), plans[1].to_mask())
+
+
+def test_records_name_a_proxy_only_where_there_is_one() -> None:
+    assert "proxy" not in XAttention().model_dump()
+    assert XAttention(proxy="mean").model_dump()["proxy"] == "mean"
+    assert parse_pattern(XAttention(proxy="mean").to_yaml()) == XAttention(proxy="mean")
+
+
 def test_more_threshold_keeps_more() -> None:
     geometry = Geometry.of(128 * 9)
     q, k, _ = _sharp(geometry)

@@ -80,6 +80,34 @@ def _depth(whole, count):
 
 @triton.jit
 @no_type_check
+def _narrow(score, low, high, wanted, n_some):
+    """(the largest key in [low, high] that `wanted` or more of `score` reach, how many do). All `n_some` numbers among
+    them reach `low`, none passes `high`; the others are -inf."""
+    reached = n_some
+    above = 0  # scores above `high`
+    turn = 0
+    while low < high:
+        # A guess where roots of log shares are straight in between, as a bell's tail has them (a fifth to a quarter
+        # fewer turns than by logs, on means of queries and keys); every fourth time the middle key.
+        first, last = _value(low), _value(high)
+        depth = _depth(n_some, reached)
+        share = (_depth(n_some, wanted) - depth) / (_depth(n_some, tl.maximum(above, 0.5)) - depth)
+        guess = first + (last - first) * share
+        middle = _upper_middle(low, high)
+        if (turn % 4 < 3) & (tl.abs(guess) < float("inf")):
+            middle = tl.minimum(tl.maximum(_ordered(guess), low + 1), high)
+        count = tl.sum((score >= _value(middle)).to(tl.float32)).to(tl.int32)
+        enough = count >= wanted
+        low = tl.where(enough, middle, low)
+        reached = tl.where(enough, count, reached)
+        above = tl.where(enough, above, count)
+        high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
+        turn += 1
+    return low, reached
+
+
+@triton.jit
+@no_type_check
 def _topk_row(
     p_score, p_bits, length, k, words,
     BLOCK: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
@@ -97,25 +125,7 @@ def _topk_row(
     low = tl.where(wanted > 0, _ordered(tl.min(tl.where(candidate, score, float("inf")))), NOTHING)
     reached = tl.where(wanted > 0, n_some, 0)
     if wanted < reached:
-        above = 0  # scores above `high`
-        turn = 0
-        while low < high:
-            # A guess where roots of log shares are straight in between, as a bell's tail has them (a fifth to a quarter
-            # fewer turns than by logs, on means of queries and keys); every fourth time the middle key.
-            first, last = _value(low), _value(high)
-            depth = _depth(n_some, reached)
-            share = (_depth(n_some, wanted) - depth) / (_depth(n_some, tl.maximum(above, 0.5)) - depth)
-            guess = first + (last - first) * share
-            middle = _upper_middle(low, high)
-            if (turn % 4 < 3) & (tl.abs(guess) < float("inf")):
-                middle = tl.minimum(tl.maximum(_ordered(guess), low + 1), high)
-            count = tl.sum((score >= _value(middle)).to(tl.float32)).to(tl.int32)
-            enough = count >= wanted
-            low = tl.where(enough, middle, low)
-            reached = tl.where(enough, count, reached)
-            above = tl.where(enough, above, count)
-            high = tl.where(enough, tl.where(count == wanted, middle, high), middle - 1)
-            turn += 1
+        low, reached = _narrow(score, low, high, wanted, n_some)
     least = _value(low)
     keep = score >= least
     if reached > wanted:

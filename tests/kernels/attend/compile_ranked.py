@@ -13,8 +13,10 @@ from test_compile import SHARED, Driver, offline, ptxas
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import launch
 from sparsekit.kernels.attend import triton_ranked
 from sparsekit.kernels.select import ranking_triton
+from sparsekit.kernels.select.segments import segments_of
 from sparsekit.patterns import S2O
 
 MADE: list[dict[str, Any]] = []
@@ -43,13 +45,21 @@ def _compile(
     )
 
 
+def _lists() -> None:
+    """The longest lists that one program makes."""
+    segments = segments_of(Geometry.of(20480), 512, ranking_triton.LONGEST, torch.device("cpu"))
+    k = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, 1, 20480, 64)
+    ranking_triton.rank_keys_triton(k[:, :, :40], k, segments, torch.zeros(1, 1, segments.room, dtype=torch.int32))
+
+
 def main() -> None:
     offline()
-    triton_ranked._start = ranking_triton._start = _compile  # type: ignore[assignment]
+    launch._start = triton_ranked._start = ranking_triton._start = _compile  # type: ignore[assignment]
     geometry = Geometry.of(2048)
     for capability, limit in SHARED.items():
         Driver.capability = capability[0] * 10 + capability[1]
-        triton_ranked.capability_of = lambda device, found=capability: found  # type: ignore[assignment]
+        for module in (triton_ranked, ranking_triton):
+            module.capability_of = lambda device, found=capability: found  # type: ignore[attr-defined]
         for dtype, dim, softmax in (
             (torch.bfloat16, 128, Softmax(0.1)),
             (torch.bfloat16, 64, Softmax(0.1, 5.0, torch.zeros(4))),
@@ -64,7 +74,11 @@ def main() -> None:
             assert plan.ranked is not None
             FACTS.update(dim=dim, dtype=str(dtype), block_q=plan.block_q, limit=limit)
             triton_ranked.attend_ranked_triton(q, Keys(k, k), plan, plan.ranked, softmax, True)
+            segments = segments_of(plan.geometry, 512, 4096, q.device)
+            means = ranking_triton.mean_queries_triton(q, segments, plan.ranked.q_index)
+            ranking_triton.rank_keys_triton(means, k, segments, plan.ranked.keys)
         ranking_triton.bit_positions_triton(torch.zeros(4, 100, dtype=torch.int32), 50)
+    _lists()
     print(json.dumps(MADE))
 
 

@@ -5,8 +5,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranked_cases import GEOMETRIES, PATTERNS, SINKS, check_ranked, peaked, plan_of, shuffled, unvisited
+from ranked_cases import (
+    GEOMETRIES,
+    MISLED,
+    PATTERNS,
+    SELECTIONS,
+    SINKS,
+    check_ranked,
+    misled,
+    peaked,
+    plan_of,
+    shuffled,
+    unvisited,
+    whole,
+)
 from test_select import rows_of
+from torch import Tensor
 
 from sparsekit import SparsekitError
 from sparsekit.call.geometry import Geometry
@@ -14,6 +28,7 @@ from sparsekit.kernels import attend, launch
 from sparsekit.kernels.attend import tiles, triton_ranked
 from sparsekit.kernels.select import ranking, ranking_triton
 from sparsekit.kernels.select.bits import pack_bits
+from sparsekit.kernels.select.segments import segments_of
 from sparsekit.patterns import S2O
 
 G300 = GEOMETRIES["300"]
@@ -142,15 +157,74 @@ def test_the_largest_keys_of_both_paths(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(ranking._largest(scores, 300), expected)
 
 
-def test_select_of_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = Geometry.of(600, batch=2, kv_start=(0, 77), block_q=64)
-    inputs = peaked(geometry)
-    pattern = S2O(segment_tokens=64, max_tokens=100)
+def _compare(
+    monkeypatch: pytest.MonkeyPatch, pattern: S2O, inputs: tuple[Tensor, Tensor, Tensor], geometry: Geometry
+) -> None:
+    """The same plan of both paths, to the last key."""
     expected = plan_of(pattern, inputs, geometry)
     monkeypatch.setattr(ranking, "runs_triton", lambda device: True)
-    monkeypatch.setattr(
-        ranking, "topk_indices_mask", lambda scores, k, pick=ranking.topk_indices_mask: pick(scores, k, impl="triton")
-    )
     got = plan_of(pattern, inputs, geometry)
     for name, tensor in expected.tensors.items():
         assert torch.equal(got.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_select_of_both_paths(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, pattern, heads = SELECTIONS[case]
+    inputs = whole(geometry, heads=heads[0], key_heads=heads[1])
+    _compare(monkeypatch, pattern, inputs, geometry)
+
+
+def test_select_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, pattern, _ = SELECTIONS["left padding"]
+    monkeypatch.setattr(ranking_triton, "SCORE_BYTES", 20_000)
+    _compare(monkeypatch, pattern, whole(geometry, heads=2, key_heads=1), geometry)
+
+
+@pytest.mark.parametrize("turns", [0, 4])
+@pytest.mark.parametrize("case", MISLED)
+def test_select_from_a_sample_that_misleads(case: str, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few or too many scores reach what it suggests; and without a suggestion."""
+    geometry = Geometry.of(768, block_q=64)
+    monkeypatch.setattr(ranking_triton, "TURNS", turns)
+    _compare(monkeypatch, S2O(segment_tokens=384, max_tokens=90), misled(case, geometry), geometry)
+
+
+def test_select_does_not_read_dead_cache_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(96, 700, q_offset=240, block_q=64)
+    q, k, v = whole(geometry, heads=2, key_heads=1)
+    k[:, :, 336:] = float("nan")
+    _compare(monkeypatch, S2O(segment_tokens=96, max_tokens=60), (q, k, v), geometry)
+
+
+def test_select_of_values_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(384, block_q=64)
+    q, k, v = whole(geometry, heads=2, key_heads=1)
+    k[0, 0, 100, 3], k[0, 0, 130, 2], k[0, 0, 170, 1] = float("nan"), float("inf"), -float("inf")
+    q[0, 1, 350, 3] = float("nan")
+    _compare(monkeypatch, S2O(segment_tokens=96, max_tokens=80), (q, k, v), geometry)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [16, 80])
+def test_mean_queries_of_both_paths(dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(130, 250, batch=2, kv_start=(0, 30), block_q=64)
+    q = peaked(geometry, dtype, dim=dim, heads=2, key_heads=1)[0]
+    segments = segments_of(geometry, 70, None, q.device)
+    places = [torch.full((2, 2, 3, 128), 7, dtype=torch.int32) for _ in range(2)]
+    expected = ranking.mean_queries(q, segments, "none", places[0])
+    monkeypatch.setattr(ranking, "runs_triton", lambda device: True)
+    got = ranking.mean_queries(q, segments, "none", places[1])
+    assert torch.equal(*places)
+    assert got.dtype == expected.dtype == dtype
+    assert (got - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_select_of_lists_too_long_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(600, batch=2, kv_start=(0, 77), block_q=64)
+    monkeypatch.setattr(ranking_triton, "LONGEST", 99)
+    monkeypatch.setattr(
+        ranking, "topk_indices_mask", lambda scores, k, pick=ranking.topk_indices_mask: pick(scores, k, impl="triton")
+    )
+    inputs = whole(geometry, heads=2, key_heads=1)
+    _compare(monkeypatch, S2O(segment_tokens=64, max_tokens=100), inputs, geometry)

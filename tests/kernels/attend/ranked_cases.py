@@ -35,6 +35,57 @@ PATTERNS = {
     "everything": S2O(segment_tokens=64, tau=0.0, max_tokens=None),
 }
 
+# name -> call, pattern, (heads, key heads). Segments of 96 or 128 tokens, and parts of them of 24 or 48, so that
+# the means of `whole` queries are exact.
+_CAPPED = S2O(segment_tokens=96, max_tokens=60)
+SELECTIONS = {
+    "whole": (Geometry.of(600, block_q=64), _CAPPED, (4, 2)),
+    "three heads a key head": (Geometry.of(384, block_q=64), _CAPPED, (6, 2)),
+    "a key head a head": (Geometry.of(384, block_q=64), _CAPPED, (3, 3)),
+    "tile of 32": (Geometry.of(312, block_q=32), _CAPPED, (2, 1)),
+    "all of it": (Geometry.of(240, block_q=64), S2O(segment_tokens=96, max_tokens=None), (2, 1)),
+    "chunk": (Geometry.of(264, 600, block_q=64), _CAPPED, (2, 1)),
+    "left padding": (Geometry.of(600, batch=2, kv_start=(0, 72), block_q=64), _CAPPED, (2, 1)),
+    "right padding": (Geometry.of(384, batch=3, kv_end=(384, 48, 240), block_q=64), _CAPPED, (2, 1)),
+    "all padding": (Geometry.of(240, batch=2, kv_end=(0, 240), block_q=64), _CAPPED, (2, 1)),
+    "padded chunk": (Geometry.of(120, 480, batch=2, kv_start=(432, 0), block_q=64), _CAPPED, (2, 1)),
+    "one more than a segment": (Geometry.of(129, block_q=64), S2O(segment_tokens=128, max_tokens=1), (2, 1)),
+}
+# What a sample of a row's scores says that is not so.
+MISLED = ("more are large", "fewer are large", "one value", "two values")
+
+
+def whole(
+    geometry: Geometry, dtype: torch.dtype = torch.float32, *, dim: int = 16, heads: int = 4, key_heads: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Small whole numbers, the queries' multiples of 3: sums are exact in any order, and scores have many equals."""
+    g = torch.Generator().manual_seed(dim + heads)
+    q = 3 * torch.randint(-3, 4, (geometry.batch, heads, geometry.q_len, dim), generator=g)
+    k, v = torch.randint(-3, 4, (2, geometry.batch, key_heads, geometry.kv_len, dim), generator=g)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def misled(case: str, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """One head of `whole` numbers, two segments; the second's sampled scores, a few of `BLOCK` = 128, are far off."""
+    q, k, v = whole(geometry, heads=1, key_heads=1)
+    q[..., 0], k[..., 0] = 3, 0
+    history = geometry.kv_len // 2 - 64
+    lane = torch.arange(128)
+    step = -(-history // 128)
+    at = lane * step + ((lane * 40503) >> 4 & 4095) % step
+    at = 64 + at[at < history]
+    if case == "more are large":
+        k[:, :, :, 0] = 100
+        k[:, :, at, 0] = 0
+    elif case == "fewer are large":
+        k[:, :, at, 0] = 100
+    elif case == "one value":
+        k[:] = 1
+    else:
+        k[:] = 1
+        k[:, :, 70::40] = 2
+    return q, k, v
+
 
 def peaked(
     geometry: Geometry, dtype: torch.dtype = torch.float32, *, dim: int = 16, heads: int = 4, key_heads: int = 2

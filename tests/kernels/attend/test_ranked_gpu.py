@@ -7,7 +7,20 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from ranked_cases import GEOMETRIES, PATTERNS, SINKS, check_ranked, peaked, plan_of, shuffled, unvisited
+from ranked_cases import (
+    GEOMETRIES,
+    MISLED,
+    PATTERNS,
+    SELECTIONS,
+    SINKS,
+    check_ranked,
+    misled,
+    peaked,
+    plan_of,
+    shuffled,
+    unvisited,
+    whole,
+)
 from test_select import rows_of
 from torch import Tensor
 
@@ -120,6 +133,26 @@ def test_select_as_on_a_cpu(name: str, dtype: torch.dtype) -> None:
         for field in ("keys", "q_index"):
             same = here.tensors[f"ranked.{field}"] == there.tensors[f"ranked.{field}"]
             assert float(same.float().mean()) > 0.99, field
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*SELECTIONS, *MISLED, "default", "8192 keys", "16384 keys"])
+def test_select_is_that_of_a_cpu(case: str, dtype: torch.dtype) -> None:
+    """Of sums that are exact: the same keys in the same order, equals and all."""
+    if case in SELECTIONS:
+        geometry, pattern, (heads, key_heads) = SELECTIONS[case]
+        inputs = whole(geometry, dtype, heads=heads, key_heads=key_heads)
+    elif case in MISLED:
+        geometry, pattern = Geometry.of(768), S2O(segment_tokens=384, max_tokens=90)
+        inputs = tuple(x.to(dtype) for x in misled(case, geometry))  # type: ignore[assignment]
+    else:
+        geometry = Geometry.of(24576)
+        pattern = S2O() if case == "default" else S2O(max_tokens=int(case.split()[0]), segment_tokens=1536)
+        inputs = whole(geometry, dtype, dim=128, heads=2, key_heads=1)
+    here = plan_of(pattern, inputs, geometry)
+    there = plan_of(pattern, tuple(x.cuda() for x in inputs), geometry).to("cpu")  # type: ignore[arg-type]
+    for name, tensor in here.tensors.items():
+        assert torch.equal(tensor, there.tensors[name]), name
 
 
 @pytest.mark.parametrize("tokens", [1000, 20000])
