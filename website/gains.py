@@ -56,8 +56,9 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _beside(row: Row) -> bool:
-    """Of the run that has each dynamic pattern alone and under TriangleMix: the table `alone` is of it."""
-    return bool(row.get("attends") == "structured" and row["tokens"] != 65536)
+    """Of the run that has each dynamic pattern alone and under TriangleMix: the table `alone` is of it. Rows with
+    `layers` have fused ones."""
+    return bool(row.get("attends") == "structured" and row["tokens"] in (131072, 32768) and "layers" not in row)
 
 
 def _prefill(name: str) -> list[list[str]]:
@@ -67,7 +68,7 @@ def _prefill(name: str) -> list[list[str]]:
     for row in rows(name):
         if row["config"] == "untouched":
             dense = row["ms"]
-        elif row["config"] in CONFIGS and not _beside(row):
+        elif row["config"] in CONFIGS and not _beside(row) and "layers" not in row:
             card = row["device"].split()[1]
             lines.append(
                 _saving("transformers", card, row["tokens"], CONFIGS[row["config"]], dense / 1e3, row["ms"] / 1e3)

@@ -383,7 +383,7 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     choice = {"BLOCK": block, "CHUNK": max(block, 512), "TURNS": TURNS, "num_warps": max(block // 512, 1)}
-    order = {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+    order = {"BLOCK": block, "num_warps": max(block // 1024, 1)}  # 4,096 keys, 4 warps: 3.8 ms; 8: 5.0, 16: 5.8 (H200)
     with on_device(k.device):
         for a, b, width in turns:
             where = (width, a, b - a, n, samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,7 @@ def bench_prefill(
     lengths: Sequence[int] = (8192, 32768, 131072),
     rounds: int = 2,
     attends: str = "weights",
+    fused: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     out: Path | str | None = None,
@@ -61,6 +63,8 @@ def bench_prefill(
         attends: what attention is given: "weights", the layers' own q and k; or "structured", those of heads with the
             structure of real ones (`sparsekit.lab.bench.inputs.structured`), the same in every layer. All else runs as
             it is. Random weights attend flatly, and so tell a dynamic pattern to keep everything.
+        fused: norms, rotary embedding and gated MLP by Liger-Kernel in every reading, the untouched model's too. Of a
+            model that is loaded here: one that you gave stays as it is.
         dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
@@ -72,7 +76,7 @@ def bench_prefill(
         all that the process held at its highest, weights included.
 
     Raises:
-        SparsekitError: an unknown shape, or a config that does not fit the model.
+        SparsekitError: an unknown shape, a config that does not fit the model, or `fused` where it cannot be.
     """
     if not configs or not lengths or min(lengths) < 1 or rounds < 1:
         raise SparsekitError(
@@ -82,12 +86,17 @@ def bench_prefill(
     if attends not in ATTENDS:
         raise SparsekitError(f"attends = {attends!r} is not one of {', '.join(ATTENDS)}.{nearest(attends, ATTENDS)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    release = _liger(model, where) if fused else None
     loaded = [(str(config) if isinstance(config, str) else f"config {i}", load(config))
               for i, config in enumerate(configs)]  # fmt: skip
     name, found = model_or_shape(model, shape, dtype, where)
+    if release is not None:
+        _fuse(found)
     vocab = found.config.get_text_config().vocab_size
     dtype = str(found.dtype).removeprefix("torch.")
     facts = {"case": "prefill", "model": name, "dtype": dtype, "rounds": rounds, "attends": attends}
+    if release is not None:
+        facts["layers"] = f"liger-kernel {release}"
     with Record(out, place(where)) as record:
         for tokens in lengths:
             prompt = torch.randint(3, vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
@@ -116,6 +125,32 @@ def bench_prefill(
                 if show is not None:
                     show(_line(row))
     return record.rows
+
+
+def _liger(model: PreTrainedModel | str | None, device: torch.device) -> str:
+    """Liger-Kernel's release.
+
+    Raises:
+        SparsekitError: it is not installed or has no GPU, or the model's layers would stay replaced after this.
+    """
+    if model is not None and not isinstance(model, str):
+        raise SparsekitError("fused = True: of a model that is loaded here; give its name, or fuse your own before.")
+    if device.type != "cuda":
+        raise SparsekitError(f"fused = True on {device}: Liger-Kernel runs on a GPU.")
+    try:
+        return version("liger-kernel")
+    except PackageNotFoundError:
+        raise SparsekitError("fused = True needs Liger-Kernel: pip install liger-kernel") from None
+
+
+def _fuse(model: PreTrainedModel) -> None:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # it would do nothing, and say so in a log
+        raise SparsekitError(f"fused = True: Liger-Kernel has no layers of {kind}.")
+    apply_liger_kernel(model, None)
 
 
 def _given(model: PreTrainedModel, tokens: int) -> tuple[Tensor, Tensor]:
@@ -176,6 +211,9 @@ def command(
     attends: Annotated[
         str, typer.Option(help="weights: the layers' own q and k; structured: those of real heads, in their place.")
     ] = "weights",
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Norms, rotary embedding and MLP by Liger-Kernel, in all readings.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = "auto",
     output: Rows = None,
@@ -183,5 +221,5 @@ def command(
     """Time to the first token and peak memory of configs, against the untouched model, in one run."""
     bench_prefill(
         configs, model=model, shape=shape, lengths=numbers_of(tokens, "--tokens"), rounds=rounds, attends=attends,
-        dtype=dtype, device=device_of(device), out=output, show=typer.echo,
+        fused=fused, dtype=dtype, device=device_of(device), out=output, show=typer.echo,
     )  # fmt: skip

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -106,3 +109,57 @@ def test_faults(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SparsekitError, match=r"llama-3\.1-8b"):
         bench_prefill([config], shape="llama-3.1-8", device="cpu")
     assert CliRunner().invoke(app, ["bench", "prefill", "nowhere.yaml", "--shape", "tiny"]).exit_code == 1
+
+
+# ---- fused layers
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "message"),
+    [
+        (None, "cuda", "needs Liger-Kernel: pip install liger-kernel"),
+        (None, "cpu", "on cpu: Liger-Kernel runs on a GPU"),
+        ("loaded", "cuda", "give its name, or fuse your own before"),
+    ],
+)
+def test_fused_layers_that_cannot_be(
+    model: str | None, device: str, message: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("sparsekit.lab.bench.prefill.version", missing)
+    with pytest.raises(SparsekitError, match=message):
+        bench_prefill([config], model=model and tiny("llama"), lengths=[300], fused=True, device=device)
+
+
+def test_fused_layers_are_named_in_every_row(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which has no layers of a CPU."""
+    fused: list[str] = []
+    types = ModuleType("liger_kernel.transformers.monkey_patch")
+    types.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, types.__name__, types)
+    monkeypatch.setattr("sparsekit.lab.bench.prefill._liger", lambda model, device: "0.8.5")
+    monkeypatch.setattr(
+        "transformers.integrations.liger.apply_liger_kernel", lambda model, given: fused.append(model.config.model_type)
+    )
+    monkeypatch.setattr("sparsekit.lab.bench.prefill.model_or_shape", lambda *given: ("tiny", tiny("llama")))
+    rows = bench_prefill([config], shape="llama-3.2-1b", lengths=[300], rounds=1, fused=True, device="cpu")
+    assert fused == ["llama"] and [row["layers"] for row in rows] == ["liger-kernel 0.8.5"] * 2
+    types.MODEL_TYPE_TO_APPLY_LIGER_FN = {}  # type: ignore[attr-defined]
+    with pytest.raises(SparsekitError, match="no layers of llama"):
+        bench_prefill([config], shape="llama-3.2-1b", lengths=[300], rounds=1, fused=True, device="cpu")
+
+
+@pytest.mark.gpu
+def test_sparse_layers_among_fused_ones_are_those_among_plain_ones() -> None:
+    pytest.importorskip("liger_kernel")
+    from transformers.integrations.liger import apply_liger_kernel
+
+    model, ids = tiny("llama", head_dim=64).cuda(), torch.randint(3, 250, (1, 700)).cuda()
+    with torch.inference_mode(), apply(model, load(TRIANGLE)) as handle:
+        expected = model(ids).logits
+        apply_liger_kernel(model, None)
+        got = model(ids).logits
+        assert [row.ran for row in handle.report().layers] == ["dense"] * 2 + ["sparse"] * 2
+    assert float((got - expected).abs().max()) < 1e-3
