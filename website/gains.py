@@ -324,7 +324,7 @@ def draw(path: Path) -> None:
     before, after, layers, ink = "#9aa5b1", "#2a78b8", "#d1495b", "#1f2933"
     figure = Figure(figsize=(11, 3.6), facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    times = [row for row in rows("prefill-h200") if row["tokens"] == 131072 and not _beside(row)]
+    times = [row for row in rows("prefill-h200") if row["tokens"] == 131072 and row["attends"] == "weights"]
     seconds = [row["ms"] / 1e3 for row in times]
     names = ["untouched", *(CONFIGS[row["config"]].replace(" in ", "\nin ") for row in times[1:])]
     bars = left.barh(names, seconds, color=[before, after, after], height=0.62)
