@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
 from sparsekit.patterns import bounded, parse_pattern, pattern_class
 
-__all__ = ["PLACES", "RANGES", "Axis", "Range", "label_of", "overlap", "plain", "read_axis", "said_of", "set_value"]
+__all__ = [
+    "PLACES", "RANGES", "Axis", "Named", "Range", "label_of", "overlap", "plain", "read_axis", "said_of", "set_value",
+]  # fmt: skip
 
 RANGES = "ranges"  # an axis `ranges.21-29` moves the rule that the base writes under "21-29"
 CONFIG_FIELDS = ("default", "layers", "heads", "dense_below_tokens", "min_queries", "dense_impl")
@@ -59,6 +61,13 @@ class Range(BaseModel):
         return (self.low, self.high) if self.whole else (float(self.low), float(self.high))
 
 
+class Named(NamedTuple):
+    """A value that labels, constraints and records call by a name."""
+
+    name: str
+    value: Any
+
+
 @dataclass(frozen=True)
 class Axis:
     """One thing that is varied: its name in labels and constraints, its path in the config, and its values."""
@@ -100,7 +109,9 @@ def read_axis(name: str, said: Any, base: Mapping[str, Any]) -> Axis:
     parts = tuple(path.split("."))
     last = parts[-1]
     own = last if name == path and last.isidentifier() else name
-    if isinstance(values, Mapping):
+    if isinstance(values, Mapping) and any(isinstance(value, Mapping) for value in values.values()):
+        values = _named(where, values)
+    elif isinstance(values, Mapping):
         _check_path(where, parts, base)
         return Axis(own, parts, _range(where, values))
     if not isinstance(values, list):
@@ -114,6 +125,13 @@ def read_axis(name: str, said: Any, base: Mapping[str, Any]) -> Axis:
             raise SparsekitError(f"{where}: {shown(plain(value))} is listed twice.")
     _check_path(where, parts, base)
     return Axis(own, parts, tuple(values))
+
+
+def _named(where: str, said: Mapping[Any, Any]) -> list[Named]:
+    wrong = [name for name in said if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        raise SparsekitError(f"{where}: the name of a value must be a string; got {shown(wrong[0])}.")
+    return [Named(name, value) for name, value in said.items()]
 
 
 def _range(where: str, said: Mapping[str, Any]) -> Range:
@@ -202,7 +220,9 @@ def overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
 
 
 def said_of(axes: Sequence[Axis], values: Sequence[Any]) -> dict[str, Any]:
-    return {axis.name: value for axis, value in zip(axes, values, strict=True)}
+    """What labels, constraints and records hold."""
+    both = zip(axes, values, strict=True)
+    return {axis.name: value.name if isinstance(value, Named) else value for axis, value in both}
 
 
 def label_of(said: Mapping[str, Any]) -> str:

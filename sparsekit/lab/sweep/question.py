@@ -28,7 +28,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparsekit.config import SparseConfig, load, parse_yaml
 from sparsekit.errors import SparsekitError, nearest, one_line, read_text, shown
 from sparsekit.lab.provenance import content_of_code, content_of_source, patterns_of
-from sparsekit.lab.sweep.axes import PLACES, RANGES, Axis, Range, label_of, overlap, read_axis, said_of, set_value
+from sparsekit.lab.sweep.axes import (
+    PLACES,
+    RANGES,
+    Axis,
+    Named,
+    Range,
+    label_of,
+    overlap,
+    read_axis,
+    said_of,
+    set_value,
+)
 from sparsekit.lab.sweep.best import parse_rule
 from sparsekit.lab.sweep.constraints import Constraint, fulfilled
 from sparsekit.lab.sweep.runs import Run
@@ -273,7 +284,8 @@ class Question(BaseModel):
     def _config(self, axes: Sequence[Axis], values: Sequence[Any]) -> SparseConfig:
         data = deepcopy(self.base.to_dict())
         moved = []
-        for axis, value in zip(axes, values, strict=True):
+        for axis, chosen in zip(axes, values, strict=True):
+            value = chosen.value if isinstance(chosen, Named) else chosen
             if axis.path[0] == RANGES:
                 moved.append((axis.path[1], value))
             else:

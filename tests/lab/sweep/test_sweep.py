@@ -29,6 +29,7 @@ from sparsekit.lab.sweep import Question, Run, best, execute, load_question, rea
 from sparsekit.lab.sweep import question as question_module
 from sparsekit.lab.sweep.best import standings
 from sparsekit.lab.sweep.runs import config_key
+from sparsekit.models import EMBEDDED
 from sparsekit.patterns import DynamicPattern, pattern_names
 
 ROOT = Path(__file__).parents[3]
@@ -69,6 +70,36 @@ def test_every_combination_once_dense_first() -> None:
     assert config.layers["2-3"].model_dump()["window_tokens"] == 128
     assert [run.task for run in runs[:21:20]] == ["passkey", "needle4"]
     assert {(run.tokens, run.seed) for run in runs} == {(512, 0), (512, 1), (1024, 0), (1024, 1)}
+
+
+def test_named_values_are_called_by_their_names() -> None:
+    """Labels, constraints and records hold the name; two names of one config are one run."""
+    some = {"0": {"0-2": "triangle"}, "1": {"4": "dense"}}
+    axes = {
+        "by_head": {"path": "heads", "values": {"none": {}, "some": some, "alike": some}},
+        "default": ["dense", "a_shape"],
+    }
+    question = load_question(
+        asked(base={"default": "dense"}, axes=axes, constraints=["by_head == 'none' or default == 'dense'"])
+    )
+    runs = question.runs(where="task == 'passkey' and tokens == 512 and seed == 0")
+    assert [run.label for run in runs] == ["dense", "by_head=none, default=a_shape", "by_head=some, default=dense"]
+    assert runs[2].identity()["axes"] == {"by_head": "some", "default": "dense"}
+    assert runs[2].config is not None and list(runs[2].config.heads) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"": {}, "some": {"0": {"0": "triangle"}}}, "axes.by_head: the name of a value must be a string; got ''."),
+        ({1: {}}, "axes.by_head: the name of a value must be a string; got 1."),
+        ({"some": {"0": {"0": "triangel"}}}, "axes: by_head=some: .*triangel"),
+        ({"lo": 1, "high": 2}, "axes.by_head: .*lo"),
+    ],
+)
+def test_named_values_that_cannot_be(values: Any, message: str) -> None:
+    with pytest.raises(SparsekitError, match=message):
+        load_question(asked(axes={"by_head": {"path": "heads", "values": values}})).runs()
 
 
 @pytest.mark.parametrize(
@@ -759,15 +790,20 @@ RULER = Path(__file__).parents[3] / "configs/qwen2.5-coder-1.5b/sweeps/ruler.yam
 
 
 def test_the_ruler_sweep_asks_what_the_paper_asks() -> None:
-    """Dense, TriangleMix, two patterns everywhere, and each dynamic one alone and below the triangle; from its parts
-    the whole."""
+    """Dense, TriangleMix, triangle by head at the shares that are shipped, two patterns everywhere, and each dynamic
+    one alone and below the triangle; from its parts the whole."""
     question = load_question(RULER)
     runs = question.runs()
     labels = {run.label for run in runs}
-    assert len(labels) == 1 + 1 + 2 + 2 * len(pattern_names(DynamicPattern))
+    assert len(labels) == 1 + 1 + 3 + 2 + 2 * len(pattern_names(DynamicPattern))
     assert len(runs) == len(labels) * 11 * 4 * 3
     core = question.runs(where="seed == 0 and below in ['dense', 'triangle', 'a_shape']")
-    assert {run.label.count("=") for run in core} == {0, 2} and len(core) == 4 * 11 * 4
+    assert {run.label.count("=") for run in core} == {0, 3} and len(core) == 7 * 11 * 4
+    facts = EMBEDDED["qwen2.5-coder-1.5b"].facts
+    for share in (50, 65, 75):
+        config = next(run.config for run in core if f"by_head={share}%" in run.label)
+        shipped = load(RULER.parents[1] / f"by-head-{share}.yaml")
+        assert config is not None and config.resolve(facts).layers == shipped.resolve(facts).layers
     parts = [question.runs(where=f"tokens {at} 8192") for at in ("<=", ">")]
     assert {run.key for part in parts for run in part} == {run.key for run in runs}
     with pytest.raises(SparsekitError, match="unknown name 'token'"):
