@@ -117,8 +117,11 @@ def _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def _finish(m, norm, acc, p_sink, i_head, inside):
-    """(out, lse) of finished rows: the sink logit joins; rows outside the call or without keys give 0 and -inf."""
-    seen = inside & (m > UNSEEN)
+    """(out, lse) of finished rows: the sink logit joins; rows outside the call or without keys give 0 and -inf.
+
+    A row that saw no key has a sum of exactly 0. The maximum would not tell: one of NaN logits stays UNSEEN.
+    """
+    seen = inside & (norm != 0)
     if p_sink is not None:
         sink = tl.load(p_sink + i_head).to(tl.float32) * LOG2E
         top = tl.maximum(m, sink)

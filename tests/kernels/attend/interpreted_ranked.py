@@ -108,6 +108,7 @@ def test_nan_is_no_reason_to_stop() -> None:
     assert fresh.visited is not None
     assert int(fresh.visited[0, 0, 7, 0]) == 6
     assert int(fresh.visited[0, 1, 7, 0]) < 6
+    assert bool(out[0, 0, 450].isnan().all())
     out[0, 0, 450] = 0
     assert bool(out.isfinite().all())
 

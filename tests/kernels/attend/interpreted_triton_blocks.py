@@ -140,6 +140,22 @@ def test_a_wholly_masked_tile_adds_nothing(dim: int) -> None:
     assert (acc == 16).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"sink_logits": SINKS}], ids=["plain", "sinks"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_nan_stays_nan(cut: bool, options: dict[str, torch.Tensor], request: pytest.FixtureRequest) -> None:
+    """A query of NaN is not one without keys, whose row is 0."""
+    if cut:
+        request.getfixturevalue("cut_rows")
+    geometry = GEOMETRIES["300"]
+    q, k, v = tensors(geometry, torch.float32)
+    q[0, 1, -2] = torch.nan
+    for plan in (rule_plan("dense", geometry), replace(rule_plan(TRIANGLE, geometry), long_rows=2)):
+        out, lse = attend(q, k, v, plan, impl="triton", return_lse=True, **options)  # type: ignore[arg-type]
+        assert out[0, 1, -2].isnan().all()
+        assert lse[0, 1, -2].isnan()
+        assert int(out.isnan().any(-1).sum()) == int(lse.isnan().sum()) == 1
+
+
 @pytest.mark.parametrize("kind", loose_plans(LOOSE_GEOMETRY))
 def test_rows_that_keep_nothing_give_zero(kind: str) -> None:
     """Of plans that nobody checked: 0 and -inf, also where a sink logit would have joined."""
