@@ -72,8 +72,10 @@ def settle(
 
 
 def fingerprint(resolved: ResolvedConfig, facts: ModelFacts) -> str:
-    """By which tables know a config: what its layers run, its patterns' `dense_below_tokens` included, not its own."""
-    said = [resolved.to_dict(), resolved.config.dense_impl, sorted(resolved.own_layers(facts))]
+    """By which tables know a config: what its layers run, its patterns' `dense_below_tokens` included, not its own; and
+    which of them are left out, as the model has them with a window or of another kind."""
+    left_out = sorted(resolved.own_layers(facts).keys() | resolved.window_layers(facts))
+    said = [resolved.to_dict(), resolved.config.dense_impl, left_out]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -113,6 +115,6 @@ def _whole(resolved: ResolvedConfig, facts: ModelFacts, here: Machine, strict: b
     if not strict:
         return Found(0, f"not known here, and counted as 0: {why}; {known}")
     raise SparsekitError(
-        f"dense_below_tokens = {AUTO!r}: {why}; `sparsekit bench crossover CONFIG.yaml --dtype {here.dtype}` measures "
-        f"it, or write a number ({known})."
+        f"dense_below_tokens = {AUTO!r}: {why}; `sparsekit bench crossover CONFIG.yaml --model MODEL --dtype "
+        f"{here.dtype}` measures it, or write a number ({known})."
     )

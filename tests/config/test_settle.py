@@ -47,6 +47,10 @@ def test_a_config_is_known_by_what_its_layers_run() -> None:
     assert len({key(one) for one in [CONFIG, *others]}) == len(others) + 1
     slides = FACTS.model_copy(update={"layer_types": ("full_attention", "x") * 2})
     assert key({"default": "triangle"}) != key({"default": "triangle"}, slides)
+    kinds = ("full_attention", "sliding_attention") * 2
+    slides = FACTS.model_copy(update={"layer_types": kinds, "sliding_window": 32})
+    window = {"layers": {"1,3": {"name": "a_shape", "sink_tokens": 0, "window_tokens": 32}}}
+    assert key(window) != key(window, slides)  # left out where the model has it, else counted beside full attention
 
 
 def test_a_row_of_the_config_makes_it_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +68,8 @@ def test_without_a_row_it_is_an_error_that_says_what_to_do(tmp_path: Path, monke
     monkeypatch.setattr("sparsekit.patterns.crossover.SHIPPED", tmp_path / "own.jsonl")
     match = (
         r"^dense_below_tokens = 'auto': no table has this config on cpu \(.*\), 4 heads over 2 of size 16, float32; "
-        r"`sparsekit bench crossover CONFIG.yaml --dtype float32` measures it, or write a number \(no table has a row "
-        r"of a config\)\.$"
+        r"`sparsekit bench crossover CONFIG.yaml --model MODEL --dtype float32` measures it, or write a number \(no table "
+        r"has a row of a config\)\.$"
     )
     with pytest.raises(SparsekitError, match=match):
         on(CONFIG)
