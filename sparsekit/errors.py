@@ -144,11 +144,20 @@ def named_path(text: str | Path, what: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's own: `$SPARSEKIT_CACHE`, else `$XDG_CACHE_HOME/sparsekit`, else `~/.cache/sparsekit`."""
+    """The user's own: `$SPARSEKIT_CACHE`, else `$XDG_CACHE_HOME/sparsekit`, else `~/.cache/sparsekit`.
+
+    Raises:
+        SparsekitError: as `named_path`; or none is set, and the user has no home folder.
+    """
     own = os.environ.get("SPARSEKIT_CACHE")
     if own:
         return named_path(own, "SPARSEKIT_CACHE")
-    return named_path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "XDG_CACHE_HOME") / "sparsekit"
+    if above := os.environ.get("XDG_CACHE_HOME"):
+        return named_path(above, "XDG_CACHE_HOME") / "sparsekit"
+    try:
+        return Path.home() / ".cache" / "sparsekit"
+    except RuntimeError:
+        raise SparsekitError("there is no home folder to keep a cache in: set SPARSEKIT_CACHE to a folder.") from None
 
 
 def read_bytes(path: Path | str, what: str, most: int = MOST_BYTES) -> bytes:

@@ -144,6 +144,13 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert models.cache_folder() == Path.home() / ".cache" / "sparsekit"
 
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(SparsekitError, match="no home folder to keep a cache in: set SPARSEKIT_CACHE"):
+        models.cache_folder()
+
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
 def test_wrong_devices_are_one_line_errors_before_weights_are_read(device, monkeypatch):

@@ -172,7 +172,7 @@ def own_table() -> Path:
         SparsekitError: a path that cannot be looked for.
     """
     named = os.environ.get(ENV)
-    return named_path(named, ENV) if named else cache_folder() / FILE
+    return named_path(named, ENV) if named else named_path(cache_folder() / FILE, "crossover table")
 
 
 def rows_of_tables() -> Iterator[tuple[Crossover, Path]]:

@@ -87,6 +87,14 @@ def test_the_users_own_table_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find(HERE, key(TOPK))
 
 
+def test_a_table_that_cannot_be_looked_for_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENV, raising=False)
+    folder = f"{tmp_path}{'/x' * 2048}"[:4090]  # which is a name, and with the table's too long a one
+    monkeypatch.setenv("SPARSEKIT_CACHE", folder)
+    with pytest.raises(SparsekitError, match=r"^crossover table '.*/crossover.jsonl' cannot be looked for: File name"):
+        find(HERE, key(TOPK))
+
+
 def test_what_comes_with_sparsekit_is_a_table() -> None:
     for one in read_table(SHIPPED):
         assert one.by["date"] and one.measured
