@@ -5,19 +5,24 @@ into the table that `dense_below_tokens: auto` reads.
 from __future__ import annotations
 
 import gc
+import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from sparsekit.call.caches import clear_caches
+from sparsekit.call.geometry import MAX_TOKENS
 from sparsekit.config import LayerPatterns, ModelFacts, SparseConfig, load
+from sparsekit.config.ranges import MOST
 from sparsekit.config.settle import Machine, fingerprint, settle
-from sparsekit.errors import SparsekitError, nearest, writing
+from sparsekit.errors import SparsekitError, named_path, nearest, shown, writable, writing
 from sparsekit.lab.bench.crossover_layers import Kind, Layers, attends, dense_calls, layers_of
 from sparsekit.lab.bench.dynamic import DTYPES
 from sparsekit.lab.bench.dynamic_rows import Setting, check_size, checked
@@ -112,10 +117,11 @@ def bench_crossover(
     lengths = LENGTHS.get(where.type, LENGTHS["cpu"]) if lengths is None else lengths
     if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
         raise SparsekitError(f"lengths={list(lengths)}: at least one prompt length, each once and of 1 token or more.")
-    if not repeat_ms > 0:
-        raise SparsekitError(f"repeat_ms={repeat_ms}: more than 0.")
-    path = own_table() if table is None else Path(table)
-    kept = {row.key: row for row in read_table(path)} if path.exists() else {}
+    if max(lengths) > MAX_TOKENS:
+        raise SparsekitError(f"lengths={list(lengths)}: a prompt has at most {MAX_TOKENS:,} tokens.")
+    if not 0 < repeat_ms < math.inf:
+        raise SparsekitError(f"repeat_ms={repeat_ms}: more than 0, and finite.")
+    path = own_table() if table is None else named_path(table, "crossover table")
     machine = Machine(device_name(where), dtype)
     base, own_size = _facts(model, shape), (heads, key_heads, dim)
     if configs and own_size != (None, None, None):
@@ -130,6 +136,7 @@ def bench_crossover(
     subjects = [*alone, *of_configs]
     if not subjects:
         raise SparsekitError("patterns: at least one, or a config.")
+    _check_table(path)
     say = show or (lambda line: None)
     element, setting = getattr(torch, dtype), Setting(where, None, repeat_ms)
     with torch.no_grad(), Record(out, {"dtype": dtype, "seed": seed, **place(where)}) as record:
@@ -147,16 +154,29 @@ def bench_crossover(
                 del x
                 gc.collect()
         by = {name: record.place[name] for name in ("sparsekit", "torch", "triton", "date")}
-        for one in subjects:
-            if not one.failed and one.measured:
-                made = _row(one, machine, by)
-                kept[made.key] = made
-                record.add({"case": "crossover", **made.model_dump(mode="json", exclude={"by", "device", "dtype"})})
-                say(_line(record.rows[-1]))
-    if any(row["case"] == "crossover" for row in record.rows):
-        with writing(path, "crossover table", folders=True) as part:
+        made = [_row(one, machine, by) for one in subjects if not one.failed and one.measured]
+        for found in made:
+            record.add({"case": "crossover", **found.model_dump(mode="json", exclude={"by", "device", "dtype"})})
+            say(_line(record.rows[-1]))
+    if made:
+        kept = {row.key: row for row in (*_rows_in(path), *made)}  # others may have written meanwhile
+        with writing(path, "crossover table") as part:
             part.write_text("".join(f"{_text(row)}\n" for row in kept.values()), encoding="utf-8")
     return record.rows
+
+
+def _rows_in(path: Path) -> tuple[Crossover, ...]:
+    """Of a table that may not be there yet. A pipe is only written."""
+    return read_table(path) if path.is_file() or path.is_dir() else ()
+
+
+def _check_table(path: Path) -> None:
+    """That it can be read and its folder written, before anything is measured."""
+    _rows_in(path)
+    if path.is_file() or not path.exists():
+        with writable(path, "crossover table"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=path.resolve().parent).close()
 
 
 # ---- what is measured
@@ -189,11 +209,20 @@ def _size(
     assert facts is not None
     if facts.layer_heads is not None:
         raise SparsekitError(f"{facts.name}: its layers differ in their heads; one head shape is measured.")
-    known = (heads or facts.num_heads, key_heads or facts.num_key_heads, dim or facts.head_dim)
-    for name, value in zip(("num_heads", "num_key_heads", "head_dim"), known, strict=True):
+    found = []
+    for name, given, of_model in (("heads", heads, "num_heads"), ("key_heads", key_heads, "num_key_heads"),
+                                  ("dim", dim, "head_dim")):  # fmt: skip
+        value = getattr(facts, of_model) if given is None else given
         if value is None:
-            raise SparsekitError(f"model.{name} of {facts.name or 'the config'} is not known; give --shape or --model.")
-    return known  # type: ignore[return-value]
+            raise SparsekitError(
+                f"model.{of_model} of {facts.name or 'the config'} is not known; give --shape or --model."
+            )
+        if not 1 <= value <= MOST:
+            raise SparsekitError(f"{name}={shown(value)}: it should be from 1 to {MOST:,}.")
+        found.append(value)
+    if found[0] % found[1]:
+        raise SparsekitError(f"heads={found[0]}, key_heads={found[1]}: heads are a multiple of key heads.")
+    return found[0], found[1], found[2]
 
 
 def _all_patterns() -> list[Pattern]:
@@ -325,7 +354,8 @@ def _row(one: _Subject, machine: Machine, by: dict[str, str | None]) -> Crossove
 
 
 def _text(row: Crossover) -> str:
-    return row.model_dump_json(exclude={name for name in ("pattern", "config") if getattr(row, name) is None})
+    left_out = {name for name in ("pattern", "config") if getattr(row, name) is None}
+    return json.dumps(row.model_dump(mode="json", exclude=left_out))  # ASCII: a label may hold what ends a line
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ it is given, its authors' code: the same inputs, one run, one device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def bench_dynamic(
     dtype = dtype or ("bfloat16" if place_on.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise SparsekitError(f"dtype={dtype!r}: one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    if repeat_ms < 0:
-        raise SparsekitError(f"repeat_ms={repeat_ms}: 0 (no times) or more.")
+    if not 0 <= repeat_ms < math.inf:
+        raise SparsekitError(f"repeat_ms={repeat_ms}: 0 (no times) or more, and finite.")
     patterns = _patterns(methods, sweep)
     if not patterns:
         raise SparsekitError("methods: at least one pattern.")

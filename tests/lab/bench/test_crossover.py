@@ -80,6 +80,29 @@ def test_rows_of_the_same_are_replaced_and_others_stay(tmp_path: Path) -> None:
     assert path.read_text() == "{}\n"
 
 
+def test_a_label_is_of_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a\u2028b.yaml"
+    path.write_text(_config(default=TRIANGLE).dump())
+    table = tmp_path / "table.jsonl"
+    bench_crossover([str(path)], lengths=[64], device="cpu", repeat_ms=1, table=table)
+    assert [row.label for row in read_table(table)] == [str(path)]
+
+
+def test_rows_that_others_wrote_meanwhile_stay(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"heads": 2, "key_heads": 1, "dim": 16, "device": "cpu", "repeat_ms": 1, "lengths": [64]}
+    given["table"] = path = tmp_path / "table.jsonl"
+    other: list[Any] = [lambda: bench_crossover(patterns=["triangle"], **given)]
+    bench_crossover(patterns=["a_shape"], show=lambda line: other and other.pop()(), **given)
+    assert [row.label for row in read_table(path)] == ["triangle", "a_shape"]
+
+
+def test_a_table_that_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "t.jsonl", tmp_path, Path("/proc/nowhere/t.jsonl")):
+        with pytest.raises(SparsekitError, match=r"^crossover table .* (cannot be written|is a folder)"):
+            bench_crossover(patterns=["a_shape"], lengths=[64], device="cpu", table=path, show=pytest.fail)
+
+
 TIMES = {
     ("dense", "sdpa"): {"ms": 10.0, "ms_p20": 9.0, "ms_p80": 11.0},
     ("dense", "ours"): {"ms": 12.0, "ms_p20": 11.0, "ms_p80": 13.0},
@@ -168,12 +191,16 @@ def test_a_pattern_that_is_wrong_is_not_measured(tmp_path: Path, monkeypatch: py
         ({"shape": "llama-3.1-8"}, r"shape 'llama-3.1-8' is not one of .*Did you mean 'llama-3.1-8b'"),
         ({"shape": "tiny", "model": "smollm2-135m"}, "one of them"),
         ({"lengths": []}, "at least one prompt length"), ({"lengths": [64, 64]}, "each once"),
-        ({"repeat_ms": 0}, "repeat_ms=0"), ({"dtype": "float8"}, "dtype='float8'"),
+        ({"lengths": [2**29 + 1]}, "a prompt has at most 536,870,912 tokens"),
+        ({"repeat_ms": 0}, "repeat_ms=0"), ({"repeat_ms": float("inf")}, "repeat_ms=inf"),
+        ({"dtype": "float8"}, "dtype='float8'"),
         ({"patterns": ["dense"]}, "dense is what the others are measured against"),
         ({"patterns": ["triangel"]}, "unknown pattern 'triangel'"), ({"patterns": []}, "patterns: at least one"),
         ({"configs": [{"default": "triangle"}]}, "num_layers and num_heads are needed"),
         ({"configs": [{"default": "triangle", "model": {"num_layers": 2, "num_heads": 2}}]}, "num_key_heads of the"),
         ({"configs": [{"model": {"num_heads": 9}}], "shape": "tiny"}, r"config 0: model.num_heads: this config is for"),
+        ({"heads": 0}, "heads=0: it should be from 1 to 1,024"), ({"dim": 10**9}, "dim=1000000000: it should be"),
+        ({"heads": 3, "key_heads": 2}, "heads=3, key_heads=2: heads are a multiple"),
         ({"configs": [{"default": "triangle"}], "heads": 4}, "heads, key_heads and dim are of patterns"),
     ],
 )  # fmt: skip

@@ -425,6 +425,12 @@ def test_rows_of_a_card() -> None:
     assert rows[3]["device"] == torch.cuda.get_device_name() and rows[3]["ms"] > 0
 
 
+@pytest.mark.parametrize("repeat_ms", [-1, float("inf"), float("nan")])
+def test_times_that_nobody_waits_for_are_refused(repeat_ms: float) -> None:
+    with pytest.raises(SparsekitError, match=r"^repeat_ms=.*: 0 \(no times\) or more, and finite\.$"):
+        bench_dynamic(methods=["triangle"], lengths=[256], **{**SMALL, "repeat_ms": repeat_ms})
+
+
 @pytest.mark.parametrize("size", ["heads", "key_heads", "dim"])
 def test_sizes_that_no_model_has_are_refused_before_anything_is_made(size: str) -> None:
     for value in (0, 10**9):
