@@ -68,8 +68,8 @@ def test_without_a_row_it_is_an_error_that_says_what_to_do(tmp_path: Path, monke
     monkeypatch.setattr("sparsekit.patterns.crossover.SHIPPED", tmp_path / "own.jsonl")
     match = (
         r"^dense_below_tokens = 'auto': no table has this config on cpu \(.*\), 4 heads over 2 of size 16, float32; "
-        r"`sparsekit bench crossover CONFIG.yaml --model MODEL --dtype float32` measures it, or write a number \(no table "
-        r"has a row of a config\)\.$"
+        r"`sparsekit bench crossover CONFIG.yaml --model MODEL --dtype float32` measures it, or write a number "
+        r"\(no table has a row of a config\)\.$"
     )
     with pytest.raises(SparsekitError, match=match):
         on(CONFIG)
