@@ -331,6 +331,23 @@ def test_what_head_choice_says_beside_its_table_is_in_the_records() -> None:
     assert f"0.55 at 75%, with {times['needle4', 8192, 0.75]:.0f} times the KL" in page
     assert f"changes {min(text):.2f} to {max(text):.2f} times as much as by layer from 50% on" in page
     assert f"come nearest: {', '.join(list(layers)[:-1])} and {list(layers)[-1]}." in page
+    commands = {row["command"] for row in rows}
+    assert any(command.startswith("sparsekit calibrate head-curve") and command in page.replace("\\ ", "")
+               for command in commands)  # fmt: skip
+    found = {(row["task"], row["tokens"]): row["dense_score"][0] - row["score"][0] for row in rows
+             if (row["share"], row["by"], row["samples"]) == (0.65, "gradient", 96) and row["score"]}  # fmt: skip
+    page = (DOCS / "gains.md").read_text()
+    bound = re.search(r"four keys and variables stay within ([\d.]+) of dense attention's score", page)
+    assert bound is not None and max(found.values()) <= float(bound[1])
+
+
+def test_what_is_said_of_single_layers_is_in_the_record() -> None:
+    rows = json.loads((DOCS / "results" / "layers-qwen2.5-coder-1.5b.json").read_text())["rows"]
+    place = {by: [row["layer"] for row in sorted(rows, key=lambda row: -row[by])] for by in ("gradient", "kl")}
+    page = " ".join((DOCS / "calibrate.md").read_text().split())
+    by_gradient, by_kl = (place[by].index(15) + 1 for by in ("gradient", "kl"))
+    assert f"layer 15, place {by_gradient} of 28 by Grad(Middle) and {by_kl} by KL" in page
+    assert place["kl"][0] == 12 and all(row["score"][0] == 1 for row in rows)
 
 
 def test_a_page_can_fail() -> None:
