@@ -108,9 +108,10 @@ class Evaluator:
         Fields: `score` with its 95% interval `score_low`, `score_high`; `ttft_s` with `_p20`, `_p80`; `kl`, of the
         answer's tokens from dense attention, with half the width of its interval, `kl_width`; `density` and
         `tile_density`, means over layers and prompts, and `layer_density`; `plan_ms`, planning of all layers, median
-        over prompts; `peak_memory_bytes` of the device, or of the process on a CPU; `resolved`, the config spelled out;
-        what was run where. For every prompt: `scores`, `depths`, `texts`, `ttft_s_each`. Of perplexity instead of
-        texts and times: `nll`, `nll_last_rows`, `nll_earlier_rows`, `perplexity`.
+        over prompts; `peak_memory_bytes` of the device, or of the process on a CPU; `resolved`, the config spelled out,
+        and `settled`, what each `dense_below_tokens: auto` was; what was run where. For every prompt: `scores`,
+        `depths`, `texts`, `ttft_s_each`. Of perplexity instead of texts and times: `nll`, `nll_last_rows`,
+        `nll_earlier_rows`, `perplexity`.
 
         Raises:
             SparsekitError: a length that the model or the task does not have, or a config of another model.
@@ -120,7 +121,7 @@ class Evaluator:
             self._warm_up(config, tokens)
             with PeakMemory(self.model.device) as peak:
                 measured = self._answers(kind, handle) if kind.metric != "nll" else self._readings(kind, handle)
-            resolved = None if handle is None else spelled_out(handle.resolved.layers)
+            ran = ran_as(handle)
         return {
             "model": self.name,
             "task": kind.name,
@@ -133,7 +134,7 @@ class Evaluator:
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.of,
             "config": None if config is None else config.to_dict(),
-            "resolved": resolved,
+            **ran,
             **({"corpus": dict(self._samples[0].meta)["corpus_digest"]} if kind.metric == "nll" else {}),
             **measured_on(self.model),
         }
@@ -215,6 +216,14 @@ class Evaluator:
 def _kind_of_prefill(config: SparseConfig | None, device: torch.device) -> str:
     """Prefills of one kind share what a first one pays for: on a GPU each config has kernels of its own."""
     return json.dumps(config.to_dict()) if config is not None and device.type == "cuda" else ""
+
+
+def ran_as(handle: Handle | None) -> dict[str, Any]:
+    """`resolved`, the config spelled out; of one that says `auto` also `settled`: the numbers, and from where."""
+    if handle is None:
+        return {"resolved": None}
+    settled = list(handle.resolved.settled)
+    return {"resolved": spelled_out(handle.resolved.layers), **({"settled": settled} if settled else {})}
 
 
 def layers_summary(prompts: Sequence[Sequence[LayerReport]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
-from sparsekit.lab.evaluate import Config, PeakMemory, layers_summary, spelled_out
+from sparsekit.lab.evaluate import Config, PeakMemory, layers_summary, ran_as
 from sparsekit.lab.lm_eval_scores import scores_of
 from sparsekit.lab.provenance import (
     content_key,
@@ -280,7 +280,7 @@ class _Harness:
         with apply(self.model, config) if config is not None else nullcontext() as handle:
             with PeakMemory(self.model.device) as peak, _Prompts(self.model, handle) as read:
                 results = self._results(task, limit, num_fewshot, seed)
-            resolved = None if handle is None else spelled_out(handle.resolved.layers)
+            ran = ran_as(handle)
         measured = measured_on(self.model)
         if not read.tokens:
             raise SparsekitError(f"task {task!r}: lm-eval asked the model nothing.")
@@ -302,7 +302,7 @@ class _Harness:
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.of,
             "config": None if config is None else config.to_dict(),
-            "resolved": resolved,
+            **ran,
             **measured,
             "versions": {**measured["versions"], "lm_eval": version("lm_eval")},
             "run_s": time.perf_counter() - start,

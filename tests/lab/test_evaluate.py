@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import crossovers
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, apply, load, models
 from sparsekit.cli import app
+from sparsekit.config.settle import fingerprint
 from sparsekit.lab import evaluate as evaluate_module
+from sparsekit.lab import report
 from sparsekit.lab.evaluate import answer, answer_together, evaluate
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.tasks import prompt_ids, task
@@ -45,6 +48,18 @@ def test_records(small: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None
             assert row["score_low"] <= row["score"] <= row["score_high"]
             assert len(row["scores"]) == len(row["ttft_s_each"]) == len(row["prompt_tokens"]) == 3
             assert max(row["prompt_tokens"]) <= 400 and row["peak_memory_bytes"] > 0
+
+
+def test_a_record_says_what_auto_was(
+    small: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = {**TRIANGLE, "dense_below_tokens": "auto"}
+    known = models.facts(small[0])
+    crossovers.own(tmp_path, monkeypatch, crossovers.row(fingerprint(load(auto).resolve(known), known), False, True))
+    found, plain = evaluate(*small, {"auto": auto, "plain": TRIANGLE}, tasks=["passkey"], lengths=[400], samples=1)
+    assert found["config"]["dense_below_tokens"] == "auto" and found["kl"] == plain["kl"]
+    assert found["settled"][0].startswith("dense_below_tokens auto is 200 (measured on") and "settled" not in plain
+    assert report._text(found).endswith(found["settled"][0])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -190,6 +190,7 @@ def _text(record: Mapping[str, Any]) -> str:
     lines += [
         f"{name}: {config[name]}" for name in ("dense_below_tokens", "min_queries", "dense_impl") if name in config
     ]
+    lines += record.get("settled", [])
     return "\n".join(lines)
 
 
