@@ -88,8 +88,9 @@ def card(
 
 def _of_config(file: str, config: SparseConfig, tokens: int) -> Iterable[str]:
     yield f"## {_code(file)}"
-    yield _fenced(str(explain(config, tokens)), "")
     short = config.dense_below_tokens
+    # A page is read anywhere: what `auto` is on this machine, and in which of its files that stands, is not for it.
+    yield _fenced(str(explain(_without_auto(config.to_dict()), tokens)), "")
     if short == AUTO:
         yield "Shorter prompts than `sparsekit bench crossover` measured to gain run the model's own attention."
     elif short:
@@ -100,6 +101,13 @@ def _of_config(file: str, config: SparseConfig, tokens: int) -> Iterable[str]:
     rest = {key: value for key, value in config.to_dict().get("provenance", {}).items() if key != "gate"}
     if rest:
         yield f"**Provenance**, as the file says it:\n\n{_fenced(dump_yaml(rest, 'provenance'), 'yaml')}"
+
+
+def _without_auto(value: Any) -> Any:
+    """The fields of a config, but each `dense_below_tokens: auto`."""
+    if isinstance(value, Mapping):
+        return {key: _without_auto(one) for key, one in value.items() if (key, one) != ("dense_below_tokens", AUTO)}
+    return [_without_auto(one) for one in value] if isinstance(value, list) else value
 
 
 def _of_budget(budget: Budget | None) -> str:

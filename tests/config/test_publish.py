@@ -47,6 +47,18 @@ def folder_of(at: Path, **files: SparseConfig | str) -> Path:
 # ---- the card
 
 
+def test_a_card_says_nothing_of_the_machine_that_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topk = {"name": "block_topk", "top_k": 4}
+    rules = {"1-3": TRIANGLE, "0": {"name": "union", "of": [{**topk, "dense_below_tokens": "auto"}, "triangle"]}}
+    page = card("me/one", {"c.yaml": config(layers=rules, dense_below_tokens="auto")})
+    plain = config(layers={**rules, "0": {"name": "union", "of": [topk, "triangle"]}})
+    assert f"```\n{explain(plain, 32768)}\n```" in page
+    assert "Shorter prompts than `sparsekit bench crossover` measured to gain" in page
+    (tmp_path / "table.jsonl").write_text("no table\n")
+    monkeypatch.setenv("SPARSEKIT_CROSSOVER", str(tmp_path / "table.jsonl"))
+    assert card("me/one", {"c.yaml": config(layers=rules, dense_below_tokens="auto")}) == page
+
+
 def test_the_card_tells_the_model_the_patterns_the_promise_and_the_gate() -> None:
     made = config(budget=BUDGET, provenance={"by": "calibrate", "gate": GATE}, dense_below_tokens=1024)
     page = card("me/one", {"c.yaml": made}, tokens=4096, license="apache-2.0")
