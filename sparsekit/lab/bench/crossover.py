@@ -147,11 +147,10 @@ def bench_crossover(
         for size in dict.fromkeys(one.size for one in subjects):
             for tokens in lengths:
                 head, key, d = size
-                x = structured(tokens, heads=head, key_heads=key, dim=d, seed=seed, device=where, dtype=element)
-                for row in _measured(x, [one for one in subjects if one.size == size], setting):
+                own = [one for one in subjects if one.size == size]
+                for row in _length(tokens, size, own, setting, seed=seed, dtype=element):
                     record.add({**row, "heads": head, "key_heads": key, "dim": d})
                     say(_line(record.rows[-1]))
-                del x
                 gc.collect()
         by = {name: record.place[name] for name in ("sparsekit", "torch", "triton", "date")}
         made = [_row(one, machine, by) for one in subjects if not one.failed and one.measured]
@@ -277,6 +276,19 @@ def _correctness(subjects: Sequence[_Subject], dtype: torch.dtype, setting: Sett
 
 
 # ---- one length
+
+
+def _length(
+    tokens: int, size: Size, subjects: Sequence[_Subject], setting: Setting, *, seed: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """Rows of one length. One that does not fit into memory is said, and what was measured at others stays."""
+    head, key, d = size
+    try:
+        x = structured(tokens, heads=head, key_heads=key, dim=d, seed=seed, device=setting.device, dtype=dtype)
+        yield from _measured(x, subjects, setting)
+    except RuntimeError as error:
+        why = f"{tokens:,} tokens: {str(error).strip().splitlines()[0]}"
+        yield {"case": "failed", "label": "dense attention", "tokens": tokens, "why": why}
 
 
 def _measured(x: Inputs, subjects: Sequence[_Subject], setting: Setting) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,8 @@ def structured(
             f"structured inputs of tokens={tokens}, heads={heads}, key_heads={key_heads}, dim={dim}: at least 1 token, "
             "heads a multiple of key_heads, dim a multiple of 4."
         )
+    if not -(2**63) <= seed < 2**64:
+        raise SparsekitError(f"seed={seed}: a number of 64 bits is needed.")
     g = torch.Generator(device).manual_seed(seed)
     half, grow = dim // 2, (dim / 128) ** 0.25
 

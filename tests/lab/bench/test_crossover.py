@@ -96,6 +96,24 @@ def test_rows_that_others_wrote_meanwhile_stay(tmp_path: Path) -> None:
     assert [row.label for row in read_table(path)] == ["triangle", "a_shape"]
 
 
+def test_a_length_that_does_not_fit_is_said_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_memory(tokens: int, **given: Any) -> Any:
+        if tokens > 64:
+            raise RuntimeError("can't allocate memory\nby much")
+        return structured(tokens, **given)
+
+    monkeypatch.setattr(crossover, "structured", of_memory)
+    given: dict[str, Any] = {"heads": 2, "key_heads": 1, "dim": 16, "device": "cpu", "repeat_ms": 1}
+    given["table"] = path = tmp_path / "table.jsonl"
+    rows = bench_crossover(patterns=["triangle"], lengths=[64, 128], **given)
+    [failed] = [row for row in rows if row["case"] == "failed"]
+    assert (failed["label"], failed["tokens"]) == ("dense attention", 128)
+    assert failed["why"] == "128 tokens: can't allocate memory"
+    assert [[one.tokens for one in row.measured] for row in read_table(path)] == [[64]]
+
+
 def test_a_table_that_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "t.jsonl", tmp_path, Path("/proc/nowhere/t.jsonl")):
@@ -194,6 +212,7 @@ def test_a_pattern_that_is_wrong_is_not_measured(tmp_path: Path, monkeypatch: py
         ({"lengths": [2**29 + 1]}, "a prompt has at most 536,870,912 tokens"),
         ({"repeat_ms": 0}, "repeat_ms=0"), ({"repeat_ms": float("inf")}, "repeat_ms=inf"),
         ({"dtype": "float8"}, "dtype='float8'"),
+        ({"seed": 2**64, "heads": 2, "key_heads": 1, "dim": 16, "patterns": ["triangle"]}, "seed=18446744073709551616"),
         ({"patterns": ["dense"]}, "dense is what the others are measured against"),
         ({"patterns": ["triangel"]}, "unknown pattern 'triangel'"), ({"patterns": []}, "patterns: at least one"),
         ({"configs": [{"default": "triangle"}]}, "num_layers and num_heads are needed"),
