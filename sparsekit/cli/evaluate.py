@@ -41,6 +41,7 @@ def eval_(
     from sparsekit.config import load
     from sparsekit.lab.evaluate import evaluate
     from sparsekit.lab.lm_eval import records_kept
+    from sparsekit.lab.progress import progress
     from sparsekit.lab.sweep.results import replacing
 
     chosen = {name: None if name == "model" else load(Path(name)) for name in configs}
@@ -55,12 +56,13 @@ def eval_(
     with ExitStack() as stack:
         add = None if output is None else stack.enter_context(replacing(output, records_kept(output)))
         loaded = load_weights(model, device, dtype)
-        with busy("answering"):
+        asked, counts = words_of(tasks), numbers_of(lengths, "--tokens")
+        with progress("configs", len(asked) * len(counts) * len(chosen)) as bar:
             records = evaluate(
                 *loaded,
                 chosen,
-                tasks=words_of(tasks),
-                lengths=numbers_of(lengths, "--tokens"),
+                tasks=asked,
+                lengths=counts,
                 samples=samples,
                 seed=seed,
                 corpus=corpus,
@@ -71,6 +73,8 @@ def eval_(
                 rows.append(record)
                 if add is not None:
                     add(record)
+                bar(1)
+                bar.says(f"{record['task']} at {record['tokens']}, {record['label']}: score {record['score']:.3f}")
     if as_json:
         print_json(rows)
         return

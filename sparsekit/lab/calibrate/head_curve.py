@@ -116,11 +116,14 @@ def head_curve(
             lengths = [int(word) for word in rule.tokens.split(",")]
             kinds, of = rule.tasks.split(","), (model, tokenizer)
             judged.update(judges(*of, kinds, tokens=lengths, samples=rule.samples, seed=seed + 1, records=kept))
-        return {task: judge.effect(write(chosen)) for task, judge in judged.items()}
+        found = {task: judge.effect(write(chosen)) for task, judge in judged.items()}
+        step(1)
+        return found
 
     own = own_layers(model)
     open_ = [i for i in range(arch.num_layers) if i not in own]
-    ways = _ways(open_, shares, rules, Given(arch, found, measure, scores))
+    with progress("measured orders", None, quiet=quiet) as step:
+        ways = _ways(open_, shares, rules, Given(arch, found, measure, scores))
     rows = []
     with progress("heads against layers", len(ways) * len(tasks) * len(tokens), quiet=quiet) as step:
         for length in tokens:
