@@ -364,7 +364,7 @@ def mean_queries_triton(q: Tensor, segments: Segments, q_index: Tensor) -> Tenso
 
 def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor) -> None:
     """`ranking.rank_keys`, into `keys`, for lists of up to LONGEST keys."""
-    _check(k, k)
+    _check(means, k)
     samples, heads, n, dim = means.shape
     geometry, size, key_heads, group = segments.geometry, segments.size, k.shape[1], heads // k.shape[1]
     block = max(triton.next_power_of_2(segments.longest), 128)

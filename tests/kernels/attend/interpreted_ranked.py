@@ -198,6 +198,15 @@ def test_select_does_not_read_dead_cache_rows(monkeypatch: pytest.MonkeyPatch) -
     _compare(monkeypatch, S2O(segment_tokens=96, max_tokens=60), (q, k, v), geometry)
 
 
+def test_strides_that_are_refused_are_those_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(200, block_q=64)
+    q, k, v = whole(geometry, heads=2, key_heads=1)
+    monkeypatch.setattr(ranking, "runs_triton", lambda device: True)
+    for name, inputs in (("q", (q.mT.contiguous().mT, k, v)), ("k", (q, k.mT.contiguous().mT, v))):
+        with pytest.raises(SparsekitError, match=rf"{name} has strides .* {name}\.contiguous\(\)"):
+            plan_of(S2O(segment_tokens=64), inputs, geometry)
+
+
 def test_select_of_values_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = Geometry.of(384, block_q=64)
     q, k, v = whole(geometry, heads=2, key_heads=1)
