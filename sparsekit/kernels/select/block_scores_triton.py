@@ -297,6 +297,11 @@ def _check(q: Tensor, k: Tensor) -> None:
         raise SparsekitError("dtype bfloat16: Triton's interpreter computes it wrongly; use float32 or float16 there.")
 
 
+def _single(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """float64 ones in float32, as scores are; the others themselves."""
+    return tuple(x.float() if x.dtype == torch.float64 else x for x in tensors)
+
+
 def pooled_means_triton(
     q: Tensor,
     k: Tensor,
@@ -393,6 +398,7 @@ def antidiagonal_lse(
 ) -> Tensor:
     """float32 (S, H, stride rows, C): base-2 log-sum-exp of a stride row's logits in each key block up to its own."""
     _check(q, k)
+    q, k = _single(q, k)
     samples, heads, _, dim = q.shape
     capability = capability_of(q.device)
     tile = tile_for(capability, q.dtype) if tile is None else tile

@@ -15,7 +15,7 @@ from sparsekit.kernels.device import capability_of
 from sparsekit.kernels.launch import _padded, _precision, launch, on_device, steps_of
 from sparsekit.kernels.primitives import LN2, LOG2E, MASKED, _offset
 from sparsekit.kernels.select.bits import WORD
-from sparsekit.kernels.select.block_scores_triton import _check
+from sparsekit.kernels.select.block_scores_triton import _check, _single
 from sparsekit.kernels.select.grid import BlockGrid
 from sparsekit.kernels.select.topk_triton import _a_row, _block, _row_warps, _store_words
 
@@ -136,6 +136,7 @@ def query_block_lse_triton(
 ) -> Tensor:
     """`mean_keys.query_block_lse`; `tile` for measurements."""
     _check(q, k_means)
+    q, k_means = _single(q, k_means)
     samples, heads, _, dim = q.shape
     tile = tile_for(q.dtype, dim) if tile is None else tile
     means = k_means.to(q.dtype).contiguous()

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsekit.kernels.device import capability_of
 from sparsekit.kernels.launch import _padded, _pointer_form, _precision, _start, launch, on_device, steps_of
 from sparsekit.kernels.primitives import _offset
-from sparsekit.kernels.select.block_scores_triton import EXACT_SCORES, HALF_SCORES, _check
+from sparsekit.kernels.select.block_scores_triton import EXACT_SCORES, HALF_SCORES, _check, _single
 from sparsekit.kernels.select.segments import KEY_TILE, Segments, turns_of
 from sparsekit.kernels.select.topk_triton import _narrow, _ordered, _upper_middle, _value
 from sparsekit.plan import span_numbers
@@ -365,6 +365,7 @@ def mean_queries_triton(q: Tensor, segments: Segments, q_index: Tensor) -> Tenso
 def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor) -> None:
     """`ranking.rank_keys`, into `keys`, for lists of up to LONGEST keys."""
     _check(means, k)
+    means, k = _single(means, k)
     samples, heads, n, dim = means.shape
     geometry, size, key_heads, group = segments.geometry, segments.size, k.shape[1], heads // k.shape[1]
     block = max(triton.next_power_of_2(segments.longest), 128)

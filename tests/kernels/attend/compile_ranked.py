@@ -52,6 +52,15 @@ def _lists() -> None:
     ranking_triton.rank_keys_triton(k[:, :, :40], k, segments, torch.zeros(1, 1, segments.room, dtype=torch.int32))
 
 
+def _double() -> None:
+    """float64, which torch executes on a card: it is ranked by Triton there."""
+    geometry = Geometry.of(2048)
+    q = torch.zeros(1, 1, 2048, 64, dtype=torch.float64)
+    segments = segments_of(geometry, 512, 4096, q.device)
+    means = ranking_triton.mean_queries_triton(q, segments, torch.zeros(1, 1, 4, 512, dtype=torch.int32))
+    ranking_triton.rank_keys_triton(means, q, segments, torch.zeros(1, 1, segments.room, dtype=torch.int32))
+
+
 def main() -> None:
     offline()
     launch._start = triton_ranked._start = ranking_triton._start = _compile  # type: ignore[assignment]
@@ -78,7 +87,10 @@ def main() -> None:
             means = ranking_triton.mean_queries_triton(q, segments, plan.ranked.q_index)
             ranking_triton.rank_keys_triton(means, k, segments, plan.ranked.keys)
         ranking_triton.bit_positions_triton(torch.zeros(4, 100, dtype=torch.int32), 50)
+    FACTS.update(dim=64, dtype="torch.bfloat16")
     _lists()
+    FACTS.update(dtype="torch.float32")  # what float64 is ranked in
+    _double()
     print(json.dumps(MADE))
 
 

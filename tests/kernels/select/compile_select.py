@@ -55,6 +55,7 @@ def main() -> None:
         (torch.bfloat16, 64, 8, 5.0),
         (torch.bfloat16, 80, 4, None),
         (torch.float32, 128, 16, None),
+        (torch.float64, 64, 16, None),
     ):
         q, k = _inputs(geometry, dtype, dim)
         grid = block_grid(geometry, 128, 1, CPU)
@@ -78,6 +79,7 @@ def main() -> None:
         (torch.bfloat16, 256, None),
         (torch.float32, 128, None),
         (torch.float32, 256, None),
+        (torch.float64, 128, None),
     ):
         q, k = _inputs(geometry, dtype, dim)
         grid = block_grid(geometry, 128, 1, CPU)
