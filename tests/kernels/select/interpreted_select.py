@@ -325,6 +325,7 @@ PATTERNS = [
     BlockTopK(top_k=2),
     XAttention(threshold=0.6),
     XAttention(threshold=(0.3, 0.5, 0.9, 1.0), stride=8),
+    XAttention(threshold=0.6, proxy="mean"),
     Prism(top_p=0.4),
     FlashPrefill(alpha=0.9, sink_blocks=1, window_blocks=1, last_blocks=0),
 ]
