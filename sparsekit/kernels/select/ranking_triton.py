@@ -25,7 +25,7 @@ from sparsekit.plan import span_numbers
 __all__ = ["LONGEST", "bit_positions_triton", "mean_queries_triton", "rank_keys_triton"]
 
 LONGEST = 8192  # keys of a list that one program sorts
-SCORE_BYTES = 1 << 30  # of scores at once: all of 8,192 rows at 128K tokens are 2.3 GB, in three turns
+SCORE_BYTES = 1 << 30  # of scores at once: all of 8,192 rows at 128K tokens are 2.7 GB, in four turns
 STEP = tl.constexpr(128)  # a row has a multiple of so many columns, as tiles and loads of it do
 SINK = tl.constexpr(KEY_TILE)  # keys that are kept anyway, and have no column
 FARTHEST = tl.constexpr(torch.finfo(torch.float32).max)
