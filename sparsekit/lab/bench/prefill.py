@@ -63,8 +63,8 @@ def bench_prefill(
         attends: what attention is given: "weights", the layers' own q and k; or "structured", those of heads with the
             structure of real ones (`sparsekit.lab.bench.inputs.structured`), the same in every layer. All else runs as
             it is. Random weights attend flatly, and so tell a dynamic pattern to keep everything.
-        fused: norms, rotary embedding and gated MLP by Liger-Kernel in every reading, the untouched model's too. Of a
-            model that is loaded here: one that you gave stays as it is.
+        fused: norms, rotary embedding and gated MLP by Liger-Kernel in every reading, the untouched model's too. It
+            replaces them for the rest of the process, and of a model that is loaded here alone.
         dtype, device: default bfloat16 and the GPU, or float32 and the CPU.
         out: JSONL file for the rows.
         show: called with each row's line.
@@ -90,12 +90,11 @@ def bench_prefill(
     loaded = [(str(config) if isinstance(config, str) else f"config {i}", load(config))
               for i, config in enumerate(configs)]  # fmt: skip
     name, found = model_or_shape(model, shape, dtype, where)
-    if release is not None:
-        _fuse(found)
     vocab = found.config.get_text_config().vocab_size
     dtype = str(found.dtype).removeprefix("torch.")
     facts = {"case": "prefill", "model": name, "dtype": dtype, "rounds": rounds, "attends": attends}
     if release is not None:
+        _fuse(found)
         facts["layers"] = f"liger-kernel {release}"
     with Record(out, place(where)) as record:
         for tokens in lengths:
