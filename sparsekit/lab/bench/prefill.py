@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -17,13 +15,14 @@ from torch import Tensor
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.bench.inputs import structured
+from sparsekit.lab.bench.reading import Given, chunks_of, read_at_once, read_in_chunks, warm_up_chunks
 from sparsekit.lab.bench.shapes import model_or_shape
-from sparsekit.lab.bench.timing import Record, spread, synchronize
+from sparsekit.lab.bench.timing import Record, spread
 from sparsekit.lab.options import Device, Dtype, Lengths, Model, Rows, Shape, device_of, numbers_of
+from sparsekit.lab.progress import progress
 from sparsekit.lab.provenance import place
 from sparsekit.models import facts as model_facts
-from sparsekit.patch import apply
-from sparsekit.patch.capture import wrap_attention
+from sparsekit.patch import Handle, apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +41,8 @@ def bench_prefill(
     shape: str | None = None,
     lengths: Sequence[int] = (8192, 32768, 131072),
     rounds: int = 2,
+    chunk_tokens: int | None = None,
+    baseline: bool = True,
     attends: str = "weights",
     fused: bool = False,
     dtype: str | None = None,
@@ -59,7 +60,12 @@ def bench_prefill(
         model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`.
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
-        rounds: in each every config reads the prompt once, after one reading that is not timed.
+        rounds: in each every config reads the prompt once, after one reading that is not timed; in chunks that is one
+            of a few tokens at places that double up to the prompt's end.
+        chunk_tokens: the prompt comes in chunks of so many tokens, into a StaticCache, and its end is told
+            (`Handle.prompt`). transformers' SDPA then gets a mask of chunk x N in every layer that is the model's own,
+            the untouched model's among them, which is slow and large: `dense_impl: kernel` runs dense layers without.
+        baseline: read with the untouched model too; without, no row is `faster` than anything.
         attends: what attention is given: "weights", the layers' own q and k; or "structured", those of heads with the
             structure of real ones (`sparsekit.lab.bench.inputs.structured`), the same in every layer. All else runs as
             it is. Random weights attend flatly, and so tell a dynamic pattern to keep everything.
@@ -71,9 +77,10 @@ def bench_prefill(
 
     Returns:
         `config`, `tokens`, `ms` (median, p20, p80), `faster` (the untouched model's median over this one's),
-        `tile_density` (visited tiles over dense attention's, mean over the layers that do not keep their own),
-        `sparse_layers`, `plan_ms` (of all layers' plans together, in the last reading); on a CUDA device `peak_bytes`,
-        all that the process held at its highest, weights included.
+        `tile_density` (visited tiles over dense attention's, of all chunks; mean over the layers that do not keep their
+        own), `sparse_layers`, of the last reading `plan_ms` (of all plans together) and `plan_bytes` (of the largest);
+        on a CUDA device `peak_bytes`, all that the process held at its highest, weights included. In chunks
+        `chunk_tokens` and `cache_bytes`.
 
     Raises:
         SparsekitError: an unknown shape, a config that does not fit the model, or `fused` where it cannot be.
@@ -83,11 +90,14 @@ def bench_prefill(
             f"{len(configs)} configs, lengths = {list(lengths)}, rounds = {rounds}: at least one of each, and "
             "no length below 1 token."
         )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise SparsekitError(f"chunk_tokens = {chunk_tokens}: at least 1 token, or None for the prompt at once.")
     if attends not in ATTENDS:
         raise SparsekitError(f"attends = {attends!r} is not one of {', '.join(ATTENDS)}.{nearest(attends, ATTENDS)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     release = _liger(model, where) if fused else None
-    loaded = [(str(config) if isinstance(config, str) else f"config {i}", load(config))
+    turns: list[tuple[str, SparseConfig | None]] = [(STOCK, None)] * baseline
+    turns += [(str(config) if isinstance(config, str) else f"config {i}", load(config))
               for i, config in enumerate(configs)]  # fmt: skip
     name, found = model_or_shape(model, shape, dtype, where)
     vocab = found.config.get_text_config().vocab_size
@@ -96,30 +106,31 @@ def bench_prefill(
     if release is not None:
         _fuse(found)
         facts["layers"] = f"liger-kernel {release}"
+    if chunk_tokens is not None:
+        facts["chunk_tokens"] = chunk_tokens
     with Record(out, place(where)) as record:
         for tokens in lengths:
             prompt = torch.randint(3, vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
             given = None if attends == "weights" else _given(found, tokens)
-            times: dict[str, list[float]] = {STOCK: [], **{label: [] for label, _ in loaded}}
+            times: dict[str, list[float]] = {label: [] for label, _ in turns}
             seen: dict[str, dict[str, Any]] = {}
             for n in range(rounds + 1):
-                ms, memory = _timed(found, prompt, where, given)
-                times[STOCK] += [ms] * (n > 0)
-                seen[STOCK] = {**memory, "tile_density": 1.0, "sparse_layers": 0}
-                for label, config in loaded:
-                    with apply(found, config) as handle:
-                        ms, memory = _timed(found, prompt, where, given)
-                        layers = handle.report().layers
+                for label, config in turns:
+                    with nullcontext() if config is None else apply(found, config) as handle:
+                        if chunk_tokens is None:
+                            ms, seen[label] = read_at_once(found, prompt, handle, given)
+                        elif n == 0:
+                            warm_up_chunks(found, prompt, chunk_tokens, handle, given)
+                            continue
+                        else:
+                            ms, seen[label] = _in_chunks(
+                                label, found, prompt, chunk_tokens, handle, given, quiet=show is None
+                            )
                     times[label] += [ms] * (n > 0)
-                    tiles = [layer.tile_density for layer in layers if layer.tile_density is not None]
-                    density = round(mean(tiles), 4) if tiles else 1.0
-                    sparse = sum(layer.sparse for layer in layers)
-                    plans = round(sum(layer.plan_ms or 0.0 for layer in layers), 4)
-                    seen[label] = {**memory, "tile_density": density, "sparse_layers": sparse, "plan_ms": plans}
-            stock = spread(times[STOCK])["ms"]
             for label, all_ms in times.items():
                 row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
-                row["faster"] = round(stock / row["ms"], 4)
+                if baseline:
+                    row["faster"] = round(spread(times[STOCK])["ms"] / row["ms"], 4)
                 record.add(row)
                 if show is not None:
                     show(_line(row))
@@ -164,39 +175,27 @@ def _given(model: PreTrainedModel, tokens: int) -> tuple[Tensor, Tensor]:
     return made.q, made.k
 
 
-@contextmanager
-def _attending(model: PreTrainedModel, given: tuple[Tensor, Tensor] | None) -> Iterator[None]:
-    """Within this block attention is given these q and k, in every layer; None: the layers' own."""
-    if given is None:
-        yield
-        return
+def _in_chunks(
+    label: str, model: PreTrainedModel, prompt: Tensor, chunk_tokens: int, handle: Handle | None, given: Given,
+    *, quiet: bool,
+) -> tuple[float, dict[str, Any]]:  # fmt: skip
+    """`read_in_chunks`, with its progress on stderr."""
+    tokens = prompt.shape[1]
+    with progress(label, len(chunks_of(tokens, chunk_tokens)), quiet=quiet) as bar:
 
-    def run(own: Any, module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return own(module, *given, *args, **kwargs)
+        def step(end: int, ms: float) -> None:
+            bar(1, count=f"{end:,} of {tokens:,} tokens")
+            bar.says(f"{label}: {end:,} of {tokens:,} tokens, the last chunk in {ms:,.0f} ms")
 
-    with wrap_attention(model, run):
-        yield
-
-
-def _timed(
-    model: PreTrainedModel, prompt: Tensor, device: torch.device, given: tuple[Tensor, Tensor] | None
-) -> tuple[float, dict[str, int]]:
-    """Milliseconds by the host's clock from the prompt to the first token, and the peak of allocated memory."""
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with _attending(model, given):
-        start = time.perf_counter()
-        int(model(prompt, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-        ms = (time.perf_counter() - start) * 1e3
-    return ms, {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+        return read_in_chunks(model, prompt, chunk_tokens, handle, given, step)
 
 
 def _line(row: dict[str, Any]) -> str:
     memory = f", peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
     plans = f", plans {row['plan_ms']:.2f} ms" if "plan_ms" in row else ""
+    faster = f"{row['faster']:.3f} x  " if "faster" in row else ""
     return (
-        f"{row['tokens']:>9,} tokens  {row['ms']:10.1f} ms  {row['faster']:.3f} x  "
+        f"{row['tokens']:>9,} tokens  {row['ms']:10.1f} ms  {faster}"
         f"tile density {row['tile_density']:.3f}{plans}{memory}  {row['config']}"
     )
 
@@ -205,6 +204,10 @@ def command(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="YAML files.")],
     tokens: Lengths = "8192,32768,131072",
     rounds: Annotated[int, typer.Option(min=1, help="Timed readings of each.")] = 2,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The prompt in chunks of so many tokens; default at once.")
+    ] = None,
+    baseline: Annotated[bool, typer.Option(help="Time the untouched model too.")] = True,
     model: Model = None,
     shape: Shape = None,
     attends: Annotated[
@@ -219,6 +222,7 @@ def command(
 ) -> None:
     """Time to the first token and peak memory of configs, against the untouched model, in one run."""
     bench_prefill(
-        configs, model=model, shape=shape, lengths=numbers_of(tokens, "--tokens"), rounds=rounds, attends=attends,
-        fused=fused, dtype=dtype, device=device_of(device), out=output, show=typer.echo,
+        configs, model=model, shape=shape, lengths=numbers_of(tokens, "--tokens"), rounds=rounds,
+        chunk_tokens=chunk_tokens, baseline=baseline, attends=attends, fused=fused, dtype=dtype,
+        device=device_of(device), out=output, show=typer.echo,
     )  # fmt: skip

@@ -1,0 +1,161 @@
+"""bench prefill --chunk-tokens: a prompt in chunks is the prompt, and its row says what all chunks took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparsekit import SparsekitError
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.softmax import Softmax
+from sparsekit.cli import app
+from sparsekit.config import SparseConfig, load
+from sparsekit.lab.bench import bench_prefill, reading
+from sparsekit.lab.bench.inputs import structured
+from sparsekit.models import tiny
+from sparsekit.patch import apply
+from sparsekit.patch.state import Call
+from sparsekit.patterns import parse_pattern
+
+N, CHUNK = 1100, 256
+BLOCKS = {"name": "block_topk", "top_k": 3, "dense_below_tokens": 0}
+
+
+def config_of(kernel: bool = True, below: Any = "dense") -> SparseConfig:
+    """Two layers of `below`, two of triangle."""
+    triangle = {"name": "triangle", "sink_tokens": 8, "window_tokens": 32, "last_tokens": 16}
+    impl = "kernel" if kernel else "model"
+    return load({"dense_below_tokens": 0, "dense_impl": impl, "layers": {"0-1": below, "2-3": triangle}})
+
+
+def test_the_row_is_of_all_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Triangle's last rows are the prompt's alone, so that what is visited is that of the prompt at once."""
+    model = tiny("llama")
+    lines: list[str] = []
+    [whole] = bench_prefill([config_of()], model=model, lengths=[N], rounds=1, baseline=False, device="cpu")
+    stock, row = bench_prefill(
+        [config_of()], model=model, lengths=[N], rounds=1, chunk_tokens=CHUNK, device="cpu", show=lines.append
+    )
+    assert row["tile_density"] == pytest.approx(whole["tile_density"], abs=2e-4) and row["tile_density"] < 0.8
+    assert row["sparse_layers"] == whole["sparse_layers"] == 2
+    assert stock["cache_bytes"] == row["cache_bytes"] == 4 * 2 * N * 2 * 16 * 4  # layers, k and v, key heads, float32
+    assert (stock["chunk_tokens"], row["chunk_tokens"]) == (CHUNK, CHUNK)
+    assert 0 < row["plan_bytes"] < 4096 and "plan_bytes" not in stock
+    assert "chunk_tokens" not in whole and "cache_bytes" not in whole
+    assert len(lines) == 2 and "tile density" in lines[1]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 * 5 and said[-1].startswith("config 0: 1,100 of 1,100 tokens, the last chunk in ")
+
+
+def test_without_the_untouched_model_nothing_is_faster() -> None:
+    given: dict[str, Any] = {"model": tiny("llama"), "lengths": [300], "rounds": 1, "device": "cpu"}
+    [row] = bench_prefill([config_of()], baseline=False, **given)
+    assert row["config"] == "config 0" and "faster" not in row and row["ms"] > 0
+
+
+def test_the_cache_is_that_of_the_prompt_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("llama"), torch.randint(3, 250, (1, N), generator=torch.Generator().manual_seed(0))
+    cache = reading._cache(model, N)
+    monkeypatch.setattr(reading, "_cache", lambda *given: cache)
+    places: list[int] = []
+    with torch.inference_mode(), apply(model, config_of()) as handle:
+        expected = model(ids, use_cache=True).past_key_values
+        reading.read_in_chunks(model, ids, CHUNK, handle, None, lambda end, ms: places.append(end))
+    assert places == [256, 512, 768, 1024, 1100]
+    for layer, whole in zip(cache.layers, expected.layers, strict=True):
+        assert torch.allclose(layer.keys, whole.keys, atol=1e-5)
+        assert torch.allclose(layer.values, whole.values, atol=1e-5)
+
+
+def test_no_layer_on_the_kernel_asks_for_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have chunk x N elements; the model's own attention has no other way."""
+
+    def refuse(*given: Any) -> None:
+        raise AssertionError("a mask of chunk x N")
+
+    monkeypatch.setattr(Call, "_whole_mask", refuse)
+    given: dict[str, Any] = {"model": tiny("llama"), "lengths": [N], "rounds": 1, "baseline": False, "device": "cpu"}
+    bench_prefill([config_of()], chunk_tokens=CHUNK, **given)
+    with pytest.raises(AssertionError, match="chunk x N"):
+        bench_prefill([config_of(kernel=False)], chunk_tokens=CHUNK, **given)
+
+
+def test_a_dynamic_pattern_sees_its_chunk_of_structured_inputs() -> None:
+    given: dict[str, Any] = {"lengths": [N], "rounds": 1, "baseline": False, "device": "cpu", "attends": "structured"}
+    all_blocks = load({"dense_below_tokens": 0, "default": BLOCKS})
+    [row] = bench_prefill([all_blocks], model=tiny("llama"), chunk_tokens=CHUNK, **given)
+    made, pattern, visited, dense = structured(N, heads=4, key_heads=2, dim=16), parse_pattern(BLOCKS), 0.0, 0
+    for at, end in reading.chunks_of(N, CHUNK):
+        geometry = Geometry.of(end - at, N, q_offset=at, prompt_len=N)
+        plan = pattern.plan(made.q[:, :, at:end], made.k, geometry, Softmax(scale=0.25))
+        visited, dense = visited + plan.totals().visited_tiles(), dense + plan.totals().causal_tiles
+    assert row["tile_density"] == pytest.approx(visited / dense, abs=2e-4) and row["tile_density"] < 0.7
+
+
+# ---- warming up
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Of each call: where it begins, its tokens, and where its cache stands then."""
+    seen: list[tuple[int, int, int]] = []
+    call = reading._call
+
+    def spy(model: Any, ids: torch.Tensor, cache: Any, given: Any, at: int) -> float:
+        ms = call(model, ids, cache, given, at)
+        seen.append((at, ids.shape[1], int(cache.layers[0].get_seq_length())))
+        return ms
+
+    monkeypatch.setattr(reading, "_call", spy)
+    return seen
+
+
+@torch.inference_mode()
+def test_warming_up_reads_a_few_tokens_at_places_that_double_up(
+    calls: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WARM_TOKENS", 100)
+    model, ids = tiny("llama"), torch.full((1, N), 5)
+    with apply(model, config_of(below=BLOCKS)) as handle:
+        reading.warm_up_chunks(model, ids, CHUNK, handle, None)
+        assert all(layer.ran == "sparse" for layer in handle.report().layers)
+        ends = [100, 256, 512, 1024, 1100]
+        assert calls == [(end - 100, 100, end) for end in ends]
+        calls.clear()
+        reading.warm_up_chunks(model, ids, 4096, handle, None)
+        assert calls == [(0, 100, 100), (1000, 100, 1100)]
+        calls.clear()
+    reading.warm_up_chunks(model, ids, CHUNK, None, None)
+    assert calls == [(0, 100, 100)]
+
+
+@torch.inference_mode()
+def test_a_model_with_sliding_layers_reads_all_of_it(calls: list[tuple[int, int, int]]) -> None:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    model = tiny("gemma3_text", layer_types=kinds, sliding_window=64)
+    config = load({"dense_below_tokens": 0, "default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}})
+    with apply(model, config) as handle:
+        reading.warm_up_chunks(model, torch.full((1, 600), 5), CHUNK, handle, None)
+        assert calls == [(0, 256, 256), (0, 256, 256), (256, 256, 512), (512, 88, 600)]
+
+
+# ---- what is refused
+
+
+def test_faults() -> None:
+    with pytest.raises(SparsekitError, match="chunk_tokens = 0: at least 1 token"):
+        bench_prefill([config_of()], model=tiny("llama"), lengths=[300], chunk_tokens=0, device="cpu")
+    options = ["--shape", "tiny", "--tokens", "300", "--device", "cpu", "--chunk-tokens"]
+    assert CliRunner().invoke(app, ["bench", "prefill", "nowhere.yaml", *options, "0"]).exit_code == 2
+
+
+def test_command(tmp_path: Any) -> None:
+    path = tmp_path / "blocks.yaml"
+    path.write_text(config_of(below=BLOCKS).dump())
+    options = ["--shape", "tiny", "--tokens", "300", "--rounds", "1", "--device", "cpu", "--chunk-tokens", "128"]
+    result = CliRunner().invoke(app, ["bench", "prefill", str(path), *options, "--no-baseline"])
+    assert result.exit_code == 0, result.output
+    assert "untouched" not in result.output and str(path) in result.output and " x  " not in result.output
