@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +71,25 @@ def test_the_cache_is_that_of_the_prompt_at_once(monkeypatch: pytest.MonkeyPatch
     for layer, whole in zip(cache.layers, expected.layers, strict=True):
         assert torch.allclose(layer.keys, whole.keys, atol=1e-5)
         assert torch.allclose(layer.values, whole.values, atol=1e-5)
+
+
+def test_one_cache_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a million tokens two of them, that of warming up and that of the reading, fit no GPU."""
+    make, made = reading._cache, list[weakref.ref[Any]]()
+
+    def only_one(*given: Any) -> Any:
+        assert not any(cache() for cache in made)
+        cache = make(*given)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(reading, "_cache", only_one)
+    gc.disable()  # what only a collection frees is still there when the next one is made
+    try:
+        bench_prefill([config_of()] * 2, model=tiny("llama"), lengths=[N], chunk_tokens=CHUNK, device="cpu")
+    finally:
+        gc.enable()
+    assert len(made) == 9 and not made[-1]()
 
 
 def test_no_layer_on_the_kernel_asks_for_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +174,7 @@ def test_faults() -> None:
     assert CliRunner().invoke(app, ["bench", "prefill", "nowhere.yaml", *options, "0"]).exit_code == 2
 
 
-def test_command(tmp_path: Any) -> None:
+def test_command(tmp_path: Path) -> None:
     path = tmp_path / "blocks.yaml"
     path.write_text(config_of(below=BLOCKS).dump())
     options = ["--shape", "tiny", "--tokens", "300", "--rounds", "1", "--device", "cpu", "--chunk-tokens", "128"]
