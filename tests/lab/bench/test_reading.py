@@ -16,12 +16,14 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.cli import app
 from sparsekit.config import SparseConfig, load
+from sparsekit.kernels.select.grid import block_grid, slash_grid
 from sparsekit.lab.bench import bench_prefill, reading
 from sparsekit.lab.bench.inputs import structured
+from sparsekit.lab.bench.shapes import SHAPES
 from sparsekit.models import tiny
 from sparsekit.patch import apply
 from sparsekit.patch.state import Call
-from sparsekit.patterns import parse_pattern
+from sparsekit.patterns import Triangle, VerticalSlash, parse_pattern, static_plan
 
 N, CHUNK = 1100, 256
 BLOCKS = {"name": "block_topk", "top_k": 3, "dense_below_tokens": 0}
@@ -162,6 +164,36 @@ def test_a_model_with_sliding_layers_reads_all_of_it(calls: list[tuple[int, int,
     with apply(model, config) as handle:
         reading.warm_up_chunks(model, torch.full((1, 600), 5), CHUNK, handle, None)
         assert calls == [(0, 256, 256), (0, 256, 256), (256, 256, 512), (512, 88, 600)]
+
+
+# ---- the page
+
+
+def test_the_page_counts_memory_as_it_is() -> None:
+    """docs/long.md, of Qwen2.5 7B's shape: a million tokens in chunks of 65,536, and plans over 2^20 keys."""
+    page = (Path(__file__).parents[3] / "docs/long.md").read_text()
+    shape, tokens, chunk, gib = SHAPES["qwen2.5-7b-1m"], 1_000_000, 65_536, 2**30
+    with torch.device("meta"):
+        model = tiny(**shape)
+    of_a_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * 128 * 2
+    of_a_row = (3 * shape["intermediate_size"] + 2 * shape["hidden_size"]) * 2
+    held = [2 * sum(w.numel() for w in model.parameters()), of_a_token * tokens, of_a_row * chunk]
+    for part in [*held, sum(held), of_a_row * tokens]:
+        assert f"| {part / gib:.1f} |" in page, part
+    assert f"{of_a_token:,} x N" in page and f"{of_a_row:,} x C" in page
+    assert f"{chunk * tokens / gib:.0f} GiB of bools" in page
+    assert f"take {chunk * shape['vocab_size'] * 2 / gib:.0f} GiB" in page
+
+    cpu, heads = torch.device("cpu"), shape["num_attention_heads"]
+    geometry = Geometry.of(chunk, 1 << 20, prompt_len=1 << 20, block_kv=128)
+    assert f"| {static_plan(Triangle(), geometry, cpu).nbytes / 1e3:.0f} kB |" in page
+    fine, coarse = (block_grid(geometry, size, 1, cpu) for size in (64, 128))
+    listed = heads * fine.plan.rows * 2 * 101 * 4
+    bits = heads * fine.rows * fine.columns // 8
+    assert f"{listed / 1e6:.0f} MB, and {bits / 1e6:.0f} MB of bits" in page
+    assert f"{coarse.causal_tiles * heads * 4 / 1e9:.2f} GB at most" in page
+    slashes = slash_grid(geometry.with_tile(64, 64), 64, VerticalSlash().slash_tokens, cpu)
+    assert f"{slashes.room * heads * 4 / 1e9:.2f} GB at most" in page
 
 
 # ---- what is refused
