@@ -79,7 +79,7 @@ function shown() {
     chosen: Object.fromEntries(["needle", "other", "before", "after"].map((id) => [id, el(id).value])),
     constant: el("constant").textContent,
     probe: el("probe-says").hidden ? null : el("probe-says").textContent,
-    hidden: ["results", "details", "gradients"].filter((id) => el(id).hidden),
+    hidden: ["results", "details", "gradients", "timed"].filter((id) => el(id).hidden),
     diff: el("diff").children.map((line) => [line.attributes.class, line.textContent]),
     failed: el("failed").children.map((item) => item.textContent),
     failures_hidden: el("failures").hidden,

@@ -366,9 +366,23 @@ def test_devices_and_models_are_not_mixed(tmp_path: Path) -> None:
     both = in_node(written(tmp_path, [*sweep(2), *other], probed(tmp_path, "m")), "model=smollm2-135m")["first"]
     assert both["words"] == {"probe-words": "There is no probe of smollm2-135m here."}
     lacking = in_node(written(tmp_path, [*sweep(2), *other][:-1]))["first"]
-    assert "; 1 lack some task, length or seed of these" in lacking["count"]
+    assert "; 1 lacks some task, length or seed of these" in lacking["count"]
     assert [trace["name"] for trace in lacking["plots"]["score-density"][1::2]] == ["smollm2-135m", "m"]
     assert len(lacking["plots"]["layer-map"][0]["z"]) == 4
+
+
+def test_a_sweep_that_is_not_whole_opens_where_most_configs_compare(tmp_path: Path) -> None:
+    """Here at 1,024 tokens; with no time in any record, the plot of times is not shown."""
+    untimed = [{**r, "ttft_s": None} for r in sweep(3)]
+    part = [r for r in untimed if r["tokens"] == 1024 or r["label"] in ("dense", "window_tokens=64")]
+    steps = in_node(written(tmp_path, part))
+    assert steps["first"]["count"] == "12 of 18 records, 4 configs"
+    assert len(steps["first"]["plots"]["score-density"][1]["x"]) == 4 and "timed" in steps["first"]["hidden"]
+    assert "18 of 18 records, 4 configs; 2 lack some task" in steps["reset"]["count"]
+    linked = in_node(written(tmp_path, part), "task=vt")["first"]
+    assert linked["count"].startswith("6 of 18 records, 4 configs; 2 lack")
+    assert in_node(written(tmp_path, untimed))["first"]["count"] == "24 of 24 records, 4 configs"
+    assert in_node(written(tmp_path, sweep(3)))["first"]["hidden"] == []
 
 
 def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
@@ -384,7 +398,7 @@ def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
     assert one["words"]["other-map-words"] == "There is no other config."
     assert one["axes"]["score-time"][0]["title"]["text"] == "time to first token, s"
     failed = in_node(written(tmp_path, [{**sweep(1)[1], "status": "failed", "error": "out of memory"}]))["first"]
-    assert failed["hidden"] == ["results", "details", "gradients"] and not failed["failures_hidden"]
+    assert failed["hidden"] == ["results", "details", "gradients", "timed"] and not failed["failures_hidden"]
     assert failed["failed"] == ["window_tokens=64, passkey at 1024: out of memory"]
     alone = in_node(written(tmp_path, [], probed(tmp_path)))["first"]
     assert alone["hidden"] == ["results", "details"] and set(alone["plots"]) == {"probe-gradient", "probe-mass"}

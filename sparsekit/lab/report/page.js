@@ -78,6 +78,16 @@ function byConfig(records) {
   return { points, lacking, relative };
 }
 
+/** The length at which most configs can be compared, the longest of such; "" if all lengths together compare as many. */
+function startingLength(records) {
+  let [best, most] = ["", byConfig(records).points.length];
+  for (const tokens of unique(records.map((r) => r.tokens)).sort((a, b) => b - a)) {
+    const compared = byConfig(records.filter((r) => r.tokens === tokens)).points.length;
+    if (compared > most) [best, most] = [String(tokens), compared];
+  }
+  return best;
+}
+
 /** The points that no other beats: less of `field` and at least the score. In ascending order of `field`. */
 function pareto(points, field) {
   const sorted = points.filter((p) => p[field] !== null).sort((a, b) => a[field] - b[field] || b.score - a.score);
@@ -440,7 +450,7 @@ function draw() {
   const records = select(DATA.records, state.filters);
   const summary = byConfig(records);
   const configs = unique(records.map((r) => r.config_key)).length;
-  const lacking = `; ${summary.lacking} lack some task, length or seed of these: narrow the choice to see their means`;
+  const lacking = `; ${summary.lacking} lack${summary.lacking === 1 ? "s" : ""} some task, length or seed of these: narrow the choice to see their means`;
   at("count").textContent =
     `${records.length} of ${DATA.records.length} records, ${configs} config${configs === 1 ? "" : "s"}` +
     (summary.lacking ? lacking : "");
@@ -480,6 +490,8 @@ function start() {
   at("filter-config").oninput = () => filtered({ config: at("filter-config").value });
   at("reset").onclick = () => filtered(Object.fromEntries([...FILTERS, "config"].map((name) => [name, ""])));
   readHash();
+  if (!location.hash) at("filter-tokens").value = state.filters.tokens = startingLength(DATA.records);
+  at("timed").hidden = !DATA.records.some((r) => r.ttft_s);
   addEventListener("hashchange", () => {
     readHash();
     draw();
@@ -502,5 +514,5 @@ function start() {
   draw();
 }
 
-if (typeof module !== "undefined") module.exports = { select, byConfig, pareto, needleMap, layerMap, diff, sorted };
+if (typeof module !== "undefined") module.exports = { select, byConfig, startingLength, pareto, needleMap, layerMap, diff, sorted };
 if (typeof document !== "undefined") start();
