@@ -401,7 +401,7 @@ def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
     assert failed["hidden"] == ["results", "details", "gradients", "timed"] and not failed["failures_hidden"]
     assert failed["failed"] == ["window_tokens=64, passkey at 1024: out of memory"]
     alone = in_node(written(tmp_path, [], probed(tmp_path)))["first"]
-    assert alone["hidden"] == ["results", "details"] and set(alone["plots"]) == {"probe-gradient", "probe-mass"}
+    assert alone["hidden"] == ["results", "details", "timed"] and set(alone["plots"]) == {"probe-gradient", "probe-mass"}
 
 
 # ---- the page in a browser
