@@ -31,14 +31,19 @@ CONFIGS = {
     "vertical_slash": "TriangleMix over vertical_slash",
 }
 DYNAMIC = ("vertical_slash", "flexprefill", "xattention", "block_topk", "s2o")
-RULER = {
-    "model": "dense",
-    "configs/qwen2.5-coder-1.5b/trianglemix.yaml": "TriangleMix, layers 21-27",
-    "configs/qwen2.5-coder-1.5b/by-head-50.yaml": "triangle in 50% of the heads",
-    "configs/qwen2.5-coder-1.5b/by-head-65.yaml": "triangle in 65% of the heads",
-    "configs/qwen2.5-coder-1.5b/by-head-75.yaml": "triangle in 75% of the heads",
-    "triangle everywhere": "triangle in all layers",
-    "a_shape everywhere": "sinks and window alone, in all layers",
+RULER = "ruler-qwen2.5-coder-1.5b"
+RULER_DYNAMIC = "ruler-dynamic-qwen2.5-coder-1.5b"
+# (below layer 21, from it on, heads of the lowest Grad(Middle)): what the sweep calls it.
+MIXED = ("dense", "triangle", "none")
+EVERYWHERE = ("triangle", "triangle", "none")
+STATIC = {
+    ("dense", "dense", "none"): "dense",
+    MIXED: "TriangleMix, layers 21-27",
+    ("dense", "dense", "50%"): "triangle in 50% of the heads",
+    ("dense", "dense", "65%"): "triangle in 65% of the heads",
+    ("dense", "dense", "75%"): "triangle in 75% of the heads",
+    EVERYWHERE: "triangle in all layers",
+    ("a_shape", "a_shape", "none"): "sinks and window alone, in all layers",
 }
 TASKS = {"needle4": "four keys", "vt": "chained variables", "perplexity": "text"}
 
@@ -56,9 +61,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _beside(row: Row) -> bool:
-    """Of the run that has each dynamic pattern alone and under TriangleMix: the table `alone` is of it. Rows with
-    `layers` have fused ones."""
-    return bool(row.get("attends") == "structured" and row["tokens"] in (131072, 32768) and "layers" not in row)
+    """Of the run that has each dynamic pattern alone and under TriangleMix: the table `alone` is of it."""
+    return "alone-s2o.yaml" in row["command"] and row["tokens"] in (131072, 32768)
 
 
 def _prefill(name: str) -> list[list[str]]:
@@ -192,28 +196,78 @@ def costs() -> str:
     )
 
 
+def _named(value: Any) -> str:
+    return str(value["name"] if isinstance(value, dict) else value)
+
+
+def _ruler(tokens: int, *files: str) -> dict[tuple[str, str, str], dict[str, Row]]:
+    """(below, above, by head) to its row of each task that all configs of the files have at that length."""
+    of: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in (row for file in files for row in rows(file) if row["tokens"] == tokens):
+        axes = row["axes"] or dict.fromkeys(("below", "above"), "dense") | {"by_head": "none"}
+        of.setdefault((_named(axes["below"]), _named(axes["above"]), axes["by_head"]), {})[row["task"]] = row
+    shared = set.intersection(*(set(tasks) for tasks in of.values()))
+    return {key: {task: row for task, row in sorted(tasks.items()) if task in shared} for key, tasks in of.items()}
+
+
+def _average(of: Mapping[str, Row]) -> float:
+    return 100 * mean(row["score"] for row in of.values())
+
+
+def _less_dense(of: Mapping[str, Row], dense: Mapping[str, Row]) -> str:
+    changes = [a - b for task, row in of.items() for a, b in zip(row["scores"], dense[task]["scores"], strict=True)]
+    change, width = mean_interval(changes)
+    return f"{100 * change:+.1f} ± {100 * width:.1f}"
+
+
 def ruler() -> str:
     """RULER's tasks on Qwen2.5-Coder-1.5B: averages over the tasks, and the difference from dense, prompt by prompt."""
     lines = []
-    for tokens in (4096, 8192):
-        of: dict[str, dict[str, Row]] = {}
-        for row in rows("ruler-qwen2.5-coder-1.5b"):
-            if row["tokens"] == tokens:
-                of.setdefault(row["label"], {})[row["task"]] = row
-        for label, name in RULER.items():
-            if tokens == 4096 and "configs/" in label:
-                continue  # prompts below dense_below_tokens
-            tasks, dense = of[label], of["model"]
-            changes = [
-                a - b for task, row in tasks.items() for a, b in zip(row["scores"], dense[task]["scores"], strict=True)
-            ]
-            change, width = mean_interval(changes)
+    for tokens in (4096, 8192, 16384, 32768):
+        of = _ruler(tokens, RULER)
+        dense = of["dense", "dense", "none"]
+        for key, name in STATIC.items():
             lines.append([
-                f"{tokens:,}", name, f"{100 * mean(row['score'] for row in tasks.values()):.1f}",
-                "" if label == "model" else f"{100 * change:+.1f} ± {100 * width:.1f}",
-                f"{mean(row['kl'] for row in tasks.values()):.4f}",
+                f"{tokens:,}", str(len(dense)), name, f"{_average(of[key]):.1f}",
+                "" if name == "dense" else _less_dense(of[key], dense),
+                f"{mean(row['kl'] for row in of[key].values()):.4f}",
             ])  # fmt: skip
-    return _table(["tokens", "config", "average", "less dense", "KL"], lines)
+    return _table(["tokens", "tasks", "config", "average", "less dense", "KL"], lines)
+
+
+def ruler_dynamic() -> str:
+    """The same at 8K of each dynamic pattern: in all layers, and below layer 21 under TriangleMix."""
+    of = _ruler(8192, RULER, RULER_DYNAMIC)
+    dense = of["dense", "dense", "none"]
+    lines = [["dense", f"{_average(dense):.1f}", "", "", "1.00", f"{_average(of[MIXED]):.1f}",
+              _less_dense(of[MIXED], dense), *_costs(of[MIXED])]]  # fmt: skip
+    names = sorted({below for below, above, _ in of if above not in ("dense", below)} - {"dense"})
+    for name in sorted(names, key=lambda name: -_average(of[name, name, "none"])):
+        cells = [name]
+        for above in (name, "triangle"):
+            found = of[name, above, "none"]
+            cells += [f"{_average(found):.1f}", _less_dense(found, dense), *_costs(found)]
+        lines.append(cells)
+    return _table(
+        ["pattern", "in all layers", *(costs := ("less dense", "KL", "density")), "TriangleMix over it", *costs], lines
+    )
+
+
+def _costs(of: Mapping[str, Row]) -> tuple[str, str]:
+    return f"{mean(row['kl'] for row in of.values()):.4f}", f"{mean(row['density'] for row in of.values()):.2f}"
+
+
+def start_patterns() -> str:
+    """Qwen2.5-Coder-1.5B at 8K: every pattern in the last layers, KL and score."""
+    of: dict[str, dict[int, Row]] = {}
+    for row in rows("start-layer-qwen2.5-coder-1.5b"):
+        of.setdefault(row["pattern"].split("(")[0], {})[row["start"]] = row
+    firsts = sorted({start for found in of.values() for start in found}, reverse=True)
+    lines = [
+        [name, *(f"{found[at]['kl']:.4f}, {found[at]['score'][0]:.2f}" if at in found else "" for at in firsts)]
+        for name, found in of.items()
+    ]
+    return _table(["pattern", *(f"from {start}" for start in firsts)], lines)
 
 
 def starts() -> str:
@@ -256,11 +310,12 @@ def published() -> str:
     whole = {row["config"]: row["ms"] for row in rows("prefill-h200") if row["tokens"] == 131072 and _beside(row)}
     further = [1 - whole[f"configs/llama-3.1-8b/trianglemix-{name}.yaml"] / whole[f"docs/results/alone-{name}.yaml"]
                for name in DYNAMIC]  # fmt: skip
-    score = {row["label"]: [] for row in rows("ruler-qwen2.5-coder-1.5b")}
-    for row in rows("ruler-qwen2.5-coder-1.5b"):
-        if row["tokens"] == 8192:
-            score[row["label"]].append(row["score"])
-    average = {RULER[label]: 100 * mean(values) for label, values in score.items()}
+    lengths = [_ruler(tokens, RULER) for tokens in (4096, 8192, 16384, 32768)]
+    tasks = set.intersection(*(set(of[MIXED]) for of in lengths))
+    dense, mixed, everywhere = (
+        mean(_average({task: of[key][task] for task in tasks}) for of in lengths)
+        for key in (("dense", "dense", "none"), MIXED, EVERYWHERE)
+    )
     return _table(
         ["what", "published", "here", "agrees"],
         [
@@ -274,9 +329,9 @@ def published() -> str:
             ],
             [
                 "triangle in deep layers harmless, in all of them not", "RULER 77.6 dense, 77.3 mixed, Llama 3.1 8B",
-                f"1.5B model at 8K: {average['dense']:.1f} dense, {average['TriangleMix, layers 21-27']:.1f} mixed, "
-                f"{average['triangle in all layers']:.1f} in all layers",
-                "in kind; 88 prompts do not tell 1 point from 0",
+                f"1.5B model, {len(tasks)} tasks, 4K to 32K: {dense:.1f} dense, {mixed:.1f} mixed, "
+                f"{everywhere:.1f} in all layers",
+                "yes",
             ],
             [
                 "S2O, one layer, 128K, times faster than dense", "7.51, FlashAttention-2, as others quote it",
@@ -296,7 +351,8 @@ def published() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "starts": starts,
+    "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "ruler-dynamic": ruler_dynamic,
+    "starts": starts, "start-patterns": start_patterns,
     "published": published,
 }  # fmt: skip
 
