@@ -31,7 +31,7 @@ from sparsekit.call.geometry import Geometry, Span
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import check_fits, check_tensors
 from sparsekit.errors import SparsekitError, nearest, one_line, shown
-from sparsekit.patterns.crossover import Place, settled_tokens
+from sparsekit.patterns.crossover import Place, device_type, settled_tokens
 from sparsekit.patterns.fields import AUTO, MOST_DEPTH, UNHASHABLE, bounded, holds, tokens_or_none, too_deep
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.mask import first_without_itself
@@ -349,7 +349,7 @@ class DynamicPattern(Pattern):
     def settled(self, place: Place, say: Callable[[str], None] = lambda said: None) -> Pattern:
         if self.dense_below_tokens != AUTO:
             return self
-        default = self.pays_below(torch.device("cpu" if place.device.startswith("cpu") else "cuda"))
+        default = self.pays_below(torch.device(device_type(place.device)))
         tokens, said = settled_tokens(self.model_dump(mode="json"), place, default)
         say(f"{self.name}: dense_below_tokens auto is {said}")
         return self.model_copy(update={"dense_below_tokens": tokens})

@@ -22,8 +22,8 @@ from sparsekit.call.geometry import MAX_TOKENS
 from sparsekit.errors import SparsekitError, cache_folder, named_path, one_line, read_text, shown
 
 __all__ = [
-    "ENV", "NEVER", "SHIPPED", "Crossover", "Found", "Measured", "Place", "device_name", "faster_from", "find",
-    "own_table", "read_table", "rows_of_tables", "settled_tokens", "subject",
+    "ENV", "NEVER", "SHIPPED", "Crossover", "Found", "Measured", "Place", "device_name", "device_type",
+    "faster_from", "find", "own_table", "read_table", "rows_of_tables", "settled_tokens", "subject",
 ]  # fmt: skip
 
 ENV = "SPARSEKIT_CROSSOVER"  # names the user's own table
@@ -160,6 +160,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()})" if device.type == "cpu" else device.type
+
+
+def device_type(name: str) -> str:
+    """PyTorch's type of the device that `device_name` calls so."""
+    try:
+        return torch.device(name.split(" (")[0]).type
+    except RuntimeError:  # no type of PyTorch: a GPU's own name
+        return "cuda"
 
 
 # ---- tables

@@ -18,6 +18,7 @@ from sparsekit.patterns.crossover import (
     NEVER,
     SHIPPED,
     Measured,
+    device_type,
     faster_from,
     find,
     own_table,
@@ -146,6 +147,13 @@ def test_auto_of_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert tokens == 700 and "auto is 700, the pattern's default (no table has it on cpu" in said
     assert "900, the pattern's default" in below(AUTO, HERE._replace(device="NVIDIA H200"))[1]
     assert below({**TOPK, "dense_below_tokens": 5}) == (5, "") and below(TOPK) == (700, "")
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("NVIDIA H200", 16384), ("cpu (x86_64)", 0), ("mps", 0), ("xpu", 0)])
+def test_without_a_row_auto_is_the_patterns_default_for_that_device(device: str, tokens: int) -> None:
+    auto = BlockTopK(dense_below_tokens="auto", top_k=77)
+    assert auto.settled(HERE._replace(device=device)).dense_below_tokens == tokens
+    assert BlockTopK(top_k=77).dense_below(torch.device(device_type(device))) == tokens
 
 
 def test_auto_of_a_union_and_of_its_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
