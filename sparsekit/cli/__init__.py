@@ -7,6 +7,7 @@ mistyped command or option is exit code 2; `sparsekit --debug COMMAND` shows the
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from contextlib import suppress
@@ -37,7 +38,8 @@ DEMO_FOLDER = Path("sparsekit-demo")
 
 
 class _OneLineErrors(TyperGroup):
-    """A group that prints a SparsekitError, and what the system refuses, as one line; a warning of ours too."""
+    """A group that prints a SparsekitError, what the system refuses, and a GPU that is full, as one line; a warning of
+    ours too."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if sys.stdout is None:
@@ -66,6 +68,19 @@ class _OneLineErrors(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             raise typer.Exit(_system_error(error)) from None
+        except RuntimeError as error:
+            if ctx.params.get("debug") or not _is_out_of_memory(error):
+                raise
+            said = re.split(r" (?:Process|Including|Of the allocated) ", " ".join(str(error).split()))[0]
+            _print_error(
+                f"error: {said} Take shorter prompts, or another device or dtype; `--debug` says where it was."
+            )
+            raise typer.Exit(1) from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: where it is not, it has not raised
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _print_error(line: str) -> None:

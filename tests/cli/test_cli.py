@@ -267,6 +267,30 @@ def test_an_error_is_one_line_and_a_traceback_only_with_debug() -> None:
     assert debug.exit_code == 1
 
 
+def test_a_full_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's error names every process on the GPU, and ends with advice on its allocator."""
+    said = (
+        "CUDA out of memory. Tried to allocate 446.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 31.69 MiB "
+        "is free. Process 1952 has 15.17 GiB memory in use. Of the allocated memory 9 GiB is allocated by PyTorch, and "
+        "1 GiB is reserved. See documentation for Memory Management (https://pytorch.org)"
+    )
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr("sparsekit.config.load", full)
+    done = run.invoke(app, ["check", "smollm2-135m", "c.yaml", "--prompts", "p.jsonl"])
+    assert done.exit_code == 1 and done.stderr == (
+        "error: CUDA out of memory. Tried to allocate 446.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which "
+        "31.69 MiB is free. Take shorter prompts, or another device or dtype; `--debug` says where it was.\n"
+    )
+    debug = run.invoke(app, ["--debug", "check", "smollm2-135m", "c.yaml", "--prompts", "p.jsonl"])
+    assert isinstance(debug.exception, torch.OutOfMemoryError)
+    monkeypatch.setattr("sparsekit.config.load", lambda *_: 1 / torch.zeros(1).reshape(2))
+    other = run.invoke(app, ["check", "smollm2-135m", "c.yaml", "--prompts", "p.jsonl"])
+    assert isinstance(other.exception, RuntimeError) and "reshape" not in other.stderr
+
+
 def test_python_dash_m_in_a_fresh_process() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sparsekit", "validate", "nowhere.yaml"], capture_output=True, text=True, check=False
