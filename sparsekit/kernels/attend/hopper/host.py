@@ -26,6 +26,8 @@ from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
 from sparsekit.kernels.attend.hopper.worklist import (
     BLOCK_Q,
     _halves,
+    _merge,
+    _Pair,
     _parts,
     _step_keys,
     _Work,
@@ -43,8 +45,6 @@ FARTHEST_STEP = 4096  # of queries: an item counts its steps across the diagonal
 PAGES = (16, 32, 64, 128, 256)
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
-_Pair = tuple["Tensor | None", "Tensor | None"]
-MERGE_ROWS = 32
 COLUMNS_A_PROGRAM = 64
 
 
@@ -244,11 +244,7 @@ class _Launch:
         arguments, partial = self.fill(q, keys, out, lse, pool, sinks, dense)
         self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
         if self.work.slots:
-            _, heads, q_len, dim = out.shape
-            _device_code().merge[(self.work.slots, BLOCK_Q // MERGE_ROWS)](
-                self.work.merges, *partial, out, lse, sinks, heads, q_len, *out.stride()[:3],
-                D=dim, BM=MERGE_ROWS, LSE=lse is not None, SINKS=sinks is not None,
-            )  # fmt: skip
+            _merge(self.work, partial, out, lse, sinks)
 
     def fill(
         self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None,
@@ -330,17 +326,13 @@ def _launch(
     if rule is not None:
         rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
         rule_head = 3 if rule.shape[1] > 1 else 0
-    early = g.q_step == 1 and any(
-        span.q_first // BLOCK_Q * BLOCK_Q + start < g.q_offset
-        for span, start in zip(g.spans, g.kv_start, strict=True)
-        if span.q_end > span.q_first
-    )
     halves = _halves(plan)
     stages, q_stages = _buffers(dim, step, halves)
     flags = (
         stages, q_stages, max(plan.block_kv // step, 1), parts, plan.row_ptr is not None,
-        rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0, early, q_stages == 1,
-        narrow, halves, keys.page, g.q_step, pack, 0 if dense is None else plan.correct_every,
+        rule is not None, cap is not None, return_lse, sinks is not None, columns, work.slots > 0,
+        starts_early(g), q_stages == 1, narrow, halves, keys.page, g.q_step, pack,
+        0 if dense is None else plan.correct_every,
     )  # fmt: skip
     scale = float(softmax.scale)
     arguments = (
@@ -363,6 +355,15 @@ def _launch(
         # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])
+
+
+def starts_early(g: Geometry) -> bool:
+    """Whether some sample's first tile begins before q's first row."""
+    return g.q_step == 1 and any(
+        span.q_first // BLOCK_Q * BLOCK_Q + start < g.q_offset
+        for span, start in zip(g.spans, g.kv_start, strict=True)
+        if span.q_end > span.q_first
+    )
 
 
 def _piece(page: int, entry: int, narrow: bool) -> int:
@@ -401,7 +402,7 @@ def _layout(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int], A
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}[dtype]
     block = [1, 1, rows, dim]
     return TensorDescriptor, block, gl.NVMMASharedLayout.get_default_for(block, element)
 

@@ -38,7 +38,11 @@ WORKSPACE_SHARE = 0.015
 WORKSPACE_BYTES = 8 << 20
 H100_SMS = 132
 ITEMS_A_PROGRAM = 32
+MERGE_ROWS = 32
 WORK_BITS = 24  # of a sort key: steps of an item; its section stands above
+
+
+_Pair = tuple["Tensor | None", "Tensor | None"]
 
 
 def _processors(device: torch.device) -> int:
@@ -108,6 +112,15 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int, pack: int
         )
         plan.memo[key] = min(budget // (BLOCK_Q * (dim + 1) * 4), 4 * _processors(q.device)) if wanted else 0
     return int(plan.memo[key])
+
+
+def _merge(work: _Work, partial: _Pair, out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
+    """Partial results of rows split over keys -> out and lse (B, H, Q). partial: (slots, 128, D), and their own lse."""
+    _, heads, q_len, dim = out.shape
+    _device_code().merge[(work.slots, BLOCK_Q // MERGE_ROWS)](
+        work.merges, *partial, out, lse, sinks, heads, q_len, *out.stride()[:3],
+        D=dim, BM=MERGE_ROWS, LSE=lse is not None, SINKS=sinks is not None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
