@@ -18,6 +18,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest, shown
+from sparsekit.kernels.attend.hopper import fp8
 from sparsekit.kernels.attend.hopper import host as hopper
 from sparsekit.kernels.attend.reference import attend_reference
 from sparsekit.kernels.attend.torch_blocks import attend_torch
@@ -135,6 +136,8 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("triton", _triton_missing, _everything, _64_keys, _triton, True),
     Implementation("torch", _anywhere, _everything, _64_keys, attend_torch),
     Implementation("reference", _anywhere, _everything, _64_keys, _reference),
+    # Behind what runs anything: for who names it.
+    Implementation("hopper_fp8", fp8.missing, fp8.covers, fp8.tile, fp8.attend_fp8, True),
 )
 IMPLEMENTATIONS = tuple(row.name for row in TABLE)
 

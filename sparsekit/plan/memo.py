@@ -9,6 +9,7 @@ __all__ = [
     "CORRECTED",
     "COVERED",
     "FINER",
+    "FP8_LAUNCHES",
     "HOPPER_LAUNCHES",
     "HOPPER_WORK",
     "MASKS",
@@ -26,6 +27,7 @@ MASKS = "masks"  # torch_blocks: rows, keys and masks of its calls
 TRITON = "triton"  # triton_blocks: the launch
 HOPPER_WORK = "hopper work"  # the work list
 HOPPER_LAUNCHES = "hopper launches"
+FP8_LAUNCHES = "fp8 launches"
 SLOTS = "slots"  # the Hopper form: how many partial results it may write
 SUMS = "sums"  # pairs, tiles and columns computed
 FINER = "finer"  # the same pairs in tiles of fewer keys

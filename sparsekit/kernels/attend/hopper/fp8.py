@@ -1,0 +1,242 @@
+"""The shared kernel in FP8 on sm_90: the same plans with q, k, v and the softmax in e4m3, for calls that ask for it.
+
+`fp8_device.py` is the device code. Here is what it covers, and the launch. Nothing here synchronises with the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
+from sparsekit.call.softmax import Softmax
+from sparsekit.call.tensors import output
+from sparsekit.kernels.attend.hopper import host as hopper
+from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _merge, _Work, _works
+from sparsekit.plan import BlockPlan
+from sparsekit.plan.memo import FP8_LAUNCHES
+
+__all__ = ["attend_fp8", "compile_form", "covers", "missing", "tile"]
+
+BLOCK_KV = 128
+HEAD_SIZE = 128
+STAGES, Q_STAGES = 3, 2  # 96 KiB of K and V, 64 of q; and 64 of sums, where the output is staged
+
+
+def missing(device: torch.device, asked: bool) -> str:
+    """Why the FP8 form does not run on `device`, or "". It rounds to three bits, so nobody gets it who did not ask."""
+    return hopper.missing(device) or ("" if asked else "it rounds q, k and v to e4m3, and runs where it is asked for")
+
+
+def tile(q: Tensor | None, narrow: bool) -> tuple[int, int]:
+    """128 x 128."""
+    return BLOCK_Q, BLOCK_KV
+
+
+def covers(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
+) -> list[str]:
+    """Why the FP8 form cannot run this call, each reason in a clause; none where it runs it."""
+    shared = hopper.covers(q, keys, plan, softmax, return_lse, out)
+    return [*_against(q, plan), *(reason for reason in shared if not reason.startswith(("head size", "tile")))]
+
+
+def _against(q: Tensor, plan: BlockPlan) -> Iterator[str]:
+    g = plan.geometry
+    if q.shape[3] != HEAD_SIZE:
+        yield f"head size {q.shape[3]}: {HEAD_SIZE}"
+    if (g.block_q, g.block_kv) != (BLOCK_Q, BLOCK_KV):
+        yield f"tile {g.block_q} x {g.block_kv}: {BLOCK_Q} x {BLOCK_KV}"
+    elif plan.row_ptr is not None and not plan.on_grid:
+        yield f"tiles that start anywhere: {BLOCK_KV} keys, counted from the first, share a scale"
+    if plan.tokens is not None:
+        yield "single key columns"
+    if g.q_step > 1:
+        yield f"every {g.q_step}th query alone"
+    if plan.correct_every:
+        yield f"outputs corrected by every {plan.correct_every}th row"
+
+
+def attend_fp8(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the pairs of `plan` with e4m3 products, for calls that `covers` has no word against.
+
+    Args:
+        q: (B, H, Q, 128), float16 or bfloat16. keys: likewise, in one piece or in pages; quantised here, in each call.
+        out: (B, H, Q, 128), laid out (B, Q, H, 128).
+
+    Returns:
+        `out`, or a new (B, H, Q, 128) of q's type, laid out (B, Q, H, 128), and lse (B, H, Q) float32 where asked for.
+    """
+    if q.device.index != torch.cuda.current_device():  # launches go to the current device
+        with torch.cuda.device(q.device):
+            return attend_fp8(q, keys, plan, softmax, return_lse, out)
+    k, sinks = keys.k, softmax.sink_logits
+    stream = hopper._driver().get_current_stream(q.device.index)
+    key = (
+        FP8_LAUNCHES, q.device, q.dtype, q.shape, k.shape, q.stride(), softmax.scale, softmax.softcap,
+        None if sinks is None else sinks.dtype, return_lse, stream,
+    )  # fmt: skip
+    launches: tuple[_Launch, ...] | None = plan.memo.get(key)
+    if launches is None:
+        launches = plan.memo.keep(key, _prepare(q, k, plan, softmax, return_lse, stream))
+    batch, heads, q_len, _ = q.shape
+    out = output(q, out, plan.geometry.padded)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
+    if plan.geometry.padded and lse is not None:
+        lse.fill_(float("-inf"))
+    quantised = _quantised(keys, plan.geometry)
+    for launch in launches:
+        launch.run(q, quantised, out, lse, sinks, stream)
+    return out, lse
+
+
+def _blocks(g: Geometry) -> int:
+    """Blocks of keys that share a scale, of the longest sample."""
+    return -(-max(end - start for start, end in zip(g.kv_start, g.kv_end, strict=True)) // BLOCK_KV)
+
+
+def _quantised(keys: Keys, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """K (B, G, N, D) and V (B, G, D, N) in e4m3, and scales (B, G, N / 128, 2), N up to 127 more than keys."""
+    from sparsekit.kernels.launch import launch, steps_of
+
+    k, v, table = keys
+    blocks, dim, pairs = _blocks(g), k.shape[3], g.batch * k.shape[1]
+    k8, v8 = (
+        k.new_empty((g.batch, k.shape[1], *shape), dtype=torch.float8_e4m3fn)
+        for shape in ((blocks * BLOCK_KV, dim), (dim, blocks * BLOCK_KV))
+    )
+    scales = k.new_empty((g.batch, k.shape[1], blocks, 2), dtype=torch.float32)
+    args = (
+        k, v, table, hopper._key_bounds(g, k.device), k8, v8, scales, k.shape[1], blocks,
+        *(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0),
+    )  # fmt: skip
+    options = {"D": dim, "PAGE": keys.page, "BN": BLOCK_KV, "num_warps": 8}
+    launch(_device_code().quantise, blocks * pairs, args, options)
+    return k8, v8, scales
+
+
+# ---- the launch
+@dataclass(frozen=True)
+class _Launch:
+    """One launch with all that stays the same from call to call: a call puts its own tensors in.
+
+    boxes: descriptor contents of q, k, v, out, and of k and v for sinks.
+    """
+
+    kernel: Any
+    work: _Work
+    arguments: tuple[Any, ...]
+    descriptor: type
+    boxes: tuple[dict[str, Any], ...]
+
+    def run(
+        self, q: Tensor, quantised: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None,
+        sinks: Tensor | None, stream: int,
+    ) -> None:  # fmt: skip
+        arguments, partial = self.fill(q, quantised, out, lse, sinks)
+        self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
+        if self.work.slots:
+            _merge(self.work, partial, out, lse, sinks)
+
+    def fill(
+        self, q: Tensor, quantised: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[list[Any], tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+        """The call's arguments, and its workspace."""
+        k8, v8, scales = quantised
+        arguments = list(self.arguments)
+        for i, (box, x) in enumerate(zip(self.boxes, (q, k8, v8, out, k8, v8), strict=True)):
+            # Past the constructor, whose checks cost 5 us each and were made by `covers`.
+            made: Any = object.__new__(self.descriptor)
+            made.__dict__.update(box, base=x)
+            arguments[i] = made
+        partial = partial_lse = None
+        if self.work.slots:
+            partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
+            partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
+        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 6] = (scales, out, lse, sinks, partial, partial_lse)
+        return arguments, (partial, partial_lse)
+
+
+SCALES_ARGUMENT = 10  # place of p_scales, which p_out, p_lse, p_sinks, p_part and p_part_lse follow
+_FORMS: dict[tuple[Any, ...], Any] = {}
+
+
+def _prepare(
+    q: Tensor, k: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, stream: int = 0
+) -> tuple[_Launch, ...]:
+    """Work lists, descriptor contents, scalars and compiled kernels of such a call."""
+    return tuple(_launch(q, k, plan, softmax, return_lse, work, stream) for work in _works(plan, q, k))
+
+
+def _launch(
+    q: Tensor, k: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool, work: _Work, stream: int
+) -> _Launch:
+    batch, heads, q_len, dim = q.shape
+    key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
+    blocks, e4m3 = _blocks(g), torch.float8_e4m3fn
+    rule, cap, sinks = plan.rule, softmax.softcap, softmax.sink_logits
+    k_shape, v_shape = (batch, key_heads, blocks * BLOCK_KV, dim), (batch, key_heads, dim, blocks * BLOCK_KV)
+    few = int(_device_code().FEW.value)
+    boxes = (
+        hopper._box(q.shape, q.stride(), q_len, half, q.dtype),
+        *_key_boxes(k_shape, v_shape, BLOCK_KV),
+        hopper._box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
+        *_key_boxes(k_shape, v_shape, few),
+    )
+    rule_sample = rule_head = 0
+    if rule is not None:
+        rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
+        rule_head = 3 if rule.shape[1] > 1 else 0
+    flags = (
+        STAGES, Q_STAGES, plan.row_ptr is not None, rule is not None, cap is not None, return_lse, sinks is not None,
+        work.slots > 0, hopper.starts_early(g), rule is not None,
+    )  # fmt: skip
+    scale = float(softmax.scale)
+    arguments = (
+        *boxes,
+        work.items, work.entries, hopper._counters(q.device, stream), rule, None, None, None, None, None, None,
+        scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
+        len(work.items), heads, heads // key_heads, blocks, q_len, g.q_offset, rule_sample, rule_head,
+        heads // plan.heads, *flags,
+    )  # fmt: skip
+    launch = _Launch(None, work, arguments, hopper._layout(half, dim, q.dtype)[0], boxes)
+    form = (q.device, q.dtype, None if sinks is None else sinks.dtype, *flags)
+    if form not in _FORMS:
+        out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
+        lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
+        k8, v8 = (q.new_empty(shape, dtype=e4m3) for shape in (k_shape, v_shape))
+        filled, _ = launch.fill(q, (k8, v8, q.new_empty((1,), dtype=torch.float32)), out, lse, sinks)
+        # Compiled once, then launched directly, as host.py does and with the same registers.
+        _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
+    return replace(launch, kernel=_FORMS[form])
+
+
+def _key_boxes(
+    k_shape: Sequence[int], v_shape: Sequence[int], keys: int
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """What the descriptors of K (B, G, N, D) and V (B, G, D, N) in e4m3 hold, in boxes of so many keys."""
+    e4m3, (_, heads, tokens, dim) = torch.float8_e4m3fn, k_shape
+    k_steps, v_steps = ((heads * tokens * dim, tokens * dim, last, 1) for last in (dim, tokens))
+    return hopper._box(k_shape, k_steps, tokens, keys, e4m3), hopper._box(v_shape, v_steps, dim, dim, e4m3, keys)
+
+
+@lru_cache(maxsize=1)
+def _device_code() -> Any:
+    from sparsekit.kernels.attend.hopper import fp8_device
+
+    return fp8_device
+
+
+def compile_form(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool = False) -> Any:
+    """Triton's compiled kernel for such a call, not launched; tensors may lie on the CPU where a driver is mocked."""
+    return _prepare(q, keys.k, plan, softmax, return_lse)[0].kernel

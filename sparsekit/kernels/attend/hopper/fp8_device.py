@@ -1,0 +1,602 @@
+"""Device code of the FP8 form (sm_90): `quantise` in Triton, `attention` in Gluon. `fp8.py` says what it covers.
+
+Roles, work items, mail and masks are those of device.py; what differs is the arithmetic.
+
+- K and V come as e4m3 that `quantise` wrote, a scale for every 128 keys each, V transposed: FP8 tensor cores read
+  operands from shared memory along the dimension of the sum only.
+- A consumer turns its 64 queries into e4m3 itself, a scale a row, and keeps them in registers as the first operand.
+- P, too, goes from the accumulator into the first operand's registers. A thread holds keys 2 c, 2 c + 1, 2 c + 8 and
+  2 c + 9 of each 16 (c is its place among four), while four e4m3 of one register are neighbours 4 c to 4 c + 3. So V is
+  written with the keys of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, and no thread asks another for
+  anything. Sums over keys have no order, so nothing else knows of it. P crosses a step as words of four: as single
+  e4m3 the compiler would carry a register for each.
+- A block's scale of V goes into the exponent of P: P = 2^(logit + log2(scale) + 8 - maximum), the maximum over the
+  same, so P fills the range of e4m3, up to 2^8.8; the sum of the row takes it out again, a factor a step.
+- FP8 tensor cores cut the accumulator to 13 bits behind the point with every 32 keys. Left to them, a sum over 128K
+  keys loses half of a mean value (measured; FlashAttention-3 does). So every FLUSH steps it goes into a float32 sum in
+  shared memory, where the output is staged later.
+"""
+
+# See device.py.
+# ruff: noqa: E741, RET505, RUF005, SIM102
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparsekit.kernels.attend.hopper.device import (
+    COUNT,
+    DENSE_FROM,
+    EMPTY,
+    FLOOR,
+    HEAD,
+    ITEM,
+    KIND,
+    KV,
+    LN2,
+    LOG2E,
+    MAIL,
+    NARROW,
+    REINTERPRET,
+    ROW,
+    SINK,
+    SLOT,
+    START,
+    STEP_0,
+    STEP_1,
+    WINDOW,
+    _by_eight,
+    _item,
+    _mask,
+    _next,
+    _receive,
+    _rescale,
+    _row_max,
+    _send,
+    _step,
+    _store,
+    _tma_load,
+)
+from sparsekit.kernels.primitives import _in_pages
+
+__all__ = ["attention", "quantise"]
+
+LARGEST = gl.constexpr(448.0)  # of e4m3
+HEADROOM = gl.constexpr(8.0)  # P is at most 2^(HEADROOM + LAG), which e4m3 holds
+LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accumulator is rescaled
+SMALLEST = gl.constexpr(1.0e-20)  # what a scale is made of where everything is zero
+FLUSH = gl.constexpr(8)  # steps
+FEW = gl.constexpr(32)  # keys of a step for sinks: one FP8 product is 32 deep
+BLOCK = gl.constexpr(128)  # keys that share a scale
+
+# Four at once, and as one register.
+TO_E4M3 = gl.constexpr(
+    "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
+    "mov.b32 $0, {a, b}; }"
+)
+
+
+QUANTISE_NUMBERS = ["heads", "blocks", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token", "table_sample"]
+
+
+@triton.jit(do_not_specialize=QUANTISE_NUMBERS)
+def quantise(
+    p_k, p_v, p_table, p_bounds, p_k8, p_v8, p_scales, heads, blocks,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
+    D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """K and V (B, G, K, D), or pages of them -> e4m3 K (B, G, blocks * BN, D) and V (B, G, D, blocks * BN), and scales.
+
+    Program: BN keys of one head. Key 0 is a sample's first valid one; behind its last come zeros, whatever lies there.
+    p_bounds: int32 (B, 2), kv_start and the last valid position. p_scales: (B, G, blocks, 2), the factor that K is to
+    be multiplied by and log2 of V's. Strides are in units of 8 elements.
+    """
+    i_block = tl.program_id(0) % blocks
+    i_pair = tl.program_id(0) // blocks
+    i_sample = i_pair // heads
+    i_head = (i_pair % heads).to(tl.int64)
+    kv_start = tl.load(p_bounds + i_sample * 2)
+    last = tl.load(p_bounds + i_sample * 2 + 1)
+    t = i_block * BN + tl.arange(0, BN)
+    d = tl.arange(0, D)
+    inside = t <= last
+    key = (kv_start + t).to(tl.int64)
+    batch = i_sample.to(tl.int64)
+    if PAGE > 0:
+        batch, key = _in_pages(p_table + batch * table_sample, key, inside, 0, PAGE)
+        batch = batch.to(tl.int64)
+    at_k = p_k + (batch * k_batch + i_head * k_head + key * k_token) * 8
+    k = tl.load(at_k[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
+    k_scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), SMALLEST) / LARGEST
+    o_pair = i_pair.to(tl.int64) * blocks * BN
+    tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], (k * (1.0 / k_scale)).to(tl.float8e4nv))
+    at_v = p_v + (batch * v_batch + i_head * v_head + key * v_token) * 8
+    v = tl.load(at_v[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
+    v_scale = tl.maximum(tl.max(tl.max(tl.abs(v), 1), 0), SMALLEST) / LARGEST
+    v8 = (v * (1.0 / v_scale)).to(tl.float8e4nv)
+    v8 = tl.permute(tl.reshape(v8, (BN // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))  # key 8 h + 2 c + b: to 4 c + 2 h + b
+    v8 = tl.trans(tl.reshape(v8, (BN, D)))
+    tl.store(p_v8 + o_pair * D + d[:, None] * (blocks * BN) + t[None], v8)
+    at = p_scales + (i_pair * blocks + i_block) * 2
+    tl.store(at, k_scale)
+    tl.store(at + 1, tl.log2(v_scale))
+
+
+@gluon.jit
+def _produce(
+    d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, q_full, q_free, full, free, mail, m_full, m_free,
+    p_items, p_entries, p_counters, p_rule, p_scales, items, heads, group, blocks, rule_sample, rule_head,
+    heads_per_plan, LISTED: gl.constexpr, RULE: gl.constexpr, SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = ks.shape[0]
+    Q_STAGES: gl.constexpr = q_full.shape[0]
+    HALF: gl.constexpr = d_q.block_type.shape[2]
+    BN: gl.constexpr = d_k.block_type.shape[2]
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    m_slot = 0
+    m_phase = 0
+    t = gl.program_id(0)
+    row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
+    while t < items:
+        p_item = p_items + t * ITEM
+        t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
+        if count > 0:
+            sample = sample_head // heads
+            head = sample_head - sample * heads
+            key_head = head // group
+            # Query heads of a sample lie as its key heads do, `group` to each.
+            p_my_scales = p_scales + (sample_head // group) * blocks * 2
+            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
+            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
+            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
+            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
+            q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+            e = _step(p_entries, start, 0, count, kind, BN, 1, LISTED, 1)
+            e1 = _step(p_entries, start, 1, count, kind, BN, 1, LISTED, 1)
+            k_scale, v_log = _scales_of(p_my_scales, e)
+            mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+            _send(mail, m_slot * MAIL + ROW, row)
+            _send(mail, m_slot * MAIL + HEAD, sample_head)
+            _send(mail, m_slot * MAIL + START, start)
+            _send(mail, m_slot * MAIL + COUNT, count)
+            _send(mail, m_slot * MAIL + KV, kv_start)
+            _send(mail, m_slot * MAIL + KIND, kind)
+            _send(mail, m_slot * MAIL + STEP_0, e)
+            _send(mail, m_slot * MAIL + STEP_1, e1)
+            if RULE:
+                p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
+                _send(mail, m_slot * MAIL + SINK, gl.load(p_my_rule))
+                _send(mail, m_slot * MAIL + WINDOW, gl.load(p_my_rule + 1))
+                _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
+            if SPLIT:
+                _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+            mbarrier.arrive(m_full.index(m_slot), count=1)
+            m_slot, m_phase = _next(m_slot, m_phase, 2)
+            if NARROW_FORM:
+                if (kind & NARROW) != 0:
+                    few_scale, few_log = _scales_of(p_my_scales, 0)
+                    mbarrier.wait(free.index(slot), phase ^ 1)
+                    _put(scales, slot * 2, few_scale)
+                    _put(scales, slot * 2 + 1, few_log)
+                    mbarrier.expect(full.index(slot), d_few_k.block_type.nbytes + d_few_v.block_type.nbytes)
+                    few_k = _few_keys(ks.index(slot), d_few_k)
+                    _tma_load(d_few_k, [sample, key_head, 0, 0], full.index(slot), few_k)
+                    few_v = _few_values(vs.index(slot), d_few_v)
+                    _tma_load(d_few_v, [sample, key_head, 0, 0], full.index(slot), few_v)
+                    slot, phase = _next(slot, phase, STAGES)
+            _load_step(d_k, d_v, sample, key_head, e, k_scale, v_log, slot, phase, ks, vs, scales, full, free)
+            slot, phase = _next(slot, phase, STAGES)
+            # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
+            row, sample_head, start1, count1, kv_start, kind1 = _item(p_items, t, items)
+            k_scale, v_log = _scales_of(p_my_scales, e1)
+            for i in range(1, count):
+                now = e1
+                now_scale = k_scale
+                now_log = v_log
+                e1 = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, 1)
+                k_scale, v_log = _scales_of(p_my_scales, e1)
+                _load_step(d_k, d_v, sample, key_head, now, now_scale, now_log, slot, phase, ks, vs, scales, full, free)
+                slot, phase = _next(slot, phase, STAGES)
+            start = start1
+            count = count1
+            kind = kind1
+        else:
+            t = items + t * 0  # items without steps are the last ones
+    mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+    _send(mail, m_slot * MAIL + COUNT, 0)
+    mbarrier.arrive(m_full.index(m_slot), count=1)
+    # The last block leaves the counters ready for the next launch.
+    if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(p_counters, 0)
+        gl.store(p_counters + 1, 0)
+
+
+@gluon.jit
+def _load_step(d_k, d_v, sample, key_head, e, k_scale, v_log, slot, phase, ks, vs, scales, full, free):
+    """K, V and the scales of an entry: one buffer, freed as a whole."""
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    _put(scales, slot * 2, k_scale)
+    _put(scales, slot * 2 + 1, v_log)
+    mbarrier.expect(full.index(slot), d_k.block_type.nbytes + d_v.block_type.nbytes)
+    _tma_load(d_k, [sample, key_head, e >> 2, 0], full.index(slot), ks.index(slot))
+    _tma_load(d_v, [sample, key_head, 0, e >> 2], full.index(slot), vs.index(slot))
+
+
+@gluon.jit
+def _put(buffer, i, x):
+    buffer.index(i).store(gl.full([1], 0, gl.float32, gl.BlockedLayout([1], [32], [1], [0])) + x)
+
+
+@gluon.jit
+def _scales_of(p_scales, e):
+    """(factor of K, log2 of V's) of an entry's keys. Beyond the last step an entry may be nowhere: the first keys'."""
+    at = p_scales + gl.maximum(e >> 2, 0) // BLOCK * 2
+    return gl.load(at), gl.load(at + 1)
+
+
+@gluon.jit
+def _few_keys(buffer, desc):
+    """(1, 1, FEW, D): the place of the first keys in a buffer of K."""
+    SHAPE: gl.constexpr = [buffer.shape[2] // FEW, 1, 1, FEW, buffer.shape[3]]
+    if REINTERPRET:
+        return buffer.reinterpret(buffer.dtype, SHAPE, desc.layout).index(0)
+    else:
+        return buffer._reinterpret(buffer.dtype, SHAPE, desc.layout).index(0)
+
+
+@gluon.jit
+def _few_values(buffer, desc):
+    """(1, 1, D, FEW): the same in a buffer of V, whose rows are as long as their keys are many."""
+    SHAPE: gl.constexpr = [buffer.shape[3] // FEW, 1, 1, buffer.shape[2], FEW]
+    if REINTERPRET:
+        return buffer.reinterpret(buffer.dtype, SHAPE, desc.layout).index(0)
+    else:
+        return buffer._reinterpret(buffer.dtype, SHAPE, desc.layout).index(0)
+
+
+@gluon.jit
+def _pack(p):
+    """P (rows, keys) fp32 -> int32 (rows, keys / 16, 4): key 8 h + 2 c + b of each 16 is byte 2 h + b of word c."""
+    x = p.reshape([p.shape[0], p.shape[1] // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
+    b0, b1 = gl.split(x)
+    h0b0, h1b0 = gl.split(b0)
+    h0b1, h1b1 = gl.split(b1)
+    words = [h0b0, h0b1, h1b0, h1b1]
+    return gl.inline_asm_elementwise(TO_E4M3, "=r,f,f,f,f", words, dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _byte(words, I: gl.constexpr):
+    return (words >> (8 * I)).to(gl.int8).to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
+def _operand(words, LP: gl.constexpr):
+    """What `_pack` made -> e4m3 (rows, keys) as first operand, without an instruction."""
+    x = gl.join(gl.join(_byte(words, 0), _byte(words, 1)), gl.join(_byte(words, 2), _byte(words, 3)))
+    x = x.permute((0, 1, 2, 4, 3)).reshape([words.shape[0], words.shape[1] * 16])
+    return gl.convert_layout(x, LP)
+
+
+PIN = gl.constexpr(
+    "{ .reg .pred p; setp.lt.f32 p, $4, 0f00000000; setp.lt.or.f32 p, $5, 0f00000000, p; "
+    "setp.lt.or.f32 p, $6, 0f00000000, p; setp.lt.or.f32 p, $7, 0f00000000, p; @!p bra DONE; nanosleep.u32 1; DONE: }"
+)
+
+
+@gluon.jit
+def _pin(l):
+    """Sums, four a thread, as they are. A branch that is never taken asks for them, so that what they are sums of is
+    computed before the code goes on: else ptxas moves the exponentials behind the wait for P V."""
+    return gl.inline_asm_elementwise(PIN, "=f,=f,=f,=f,0,1,2,3", [l], dtype=gl.float32, is_pure=False, pack=4)
+
+
+@gluon.jit
+def _softmax(s, factor, v_log, m, l, scale2, L: gl.constexpr, CAP: gl.constexpr):
+    """A step of the running softmax: P, its rows' maxima, sums, and what the rows before shrink by.
+
+    s: (rows, keys) products of e4m3, which `factor` (rows,) makes logits in powers of 2; or capped ones.
+    """
+    if CAP:
+        factor = factor * 0.0 + scale2
+    m_new = gl.maximum(m, _row_max(s, L) * factor + v_log)
+    m_new = gl.where(m_new > m + LAG, m_new, m)
+    p = gl.exp2(s * gl.expand_dims(factor, 1) + gl.expand_dims(v_log + HEADROOM - m_new, 1))
+    alpha = gl.exp2(m - m_new)
+    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+    l = l * alpha_l + gl.sum(_by_eight(p), 1) * gl.exp2(-v_log)
+    return p, m_new, l, alpha
+
+
+@gluon.jit
+def _cap(s, factor, CAP: gl.constexpr):
+    """tanh of the logits over the soft-cap where there is one."""
+    if CAP:
+        return 1.0 - 2.0 / (1.0 + gl.exp2(s * gl.expand_dims(factor, 1)))
+    else:
+        return s
+
+
+@gluon.jit
+def _add_kept(acc, kept, m_kept, m, LO: gl.constexpr):
+    """acc and the sum in shared memory, whose rows had the maxima `m_kept`."""
+    old = gl.convert_layout(gl.exp2(m_kept - m), gl.SliceLayout(1, LO))
+    return acc + kept.load(LO) * gl.expand_dims(old, 1)
+
+
+@gluon.jit
+def _consume(
+    d_o, d_few_k, d_few_v, qs, ks, vs, kept_sums, scales, q_full, q_free, full, free, mail, m_full, m_free,
+    p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
+    WHO: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr,
+    SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = ks.shape[0]
+    Q_STAGES: gl.constexpr = q_full.shape[0]
+    HALF: gl.constexpr = d_o.block_type.shape[2]
+    D: gl.constexpr = d_o.block_type.shape[3]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
+    LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
+    LN: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, FEW, 32])
+    LQ: gl.constexpr = gl.DotOperandLayout(0, L, 4)
+    LP: gl.constexpr = gl.DotOperandLayout(0, LO, 4)
+    scale2 = scale * LOG2E
+    per_product = scale2
+    if CAP:
+        per_product = cap_scale
+    zero = gl.zeros([HALF, BN], gl.float32, L)
+    zero_few = gl.zeros([HALF, FEW], gl.float32, LN)
+    kept = kept_sums.index(WHO)
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    m_slot = 0
+    m_phase = 0
+    mbarrier.wait(m_full.index(0), 0)
+    count = _receive(mail, COUNT)
+    while count > 0:
+        row = _receive(mail, m_slot * MAIL + ROW)
+        sample_head = _receive(mail, m_slot * MAIL + HEAD)
+        start = _receive(mail, m_slot * MAIL + START)
+        kv_start = _receive(mail, m_slot * MAIL + KV)
+        kind = _receive(mail, m_slot * MAIL + KIND)
+        e = _receive(mail, m_slot * MAIL + STEP_0)
+        e1 = _receive(mail, m_slot * MAIL + STEP_1)
+        lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
+        query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
+        sink = 0
+        low = query
+        if RULE:
+            sink = _receive(mail, m_slot * MAIL + SINK)
+            window = _receive(mail, m_slot * MAIL + WINDOW)
+            low = gl.where(query >= _receive(mail, m_slot * MAIL + DENSE_FROM), -1, query - window)
+        acc = gl.zeros([HALF, D], gl.float32, LO)
+        m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
+        l = gl.sum(_by_eight(zero), 1)
+        mbarrier.wait(q_full.index(q_slot), q_phase)
+        x = qs.index(q_slot * 2 + WHO).reshape([HALF, D]).load(LQ).to(gl.float32)
+        mbarrier.arrive(q_free.index(q_slot), count=1)
+        q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+        largest = gl.maximum(gl.max(gl.abs(x), 1), SMALLEST)
+        x = x * gl.expand_dims(LARGEST / largest, 1)
+        q = gl.inline_asm_elementwise(TO_E4M3, "=r,f,f,f,f", [x], dtype=gl.float8e4nv, is_pure=True, pack=4)
+        q_scale = gl.convert_layout(largest, gl.SliceLayout(1, L)) * (per_product / LARGEST)
+        if NARROW_FORM:
+            if (kind & NARROW) != 0:
+                mbarrier.wait(full.index(slot), phase)
+                few_scale = _receive(scales, slot * 2)
+                few_log = _receive(scales, slot * 2 + 1)
+                few_k = _few_keys(ks.index(slot), d_few_k).reshape([FEW, D]).permute((1, 0))
+                s = warpgroup_mma(q, few_k, zero_few, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                factor = gl.convert_layout(q_scale * few_scale, gl.SliceLayout(1, LN))
+                s = _cap(s, factor, CAP)
+                key = gl.arange(0, FEW, gl.SliceLayout(0, LN))
+                s = gl.where(gl.expand_dims(key < sink, 0), s, float("-inf"))
+                m_few = gl.convert_layout(m, gl.SliceLayout(1, LN))
+                l_few = gl.sum(_by_eight(zero_few), 1)
+                p, m_few, l_few, alpha = _softmax(s, factor, few_log, m_few, l_few, scale2, LN, CAP)
+                m = gl.convert_layout(m_few, gl.SliceLayout(1, L))
+                l = gl.convert_layout(l_few, l.type.layout)
+                few_v = _few_values(vs.index(slot), d_few_v).reshape([D, FEW]).permute((1, 0))
+                acc = warpgroup_mma(_operand(_pack(p), LP), few_v, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(free.index(slot), count=1)
+                slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(full.index(slot), phase)
+        k_scale = _receive(scales, slot * 2)
+        v_log = _receive(scales, slot * 2 + 1)
+        s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        s = _cap(s, q_scale * k_scale, CAP)
+        if (e & 3) != 0:
+            s = _mask(s, query, low, sink, e >> 2, e, L, RULE)
+        p, m, l, alpha = _softmax(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
+        if NARROW_FORM:
+            acc = _rescale(acc, alpha, LO)
+        words = _pack(p)
+        m_kept = m
+        e = e1
+        before = slot
+        slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(full.index(slot), phase, pred=count > 1)
+        k_scale = _receive(scales, slot * 2)
+        v_log = _receive(scales, slot * 2 + 1)
+        for i in range(1, count):
+            now = e
+            e = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, 1)
+            s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+            values = vs.index(before).reshape([D, BN]).permute((1, 0))
+            # After a sum was kept the next starts anew; the first has the sinks' in it.
+            goes_on = (i % FLUSH != 1) | (i == 1)
+            o = warpgroup_mma(_operand(words, LP), values, acc, use_acc=goes_on, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            s = _cap(s, q_scale * k_scale, CAP)
+            if (now & 3) != 0:
+                s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
+            p, m, l, alpha = _softmax(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
+            l = _pin(l)
+            slot1, phase1 = _next(slot, phase, STAGES)
+            mbarrier.wait(full.index(slot1), phase1, pred=i + 1 < count)
+            k_scale = _receive(scales, slot1 * 2)
+            v_log = _receive(scales, slot1 * 2 + 1)
+            acc = warpgroup_mma_wait(0, deps=(o,))
+            mbarrier.arrive(free.index(before), count=1)
+            acc = _rescale(acc, alpha, LO)
+            if i % FLUSH == 0:
+                if i == FLUSH:
+                    tma.store_wait(0)  # of the tile before
+                    kept.store(acc)
+                else:
+                    kept.store(_add_kept(acc, kept, m_kept, m, LO))
+                m_kept = m
+            words = _pack(p)
+            before = slot
+            slot = slot1
+            phase = phase1
+        values = vs.index(before).reshape([D, BN]).permute((1, 0))
+        goes_on = (count % FLUSH != 1) | (count == 1)
+        acc = warpgroup_mma(_operand(words, LP), values, acc, use_acc=goes_on, is_async=True)
+        part = -1
+        if SPLIT:
+            part = _receive(mail, m_slot * MAIL + SLOT)
+        mbarrier.arrive(m_free.index(m_slot), count=1)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
+        sample = sample_head // heads
+        head = sample_head - sample * heads
+        lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
+        total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
+        top = gl.convert_layout(m, gl.SliceLayout(1, LO)) - HEADROOM
+        # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
+        seen = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+        factor = 1.0 / total
+        if SINKS:
+            z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
+            if SPLIT:  # partial results leave the sink to the merge
+                z = gl.where(part >= 0, float("-inf"), z)
+            highest = gl.maximum(top, z)
+            shrink = gl.exp2(top - highest)
+            total = total * shrink + gl.exp2(z - highest)
+            factor = shrink / total
+            top = highest
+        tma.store_wait(0)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(free.index(before), count=1)
+        if count > FLUSH:
+            acc = _add_kept(acc, kept, m_kept, m, LO)
+        result = gl.where(gl.expand_dims(seen, 1), acc * gl.expand_dims(factor, 1), 0.0)
+        whole = part < 0
+        if LSE:
+            lse = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
+            inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
+            gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
+        staging = _staging(kept, d_o)
+        if SPLIT:
+            if part >= 0:
+                o_row = part.to(gl.int64) * (2 * HALF) + lane_o  # type: ignore[attr-defined]
+                gl.store(p_part_lse + o_row, gl.where(seen, top + gl.log2(total), float("-inf")))
+                o_d = gl.arange(0, D, gl.SliceLayout(0, LO))
+                gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
+            else:
+                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+        else:
+            _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+        mbarrier.wait(m_full.index(m_slot), m_phase)
+        count = _receive(mail, m_slot * MAIL + COUNT)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _staging(kept, d_o):
+    """A buffer for an output's rows (1, 1, HALF, D), where the sums that were kept lay."""
+    SHAPE: gl.constexpr = [2] + d_o.block_type.shape
+    if REINTERPRET:
+        return kept.reinterpret(d_o.dtype, SHAPE, d_o.layout).index(0)
+    else:
+        return kept._reinterpret(d_o.dtype, SHAPE, d_o.layout).index(0)
+
+
+RUN_TIME_NUMBERS = [
+    "scale", "cap_scale", "items", "heads", "group", "blocks", "queries", "q_offset", "rule_sample", "rule_head",
+    "heads_per_plan",
+]  # fmt: skip
+POINTERS = [
+    "p_items", "p_entries", "p_counters", "p_rule", "p_scales", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
+]  # fmt: skip
+
+
+# Nothing is specialised on a value or an alignment, so that a compiled kernel may be launched again with any other call
+# of the same types.
+@gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
+def attention(
+    d_q, d_k, d_v, d_o, d_few_k, d_few_v,
+    p_items, p_entries, p_counters, p_rule, p_scales, p_out, p_lse, p_sinks, p_part, p_part_lse,
+    scale, cap_scale, items, heads, group, blocks, queries, q_offset, rule_sample, rule_head, heads_per_plan,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
+    LSE: gl.constexpr, SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
+):  # fmt: skip
+    """q (B, H, Q, D) in 16 bits, K and V as `quantise` wrote them -> out, in q's type, and lse.
+
+    p_scales: (B * G, blocks, 2).
+    """
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    HALF: gl.constexpr = d_o.block_type.shape[2]
+    D: gl.constexpr = d_o.block_type.shape[3]
+    qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
+    ks = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
+    vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
+    kept = gl.allocate_shared_memory(gl.float32, [2, HALF, D], gl.NVMMASharedLayout(128, 32, 2))
+    scales = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], ONE)
+    mail = gl.allocate_shared_memory(gl.int32, [2 * MAIL, 1], ONE)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    m_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    m_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(m_full.index(i), count=1)
+        mbarrier.init(m_free.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, q_full, q_free, full, free, mail, m_full, m_free,
+                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
+                0, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
+            )),
+            (_consume, (
+                d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, q_full, q_free, full, free, mail, m_full, m_free,
+                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
+                1, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
+            )),
+            (_produce, (
+                d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, q_full, q_free, full, free, mail, m_full, m_free,
+                p_items, p_entries, p_counters, p_rule, p_scales, items, heads, group, blocks, rule_sample, rule_head,
+                heads_per_plan, LISTED, RULE, SPLIT, NARROW_FORM,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,180 @@
+"""The FP8 form: nobody gets it who did not ask, its device code compiles as it must to be fast, and on a card it is as
+far from the definition as e4m3 is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from children import compiled, interpret
+from kernel_cases import in_pages, poisoned_memory, random_plan, with_columns
+from torch import Tensor
+
+from sparsekit import SparsekitError
+from sparsekit.call.geometry import Geometry
+from sparsekit.call.keys import Keys
+from sparsekit.call.softmax import Softmax
+from sparsekit.kernels import attend, choose
+from sparsekit.kernels.attend.hopper import fp8 as host
+from sparsekit.kernels.attend.hopper import host as hopper
+from sparsekit.kernels.attend.hopper import worklist
+from sparsekit.kernels.choose import TABLE
+from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule
+
+SHARED_MEMORY = 232448  # bytes a block may have on sm_90
+
+
+def _tiled(*args: Any, **kwargs: Any) -> Geometry:
+    return Geometry.of(*args, block_q=128, block_kv=128, **kwargs)
+
+
+def _triangle(geometry: Geometry) -> BlockPlan:
+    return plan_from_rule([TokenRule(8, 150, max(s.prompt_tokens - 100, 0)) for s in geometry.spans], geometry)
+
+
+def test_it_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(row for row in TABLE if row.name == "hopper_fp8")
+    monkeypatch.setattr(hopper, "missing", lambda device: "")
+    assert row.missing(torch.device("cuda"), True) == ""
+    assert "runs where it is asked for" in row.missing(torch.device("cuda"), False)
+    monkeypatch.undo()
+    assert choose("cpu") == "torch"
+    assert TABLE[-1] is row  # so that no call without a name comes to it
+    with pytest.raises(SparsekitError, match="impl='hopper_fp8' cannot run on cpu: it is not a CUDA device"):
+        choose("cpu", "hopper_fp8")
+
+
+def test_what_it_covers() -> None:
+    def against(q: Tensor, plan: BlockPlan) -> str:
+        return "; ".join(host.covers(q, Keys(q, q), plan, Softmax(0.1), True))
+
+    q = torch.empty(1, 4, 256, 128, dtype=torch.bfloat16)
+    assert against(q, dense_plan(_tiled(256))) == ""
+    assert against(q.half(), _triangle(_tiled(256))) == ""
+    assert "float32" in against(q.float(), dense_plan(_tiled(256)))
+    assert "head size 64: 128" in against(q[..., :64], dense_plan(_tiled(256)))
+    assert "tile 128 x 64: 128 x 128" in against(q, dense_plan(Geometry.of(256, block_q=128, block_kv=64)))
+    loose = random_plan(_tiled(256), 4)
+    loose = replace(loose, on_grid=False)
+    assert "128 keys, counted from the first, share a scale" in against(q, loose)
+    assert "single key columns" in against(q, with_columns(_triangle(_tiled(256)), 40))
+    assert "every 64th query alone" in against(q[:, :, :4], dense_plan(_tiled(256).anchors(64)))
+    assert "corrected by every 64th row" in against(q, _triangle(_tiled(256)).corrected(64))
+    assert against(q[..., :96], dense_plan(_tiled(256))).count("head size") == 1
+    assert "strides" in against(q[:, :1].expand(-1, 4, -1, -1), dense_plan(_tiled(256)))
+
+
+@pytest.mark.slow
+def test_quantised() -> None:
+    interpret("attend/interpreted_fp8.py")
+
+
+# ---- the device code compiles for sm_90, without a card
+
+COMPILED = [("dense", ""), ("triangle", ""), ("tiles", "lse"), ("triangle", "cap sinks lse")]
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of them takes; one child process compiles them all."""
+    return compiled("attend/compile_fp8.py", tmp_path_factory.mktemp("triton"), json.dumps(COMPILED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiles_for_sm_90(case: tuple[str, str], offline: list[dict[str, Any]]) -> None:
+    made = offline[COMPILED.index(case)]
+    assert made["shared"] <= SHARED_MEMORY
+    assert made["steps"] == 2  # the step loops of the two consumers
+    assert made["bytes_moved"] == 0  # P is the operand where it is made, but for its type
+    assert made["shuffles"] == [4, 4]  # of the rows' maxima
+    assert max(made["late"]) <= 4  # the exponentials run beside P V
+    assert "C75" not in made["said"]  # ptxas: wgmma serialised, or register reallocation ignored
+    if "cap" not in case[1]:
+        assert "0 bytes spill stores, 0 bytes spill loads" in made["said"]
+
+
+# ---- on a card
+
+PLANS: dict[str, Callable[[], BlockPlan]] = {
+    "dense": lambda: dense_plan(_tiled(1000)),
+    "dense, short": lambda: dense_plan(_tiled(77)),
+    "dense, long": lambda: dense_plan(_tiled(3000)),
+    "dense, padded": lambda: dense_plan(_tiled(700, batch=3, kv_start=(0, 37, 600))),
+    "dense, ragged": lambda: dense_plan(_tiled(700, batch=3, kv_end=(700, 37, 250))),
+    "dense, chunk": lambda: dense_plan(_tiled(300, 1000, q_offset=450)),
+    "triangle": lambda: _triangle(_tiled(2000)),
+    "triangle, padded": lambda: _triangle(_tiled(900, batch=2, kv_start=(0, 137))),
+    "tiles a head": lambda: random_plan(_tiled(2000), 4),
+    "tiles a key head, padded": lambda: random_plan(_tiled(700, batch=2, kv_start=(0, 40)), 2),
+}
+
+
+def _inputs(
+    geometry: Geometry, dtype: torch.dtype = torch.bfloat16, mean: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in (B, N, heads, 128) memory, values of that mean."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((geometry.q_len, 4), (geometry.kv_len, 2), (geometry.kv_len, 2))
+    q, k, v = (torch.randn(geometry.batch, n, heads, 128, generator=g).to("cuda", dtype) for n, heads in shapes)
+    return q.transpose(1, 2), k.transpose(1, 2), (v + mean).transpose(1, 2)
+
+
+def _agrees(plan: BlockPlan, inputs: tuple[Tensor, Tensor, Tensor], keys: Keys | None = None, **options: Any) -> None:
+    """As far from float64 as four roundings to three bits are (H200: 4.4% to 5.4%, and 0.11 of a row's LSE at most)."""
+    q, k, v = inputs
+    wide = (q.double(), k.double(), v.double())
+    expected, expected_lse = attend(*wide, plan.to("cuda"), impl="reference", return_lse=True, **options)
+    k, v, table = keys or Keys(k, v)
+    with poisoned_memory():
+        out, lse = attend(q, k, v, plan.to("cuda"), impl="hopper_fp8", table=table, return_lse=True, **options)
+        alone: Any = attend(q, k, v, plan.to("cuda"), impl="hopper_fp8", table=table, **options)
+    assert torch.equal(out, alone)
+    seen = expected_lse.isfinite()
+    assert float((out.double() - expected).norm()) <= 0.06 * float(expected.norm())
+    assert not out[~seen].any()
+    assert torch.equal(lse.isfinite(), seen)
+    assert bool(((lse.double() - expected_lse)[seen].abs() < 0.2).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLANS)
+def test_card(name: str) -> None:
+    plan = PLANS[name]()
+    _agrees(plan, _inputs(plan.geometry))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sink_logits": (0.5, -1.0, 2.0, 0.0)}, {"scale": 0.03}])
+def test_card_softmax(options: dict[str, Any]) -> None:
+    options = {key: torch.tensor(x, device="cuda") if isinstance(x, tuple) else x for key, x in options.items()}
+    for plan in (dense_plan(_tiled(1000)), _triangle(_tiled(1000))):
+        _agrees(plan, _inputs(plan.geometry, torch.float16), **options)
+
+
+@pytest.mark.gpu
+def test_card_pages() -> None:
+    for plan in (dense_plan(_tiled(300, batch=2, kv_end=(300, 130))), _triangle(_tiled(900))):
+        q, k, v = _inputs(plan.geometry)
+        _agrees(plan, (q, k, v), in_pages(k, v, plan.geometry, 64))
+
+
+@pytest.mark.gpu
+def test_card_split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worklist, "SPLIT_FROM_STEPS", 1)
+    monkeypatch.setattr(worklist, "SHORTEST_PIECE", 1)
+    for plan in (dense_plan(_tiled(100, 5000)), _triangle(_tiled(3000))):
+        _agrees(plan, _inputs(plan.geometry))
+
+
+@pytest.mark.gpu
+def test_card_keeps_the_mean_of_the_values() -> None:
+    """Tensor cores alone lose a third of it at this length: their sums have 13 bits behind the point."""
+    geometry = _tiled(128, 32768)
+    q, k, v = _inputs(geometry, mean=1.0)
+    out: Any = attend(q, k, v, dense_plan(geometry).to("cuda"), impl="hopper_fp8")
+    assert abs(float(out.float().mean()) - 1) < 0.02
