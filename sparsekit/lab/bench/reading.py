@@ -62,13 +62,16 @@ def read_in_chunks(
     _forget_peak(model.device)
     cache = _cache(model, tokens)
     parts: list[tuple[int, Sequence[LayerReport]]] = []
+    before: Sequence[LayerReport] = ()
     with nullcontext() if handle is None else handle.prompt(tokens):
         for at, end in chunks_of(tokens, chunk_tokens):
             ms = _call(model, prompt[:, at:end], cache, given, at)
             total += ms
-            if handle is not None:  # its layers tell of the last call alone
+            if handle is not None:  # its layers tell of the last chunk alone; a last one of one token is decoding
                 dense = int(causal_tiles(Geometry.of(end - at, tokens, q_offset=at), 1).sum())
-                parts.append((dense, handle.report().layers))
+                layers = handle.report().layers
+                parts.append((dense, () if layers == before else layers))
+                before = layers
             step(end, ms)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     return total, {**_peak(model.device), "cache_bytes": held, **_of_layers(parts)}

@@ -21,7 +21,7 @@ from sparsekit.lab.bench import bench_prefill, reading
 from sparsekit.lab.bench.inputs import structured
 from sparsekit.lab.bench.shapes import SHAPES
 from sparsekit.models import tiny
-from sparsekit.patch import apply
+from sparsekit.patch import LayerReport, apply
 from sparsekit.patch.state import Call
 from sparsekit.patterns import Triangle, VerticalSlash, parse_pattern, static_plan
 
@@ -53,6 +53,19 @@ def test_the_row_is_of_all_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 2 and "tile density" in lines[1]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 * 5 and said[-1].startswith("config 0: 1,100 of 1,100 tokens, the last chunk in ")
+
+
+def test_a_last_chunk_of_one_token_is_decoded_dense() -> None:
+    """The handle then still tells of the chunk before, which is not to be counted again."""
+    model, told = tiny("llama"), list[LayerReport]()
+    with torch.inference_mode(), apply(model, config_of()) as handle:
+        _, row = reading.read_in_chunks(
+            model, torch.full((1, 513), 5), CHUNK, handle, None, lambda end, ms: told.extend(handle.report().layers)
+        )
+    assert told[4:8] == told[8:]
+    assert row["plan_ms"] == pytest.approx(sum(layer.plan_ms or 0 for layer in told[:8]), abs=1e-4)
+    first, second = (sum(layer.tile_density or 0 for layer in told[at : at + 4]) / 4 for at in (0, 4))
+    assert row["tile_density"] == pytest.approx((6 * first + 14 * second + 9) / 29, abs=1e-4)  # of 128 x 64 tiles
 
 
 def test_without_the_untouched_model_nothing_is_faster() -> None:
