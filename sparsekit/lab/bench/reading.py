@@ -73,8 +73,7 @@ def read_in_chunks(
                 parts.append((dense, () if layers == before else layers))
                 before = layers
             step(end, ms)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
-    return total, {**_peak(model.device), "cache_bytes": held, **_of_layers(parts)}
+    return total, {**_peak(model.device), "cache_bytes": _held(cache), **_of_layers(parts)}
 
 
 def warm_up_chunks(
@@ -110,6 +109,13 @@ def _cache(model: PreTrainedModel, tokens: int) -> Any:
     from transformers import StaticCache
 
     return StaticCache(config=model.config, max_cache_len=tokens)
+
+
+def _held(cache: Any) -> int:
+    """Bytes of keys and values, and of the states of linear layers."""
+    found = [value for layer in cache.layers for value in vars(layer).values()]
+    found += [state for value in found if isinstance(value, dict) for state in value.values()]
+    return sum(value.nbytes for value in found if isinstance(value, Tensor) and value.ndim)  # a length has no axis
 
 
 def _call(model: PreTrainedModel, ids: Tensor, cache: Any, given: Given, at: int) -> float:

@@ -20,6 +20,7 @@ from sparsekit.kernels.select.grid import block_grid, slash_grid
 from sparsekit.lab.bench import bench_prefill, reading
 from sparsekit.lab.bench.inputs import structured
 from sparsekit.lab.bench.shapes import SHAPES
+from sparsekit.models import facts as model_facts
 from sparsekit.models import tiny
 from sparsekit.patch import LayerReport, apply
 from sparsekit.patch.state import Call
@@ -177,6 +178,19 @@ def test_a_model_with_sliding_layers_reads_all_of_it(calls: list[tuple[int, int,
     with apply(model, config) as handle:
         reading.warm_up_chunks(model, torch.full((1, 600), 5), CHUNK, handle, None)
         assert calls == [(0, 256, 256), (0, 256, 256), (256, 256, 512), (512, 88, 600)]
+
+
+def test_the_cache_of_linear_layers_is_their_states() -> None:
+    model = tiny("qwen3_next")
+    config = load({"dense_below_tokens": 0, "default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}})
+    given: dict[str, Any] = {"model": model, "rounds": 1, "baseline": False, "device": "cpu", "chunk_tokens": 128}
+    short, long = bench_prefill([config], lengths=[200, 300], **given)
+    arch = model_facts(model)
+    kinds = model.config.layer_types
+    full = kinds.count("full_attention")
+    of_a_token = 2 * full * arch.num_key_heads * arch.head_dim * 4
+    assert 0 < full < len(kinds) and long["cache_bytes"] - short["cache_bytes"] == 100 * of_a_token
+    assert short["cache_bytes"] > 200 * of_a_token
 
 
 # ---- the page
