@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.bench.inputs import structured
-from sparsekit.lab.bench.reading import Given, chunks_of, read_at_once, read_in_chunks, warm_up_chunks
+from sparsekit.lab.bench.reading import Given, cache_of, chunks_of, read_at_once, read_in_chunks, warm_up_chunks
 from sparsekit.lab.bench.shapes import model_or_shape
 from sparsekit.lab.bench.timing import Record, spread
 from sparsekit.lab.options import Device, Dtype, Lengths, Model, Rows, Shape, device_of, numbers_of
@@ -83,7 +83,8 @@ def bench_prefill(
         `chunk_tokens` and `cache_bytes`.
 
     Raises:
-        SparsekitError: an unknown shape, a config that does not fit the model, or `fused` where it cannot be.
+        SparsekitError: an unknown shape, a config that does not fit the model, or `fused` or "structured" where it
+            cannot be.
     """
     if not configs or not lengths or min(lengths) < 1 or rounds < 1:
         raise SparsekitError(
@@ -111,7 +112,7 @@ def bench_prefill(
     with Record(out, place(where)) as record:
         for tokens in lengths:
             prompt = torch.randint(3, vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
-            given = None if attends == "weights" else _given(found, tokens)
+            given = None if attends == "weights" else _given(found, tokens, chunk_tokens)
             times: dict[str, list[float]] = {label: [] for label, _ in turns}
             seen: dict[str, dict[str, Any]] = {}
             for n in range(rounds + 1):
@@ -163,11 +164,20 @@ def _fuse(model: PreTrainedModel) -> None:
     apply_liger_kernel(model, None)
 
 
-def _given(model: PreTrainedModel, tokens: int) -> tuple[Tensor, Tensor]:
-    """Structured q (1, H, N, D) and k (1, G, N, D) of the model's heads."""
+def _given(model: PreTrainedModel, tokens: int, chunk_tokens: int | None) -> tuple[Tensor, Tensor]:
+    """Structured q (1, H, N, D) and k (1, G, N, D) of the model's heads.
+
+    Raises:
+        SparsekitError: its layers differ in their heads, or a chunk would find fewer keys than N in a cache.
+    """
     arch = model_facts(model)
     if arch.num_key_heads is None or arch.head_dim is None or arch.layer_heads is not None:
         raise SparsekitError(f"attends = 'structured': layers of {arch.name} differ in their heads.")
+    if chunk_tokens is not None and any(cache_of(model, tokens).is_sliding):
+        raise SparsekitError(
+            f"attends = 'structured' with chunk_tokens = {chunk_tokens}: sliding layers of {arch.name} hold a "
+            "window of keys alone; read the prompt at once, or with attends = 'weights'."
+        )
     made = structured(
         tokens, heads=arch.num_heads, key_heads=arch.num_key_heads, dim=arch.head_dim, device=model.device,
         dtype=model.dtype,

@@ -20,7 +20,7 @@ from sparsekit.plan import causal_tiles
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Given", "chunks_of", "read_at_once", "read_in_chunks", "warm_up_chunks"]
+__all__ = ["Given", "cache_of", "chunks_of", "read_at_once", "read_in_chunks", "warm_up_chunks"]
 
 Given = tuple[Tensor, Tensor] | None  # q (1, H, N, D) and k (1, G, N, D) in every layer; None: the layers' own
 
@@ -60,7 +60,7 @@ def read_in_chunks(
     """
     tokens, total = prompt.shape[1], 0.0
     _forget_peak(model.device)
-    cache = _cache(model, tokens)
+    cache = cache_of(model, tokens)
     parts: list[tuple[int, Sequence[LayerReport]]] = []
     before: Sequence[LayerReport] = ()
     with nullcontext() if handle is None else handle.prompt(tokens):
@@ -87,7 +87,7 @@ def warm_up_chunks(
     from transformers.cache_utils import StaticLayer
 
     tokens = prompt.shape[1]
-    cache, rows = _cache(model, tokens), min(WARM_TOKENS, chunk_tokens, tokens)
+    cache, rows = cache_of(model, tokens), min(WARM_TOKENS, chunk_tokens, tokens)
     with nullcontext() if handle is None else handle.prompt(tokens):
         _call(model, prompt[:, :rows], cache, given, 0)
         if handle is None:
@@ -105,7 +105,8 @@ def warm_up_chunks(
             end = min(2 * end, tokens)
 
 
-def _cache(model: PreTrainedModel, tokens: int) -> Any:
+def cache_of(model: PreTrainedModel, tokens: int) -> Any:
+    """An empty StaticCache of so many tokens; it takes memory with its first call."""
     from transformers import StaticCache
 
     return StaticCache(config=model.config, max_cache_len=tokens)

@@ -77,8 +77,8 @@ def test_without_the_untouched_model_nothing_is_faster() -> None:
 
 def test_the_cache_is_that_of_the_prompt_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama"), torch.randint(3, 250, (1, N), generator=torch.Generator().manual_seed(0))
-    cache = reading._cache(model, N)
-    monkeypatch.setattr(reading, "_cache", lambda *given: cache)
+    cache = reading.cache_of(model, N)
+    monkeypatch.setattr(reading, "cache_of", lambda *given: cache)
     places: list[int] = []
     with torch.inference_mode(), apply(model, config_of()) as handle:
         expected = model(ids, use_cache=True).past_key_values
@@ -91,7 +91,7 @@ def test_the_cache_is_that_of_the_prompt_at_once(monkeypatch: pytest.MonkeyPatch
 
 def test_one_cache_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a million tokens two of them, that of warming up and that of the reading, fit no GPU."""
-    make, made = reading._cache, list[weakref.ref[Any]]()
+    make, made = reading.cache_of, list[weakref.ref[Any]]()
 
     def only_one(*given: Any) -> Any:
         assert not any(cache() for cache in made)
@@ -99,7 +99,7 @@ def test_one_cache_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(weakref.ref(cache))
         return cache
 
-    monkeypatch.setattr(reading, "_cache", only_one)
+    monkeypatch.setattr(reading, "cache_of", only_one)
     gc.disable()  # what only a collection frees is still there when the next one is made
     try:
         bench_prefill([config_of()] * 2, model=tiny("llama"), lengths=[N], chunk_tokens=CHUNK, device="cpu")
@@ -229,6 +229,9 @@ def test_the_page_counts_memory_as_it_is() -> None:
 def test_faults() -> None:
     with pytest.raises(SparsekitError, match="chunk_tokens = 0: at least 1 token"):
         bench_prefill([config_of()], model=tiny("llama"), lengths=[300], chunk_tokens=0, device="cpu")
+    sliding = tiny("gemma3_text", layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=64)
+    with pytest.raises(SparsekitError, match="with chunk_tokens = 128: sliding layers of gemma3_text hold a window"):
+        bench_prefill([load({})], model=sliding, lengths=[300], chunk_tokens=128, attends="structured", device="cpu")
     options = ["--shape", "tiny", "--tokens", "300", "--device", "cpu", "--chunk-tokens"]
     assert CliRunner().invoke(app, ["bench", "prefill", "nowhere.yaml", *options, "0"]).exit_code == 2
 
