@@ -61,7 +61,7 @@ def bench_prefill(
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
         rounds: in each every config reads the prompt once, after one reading that is not timed; in chunks that is one
-            of a few tokens at places that double up to the prompt's end.
+            of a few tokens at the ends of some chunks, one of each kind for which kernels are compiled.
         chunk_tokens: the prompt comes in chunks of so many tokens, into a StaticCache, and its end is told
             (`Handle.prompt`). transformers' SDPA then gets a mask of chunk x N in every layer that is the model's own,
             the untouched model's among them, which is slow and large: `dense_impl: kernel` runs dense layers without.

@@ -20,7 +20,7 @@ from sparsekit.plan import causal_tiles
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Given", "cache_of", "chunks_of", "read_at_once", "read_in_chunks", "warm_up_chunks"]
+__all__ = ["Given", "cache_of", "chunks_of", "kinds_of", "read_at_once", "read_in_chunks", "warm_up_chunks"]
 
 Given = tuple[Tensor, Tensor] | None  # q (1, H, N, D) and k (1, G, N, D) in every layer; None: the layers' own
 
@@ -79,10 +79,9 @@ def read_in_chunks(
 def warm_up_chunks(
     model: PreTrainedModel, prompt: Tensor, chunk_tokens: int, handle: Handle | None, given: Given
 ) -> None:
-    """Compile what the chunks run, without reading the prompt: a few tokens at places that double up to its end.
+    """Compile what the chunks run, without reading the prompt: a few tokens at the end of one chunk of each kind.
 
-    Kernels are compiled for so many keys, by powers of two. A model with sliding layers reads all of it: their cache
-    cannot be moved.
+    A model with sliding or linear layers reads all of it: their cache cannot be moved.
     """
     from transformers.cache_utils import StaticLayer
 
@@ -95,14 +94,22 @@ def warm_up_chunks(
         if any(type(layer) is not StaticLayer for layer in cache.layers):
             read_in_chunks(model, prompt, chunk_tokens, handle, given, lambda end, ms: None)
             return
-        end = min(chunk_tokens, tokens)
-        while True:
+        for end in kinds_of(tokens, chunk_tokens):
             for layer in cache.layers:
                 layer.cumulative_length.fill_(end - rows)
             _call(model, prompt[:, end - rows : end], cache, given, end - rows)
-            if end == tokens:
-                return
-            end = min(2 * end, tokens)
+
+
+def kinds_of(tokens: int, chunk_tokens: int) -> list[int]:
+    """Where chunks end, one of each kind for which kernels are compiled; the prompt's end is the last of them.
+
+    They are compiled for blocks of keys up to a power of two, and by whether these are a multiple of 16, of 64 tokens
+    or of 128.
+    """
+    found: dict[tuple[int | bool, ...], int] = {}
+    for _, end in chunks_of(tokens, chunk_tokens):
+        found[((end - 1).bit_length(), *(-(-end // size) % 16 == 0 for size in (64, 128)))] = end
+    return sorted(found.values())
 
 
 def cache_of(model: PreTrainedModel, tokens: int) -> Any:

@@ -152,7 +152,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
 
 @torch.inference_mode()
-def test_warming_up_reads_a_few_tokens_at_places_that_double_up(
+def test_warming_up_reads_a_few_tokens_at_the_ends_of_chunks(
     calls: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "WARM_TOKENS", 100)
@@ -160,7 +160,7 @@ def test_warming_up_reads_a_few_tokens_at_places_that_double_up(
     with apply(model, config_of(below=BLOCKS)) as handle:
         reading.warm_up_chunks(model, ids, CHUNK, handle, None)
         assert all(layer.ran == "sparse" for layer in handle.report().layers)
-        ends = [100, 256, 512, 1024, 1100]
+        ends = [100, 256, 512, 768, 1024, 1100]
         assert calls == [(end - 100, 100, end) for end in ends]
         calls.clear()
         reading.warm_up_chunks(model, ids, 4096, handle, None)
@@ -168,6 +168,21 @@ def test_warming_up_reads_a_few_tokens_at_places_that_double_up(
         calls.clear()
     reading.warm_up_chunks(model, ids, CHUNK, None, None)
     assert calls == [(0, 100, 100)]
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1_000_000, 65_536), (524_288, 65_536), (1_000_000, 50_000), (300, 7)])
+def test_warming_up_compiles_for_every_chunk(tokens: int, chunk: int) -> None:
+    launch = pytest.importorskip("sparsekit.kernels.launch", exc_type=ImportError)
+
+    def compiled(end: int) -> list[tuple[int, int]]:
+        blocks = [-(-end // size) for size in (64, 128)]
+        return [((count - 1).bit_length(), launch.load_step(count)) for count in blocks]
+
+    ends = reading.kinds_of(tokens, chunk)
+    assert ends[-1] == tokens and len(ends) <= 4 * tokens.bit_length()
+    for size in (0, 1):
+        known = {compiled(end)[size] for end in ends}
+        assert {compiled(end)[size] for _, end in reading.chunks_of(tokens, chunk)} == known
 
 
 @torch.inference_mode()
