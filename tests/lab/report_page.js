@@ -1,6 +1,6 @@
 "use strict";
 // Runs the scripts of a report in Node, over a small document, and says what the page shows. Arguments: the page, and
-// the address's part behind "#". Every element that the page's HTML names by an id exists, and no other.
+// the address's part from "#" on. Every element that the page's HTML names by an id exists, and no other.
 const fs = require("fs");
 const vm = require("vm");
 
@@ -42,7 +42,7 @@ const context = vm.createContext({
     },
     createElement: (tag) => new Element(tag),
   },
-  location: { hash: hash ? "#" + hash : "" },
+  location: { href: "file:///report.html" + hash, hash: hash === "#" ? "" : hash }, // as browsers say it
   history: { replaceState: (...args) => (context.address = context.location.hash = args[2]) },
   addEventListener: (event, listener) => (context[`on${event}`] = listener),
   URLSearchParams,

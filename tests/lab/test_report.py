@@ -342,9 +342,9 @@ def test_the_diff_shows_what_differs(seen: dict[str, Any]) -> None:
 
 
 def test_the_address_chooses_filters(tmp_path: Path) -> None:
-    found = in_node(written(tmp_path, sweep(2)), "tokens=2048&config=128")
+    found = in_node(written(tmp_path, sweep(2)), "#tokens=2048&config=128")
     assert found["first"]["count"] == "6 of 18 records, 2 configs"
-    nothing = in_node(tmp_path / "report.html", "tokens=77")["first"]
+    nothing = in_node(tmp_path / "report.html", "#tokens=77")["first"]
     assert nothing["count"] == "0 of 18 records, 0 configs" and nothing["plots"] == {}
     assert nothing["words"].pop("probe-words") == NO_PROBE
     assert set(nothing["words"].values()) == {"No record passes these filters."} and len(nothing["words"]) == 6
@@ -363,7 +363,7 @@ def test_devices_and_models_are_not_mixed(tmp_path: Path) -> None:
     assert gpu["x"] == pytest.approx(cpu["x"]) and gpu["y"] == pytest.approx([y / 2 for y in cpu["y"]])
     assert len(first["plots"]["layer-map"][0]["z"]) == 2
     other = [{**r, "model": "m", "key": f"{r['key']} m"} for r in sweep(2) if r["tokens"] == 1024]
-    both = in_node(written(tmp_path, [*sweep(2), *other], probed(tmp_path, "m")), "model=smollm2-135m")["first"]
+    both = in_node(written(tmp_path, [*sweep(2), *other], probed(tmp_path, "m")), "#model=smollm2-135m")["first"]
     assert both["words"] == {"probe-words": "There is no probe of smollm2-135m here."}
     lacking = in_node(written(tmp_path, [*sweep(2), *other][:-1]))["first"]
     assert "; 1 lacks some task, length or seed of these" in lacking["count"]
@@ -379,8 +379,10 @@ def test_a_sweep_that_is_not_whole_opens_where_most_configs_compare(tmp_path: Pa
     assert steps["first"]["count"] == "12 of 18 records, 4 configs"
     assert len(steps["first"]["plots"]["score-density"][1]["x"]) == 4 and "timed" in steps["first"]["hidden"]
     assert "18 of 18 records, 4 configs; 2 lack some task" in steps["reset"]["count"]
-    linked = in_node(written(tmp_path, part), "task=vt")["first"]
+    linked = in_node(written(tmp_path, part), "#task=vt")["first"]
     assert linked["count"].startswith("6 of 18 records, 4 configs; 2 lack")
+    left = in_node(written(tmp_path, part), steps["reset"]["address"])["first"]
+    assert steps["reset"]["address"] == "#" and left["count"] == steps["reset"]["count"]
     assert in_node(written(tmp_path, untimed))["first"]["count"] == "24 of 24 records, 4 configs"
     assert in_node(written(tmp_path, sweep(3)))["first"]["hidden"] == []
 
@@ -401,7 +403,8 @@ def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
     assert failed["hidden"] == ["results", "details", "gradients", "timed"] and not failed["failures_hidden"]
     assert failed["failed"] == ["window_tokens=64, passkey at 1024: out of memory"]
     alone = in_node(written(tmp_path, [], probed(tmp_path)))["first"]
-    assert alone["hidden"] == ["results", "details", "timed"] and set(alone["plots"]) == {"probe-gradient", "probe-mass"}
+    assert alone["hidden"] == ["results", "details", "timed"]
+    assert set(alone["plots"]) == {"probe-gradient", "probe-mass"}
 
 
 # ---- the page in a browser

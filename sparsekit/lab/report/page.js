@@ -490,7 +490,7 @@ function start() {
   at("filter-config").oninput = () => filtered({ config: at("filter-config").value });
   at("reset").onclick = () => filtered(Object.fromEntries([...FILTERS, "config"].map((name) => [name, ""])));
   readHash();
-  if (!location.hash) at("filter-tokens").value = state.filters.tokens = startingLength(DATA.records);
+  if (!location.href.includes("#")) at("filter-tokens").value = state.filters.tokens = startingLength(DATA.records);
   at("timed").hidden = !DATA.records.some((r) => r.ttft_s);
   addEventListener("hashchange", () => {
     readHash();
