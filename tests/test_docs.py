@@ -318,6 +318,41 @@ def test_the_tables_of_gains_are_those_of_the_records(monkeypatch: pytest.Monkey
     gains.draw(tmp_path / "gains.png")
 
 
+def test_what_gains_says_of_ruler_beside_its_tables_is_in_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import gains
+
+    page = " ".join((DOCS / "gains.md").read_text().split())
+    dense = ("dense", "dense", "none")
+    less = {}
+    for at in (4096, 8192, 16384, 32768):
+        of = gains._ruler(at, gains.RULER)
+        less[at] = {key: gains._less_dense(found, of[dense]).lstrip("-+") for key, found in of.items()}
+    bounds = {at: found[gains.MIXED].split()[-1] for at, found in less.items()}
+    assert f"to {bounds[8192]} points. Those of 4K and 16K tell it to {bounds[4096]} and {bounds[16384]}." in page
+    assert f"RULER at 32K: {less[32768]['dense', 'dense', '75%']} points are lost at 75%" in page
+
+    of = gains._ruler(8192, gains.RULER, gains.RULER_DYNAMIC)
+    names = sorted({below for below, above, _ in of if above not in ("dense", below)} - {"dense"})
+    alone, over = ({name: of[name, above or name, "none"] for name in names} for above in ("", "triangle"))
+    lost = {name: gains._average(of[dense]) - gains._average(alone[name]) for name in names}
+    losers = [
+        f"`{name}` {points:.0f}" for name, points in sorted(lost.items(), key=lambda item: -item[1]) if points > 2
+    ]
+    losers[0] += " points of RULER"
+    assert f"the settings of the sweep: {', '.join(losers[:-1])} and {losers[-1]}." in page
+    assert 3.2 < max(abs(gains._average(alone[name]) - gains._average(over[name])) for name in names) <= 3.3
+    density = {way: [sum(row["density"] for row in rows[name].values()) for name in names]
+               for way, rows in (("alone", alone), ("over", over))}  # fmt: skip
+    off = [1 - after / before for before, after in zip(density["alone"], density["over"], strict=True)]
+    assert f"by more than 3.3 points, either way, and takes {min(off):.0%} to {max(off):.0%} off its pairs." in page
+
+    rows = gains.rows(gains.RULER)
+    monkeypatch.setattr(gains, "rows", lambda name: (*rows, {**rows[0], "seed": 1}))
+    with pytest.raises(ValueError, match=f"two rows of {rows[0]['label']}, {rows[0]['task']}"):
+        gains._ruler(rows[0]["tokens"], gains.RULER)
+
+
 def test_what_head_choice_says_beside_its_table_is_in_the_records() -> None:
     path = DOCS / "results" / "head-curve-qwen2.5-coder-1.5b.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
