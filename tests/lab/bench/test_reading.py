@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,17 @@ def test_the_page_counts_memory_as_it_is() -> None:
     assert f"{chunk * tokens / gib:.0f} GiB of bools" in page
     assert f"take {chunk * shape['vocab_size'] * 2 / gib:.0f} GiB" in page
 
+    given = {n: (shape["num_attention_heads"] + shape["num_key_value_heads"]) * 128 * 2 * n for n in (tokens, 524_288)}
+    assert (
+        f"{given[tokens] / gib:.1f} GiB of the first row and {given[524_288] / gib:.1f} GiB of the others are" in page
+    )
+    weights = 2 * (sum(w.numel() for w in model.parameters()) - 2 * shape["vocab_size"] * shape["hidden_size"])
+    of_all = {n: 28 * 4 * 28 * 128 * n**2 / 2 + weights * n for n in given}  # 28 layers of 28 heads
+    assert (
+        f"take {of_all[524_288] / 6e14:.0f} s for 524,288 tokens and {of_all[tokens] / 6e14:.0f} s for a million."
+        in page
+    )
+
     cpu, heads = torch.device("cpu"), shape["num_attention_heads"]
     geometry = Geometry.of(chunk, 1 << 20, prompt_len=1 << 20, block_kv=128)
     assert f"| {static_plan(Triangle(), geometry, cpu).nbytes / 1e3:.0f} kB |" in page
@@ -236,6 +248,21 @@ def test_the_page_counts_memory_as_it_is() -> None:
     assert f"{coarse.causal_tiles * heads * 4 / 1e9:.2f} GB at most" in page
     slashes = slash_grid(geometry.with_tile(64, 64), 64, VerticalSlash().slash_tokens, cpu)
     assert f"{slashes.room * heads * 4 / 1e9:.2f} GB at most" in page
+
+
+def test_the_measured_table_is_of_the_records() -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    names = {
+        "trianglemix-block_topk.yaml": "TriangleMix over `block_topk`",
+        "trianglemix.yaml": "TriangleMix, dense below",
+    }
+    lines = []
+    for row in map(json.loads, (docs / "results/prefill-long-h200.jsonl").read_text().splitlines()):
+        peak, cache = (f"{row[key] / 2**30:.1f} GiB" for key in ("peak_bytes", "cache_bytes"))
+        plan = f"{row['plan_bytes'] / 1e6:.1f} MB" if row["plan_bytes"] >= 1e6 else f"{row['plan_bytes'] / 1e3:.0f} kB"
+        name = names[row["config"].rsplit("/", 1)[1]]
+        lines.append(f"| {row['tokens']:,} | {name} | {row['ms'] / 1e3:.1f} s | {peak} | {cache} | {plan} |\n")
+    assert "|---|---|---|---|---|---|\n" + "".join(lines) + "\n" in (docs / "long.md").read_text()
 
 
 # ---- what is refused
