@@ -100,6 +100,10 @@ def bench_prefill(
     turns: list[tuple[str, SparseConfig | None]] = [(STOCK, None)] * baseline
     turns += [(str(config) if isinstance(config, str) else f"config {i}", load(config))
               for i, config in enumerate(configs)]  # fmt: skip
+    labels = [label for label, _ in turns]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise SparsekitError(f"configs: {label} stands twice; name each config once.")
     name, found = model_or_shape(model, shape, dtype, where)
     vocab = found.config.get_text_config().vocab_size
     dtype = str(found.dtype).removeprefix("torch.")

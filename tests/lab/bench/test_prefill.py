@@ -106,6 +106,8 @@ def test_command(config: str) -> None:
 
 
 def test_faults(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SparsekitError, match=r"triangle\.yaml stands twice"):
+        bench_prefill([config, config], model=tiny("llama"), lengths=[300], device="cpu")
     with pytest.raises(SparsekitError, match=r"llama-3\.1-8b"):
         bench_prefill([config], shape="llama-3.1-8", device="cpu")
     assert CliRunner().invoke(app, ["bench", "prefill", "nowhere.yaml", "--shape", "tiny"]).exit_code == 1
