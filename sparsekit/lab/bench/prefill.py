@@ -91,8 +91,8 @@ def bench_prefill(
             f"{len(configs)} configs, lengths = {list(lengths)}, rounds = {rounds}: at least one of each, and "
             "no length below 1 token."
         )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise SparsekitError(f"chunk_tokens = {chunk_tokens}: at least 1 token, or None for the prompt at once.")
+    if chunk_tokens is not None and not (isinstance(chunk_tokens, int) and chunk_tokens >= 1):
+        raise SparsekitError(f"chunk_tokens = {chunk_tokens}: a whole number from 1, or None for the prompt at once.")
     if attends not in ATTENDS:
         raise SparsekitError(f"attends = {attends!r} is not one of {', '.join(ATTENDS)}.{nearest(attends, ATTENDS)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
