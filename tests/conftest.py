@@ -1,10 +1,14 @@
-"""Models that many tests share. The real one is loaded once a session, and de-quantised once a machine."""
+"""Models that many tests share. The real one is loaded once a session, and de-quantised once a machine.
+
+Imports that take seconds stand in the fixtures: child processes of the kernel tests use none of them.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,28 +23,33 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
-from fake_hub import TOKEN, FakeHub
-from huggingface_hub import constants
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from sparsekit import models
+if TYPE_CHECKING:
+    from fake_hub import FakeHub
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct and its tokenizer, in bfloat16, or in float32 where the CPU would emulate that."""
+    from sparsekit import models
+
     return models.load("smollm2-135m", dtype=models.fast_dtype())
 
 
 @pytest.fixture
 def tiny_llama() -> PreTrainedModel:
     """4 layers, 4 heads over 2 key heads, always the same weights; a new one for every test."""
+    from sparsekit import models
+
     return models.tiny("llama")
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """An empty hub that `huggingface_hub` asks in place of the real one, with an empty cache and a token for it."""
+    from fake_hub import TOKEN, FakeHub
+    from huggingface_hub import constants
+
     with FakeHub() as fake:
         monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
         template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
