@@ -18,6 +18,8 @@ def install() -> None:
     _types_once()
     _shapes_once()
     _builtins_once()
+    _device_functions_once()
+    _equal_shapes_as_they_are()
 
 
 def _no_idle_checks() -> None:
@@ -64,8 +66,7 @@ def _shapes_once() -> None:
 
 
 def _builtins_once() -> None:
-    """Which names of triton.language an interpreted function finds replaced: every call of a device function looks
-    through all of them."""
+    """Which names of triton.language an interpreted function finds replaced: every kernel looks through all of them."""
 
     @cache
     def builtins_of(package: Any) -> list[str]:
@@ -80,3 +81,33 @@ def _builtins_once() -> None:
     for package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
         builtins_of(package)  # before any is replaced
     interpreter._patch_builtin = patch
+
+
+def _device_functions_once() -> None:
+    """A device function finds the names replaced that its kernel found, and at its first call those of its own module,
+    for good. Every call replaces all of them again."""
+    known = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn not in known:
+            interpreter._patch_lang(self.fn)
+            known.add(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def _equal_shapes_as_they_are() -> None:
+    """Most operands need no broadcast; each dimension of each is compared as a constexpr."""
+    broadcast = interpreter.TritonSemantic.broadcast_impl_value
+
+    def quick(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, two = lhs.type, rhs.type
+        if one.is_block() and two.is_block() and one.shape.values == two.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    interpreter.TritonSemantic.broadcast_impl_value = quick
