@@ -20,8 +20,7 @@ SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES[3:], ids=str)
 
 
-@pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("every", [7, 64])
+@pytest.mark.parametrize(("every", "cut"), [(7, False), (7, True), (64, False)])
 @geometries
 def test_anchors(geometry: Geometry, every: int, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and cut over keys and merged."""
@@ -42,14 +41,15 @@ def test_anchors(geometry: Geometry, every: int, cut: bool, monkeypatch: pytest.
 @pytest.mark.parametrize("every", [7, 64])
 @geometries
 def test_correction(geometry: Geometry, every: int) -> None:
-    """Rows of one pattern, then of heads that differ, among them dense ones."""
+    """Rows of one pattern, and of heads that differ, among them dense ones."""
     q, k, v = inputs_for(geometry)
     rules = [TokenRule(5, 40, max(s.prompt_tokens - 20, 0)) for s in geometry.spans]
     plan = plan_from_rule(rules, geometry).corrected(every)
-    wider = plan_from_rule([rule._replace(window=60) for rule in rules], geometry).corrected(every)
-    for one in (plan, stack_heads([plan, dense_plan(geometry), wider], (0, 1, 2, 0))):
-        expected = attend(q.double(), k.double(), v.double(), one, impl="torch")
-        assert (attend(q, k, v, one, impl="triton") - expected).abs().max() < 1e-5
+    if every == 7:
+        wider = plan_from_rule([rule._replace(window=60) for rule in rules], geometry).corrected(every)
+        plan = stack_heads([plan, dense_plan(geometry), wider], (0, 1, 2, 0))
+    expected = attend(q.double(), k.double(), v.double(), plan, impl="torch")
+    assert (attend(q, k, v, plan, impl="triton") - expected).abs().max() < 1e-5
 
 
 def test_a_head_size_that_is_padded() -> None:

@@ -75,7 +75,7 @@ def test_heads(heads: int, key_heads: int) -> None:
 
 def test_a_key_tile_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As float32 of wide heads has it: the stop still speaks of 64 keys."""
-    geometry = Geometry.of(400, block_q=32)
+    geometry = Geometry.of(260, block_q=32)
     inputs = peaked(geometry, dim=32, heads=2, key_heads=1)
     for part in (16, 32):
         tile = tiles.Tile(32, part, 4, 2)

@@ -39,14 +39,14 @@ PATTERNS = {
 # the means of `whole` queries are exact.
 _CAPPED = S2O(segment_tokens=96, max_tokens=60)
 SELECTIONS = {
-    "whole": (Geometry.of(600, block_q=64), _CAPPED, (4, 2)),
-    "three heads a key head": (Geometry.of(384, block_q=64), _CAPPED, (6, 2)),
-    "a key head a head": (Geometry.of(384, block_q=64), _CAPPED, (3, 3)),
+    "whole": (Geometry.of(408, block_q=64), _CAPPED, (4, 2)),
+    "three heads a key head": (Geometry.of(240, block_q=64), _CAPPED, (6, 2)),
+    "a key head a head": (Geometry.of(240, block_q=64), _CAPPED, (3, 3)),
     "tile of 32": (Geometry.of(312, block_q=32), _CAPPED, (2, 1)),
     "all of it": (Geometry.of(240, block_q=64), S2O(segment_tokens=96, max_tokens=None), (2, 1)),
     "chunk": (Geometry.of(264, 600, block_q=64), _CAPPED, (2, 1)),
-    "left padding": (Geometry.of(600, batch=2, kv_start=(0, 72), block_q=64), _CAPPED, (2, 1)),
-    "right padding": (Geometry.of(384, batch=3, kv_end=(384, 48, 240), block_q=64), _CAPPED, (2, 1)),
+    "left padding": (Geometry.of(408, batch=2, kv_start=(0, 72), block_q=64), _CAPPED, (2, 1)),
+    "right padding": (Geometry.of(336, batch=3, kv_end=(336, 48, 240), block_q=64), _CAPPED, (2, 1)),
     "all padding": (Geometry.of(240, batch=2, kv_end=(0, 240), block_q=64), _CAPPED, (2, 1)),
     "padded chunk": (Geometry.of(120, 480, batch=2, kv_start=(432, 0), block_q=64), _CAPPED, (2, 1)),
     "one more than a segment": (Geometry.of(129, block_q=64), S2O(segment_tokens=128, max_tokens=1), (2, 1)),

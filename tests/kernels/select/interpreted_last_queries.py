@@ -157,7 +157,7 @@ def test_vertical_slash_from_scores() -> None:
 FLEX = {
     **LONG,
     "1300": Geometry.of(1300, block_q=128, block_kv=64),
-    "padded": Geometry.of(700, batch=2, kv_start=(0, 100), block_q=128, block_kv=128),
+    "padded": Geometry.of(450, batch=2, kv_start=(0, 100), block_q=128, block_kv=128),
 }
 
 
