@@ -6,7 +6,9 @@ Imports that take seconds stand in the fixtures: child processes of the kernel t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 if TYPE_CHECKING:
     from fake_hub import FakeHub
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pytest_collection_finish() -> None:
+    """The tree of commands is made once, as in a process of `sparsekit`; `CliRunner` makes it anew in every call."""
+    if testing := sys.modules.get("typer.testing"):
+        testing._get_command = cache(testing._get_command)
 
 
 @pytest.fixture(scope="session")

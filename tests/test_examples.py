@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,14 @@ def check_command(words: list[str]) -> None:
         assert program in FOREIGN, f"{program!r}: say in tests/test_examples.py what holds it"
 
 
+@cache
+def tree() -> Any:
+    return typer.main.get_command(app)
+
+
 def parse(arguments: list[str]) -> None:
     """All of a command line, as click reads it; a usage error is raised."""
-    command: Any = typer.main.get_command(app)
+    command: Any = tree()
     context, rest = None, list(arguments)
     while True:
         name = command.name or "sparsekit"
