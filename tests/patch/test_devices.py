@@ -152,97 +152,94 @@ SHARDED = textwrap.dedent(
     from transformers import AutoModelForCausalLM
     import sparsekit
 
-    folder, config = sys.argv[1], json.loads(sys.argv[2])
+    folder, configs = sys.argv[1], json.loads(sys.argv[2])
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    ids, seen = torch.load(f"{folder}/ids.pt"), []
-    with torch.inference_mode(), sparsekit.apply(model, config) as handle:
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
-        logits = model(ids).logits
-        first = handle.report().layers
-        tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
-        compiled = torch.compile(model, backend="eager")(ids).logits
-    torch.save(
-        {"logits": logits, "tokens": tokens, "compiled": compiled, "width": seen[0],
-         "patterns": [row.pattern for row in first], "ran": [row.ran for row in first]},
-        f"{folder}/rank{rank}.pt",
-    )
+    ids, seen, found = torch.load(f"{folder}/ids.pt"), [], {}
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    for name, config in configs.items():
+        torch._dynamo.reset()
+        with torch.inference_mode(), sparsekit.apply(model, config) as handle:
+            try:
+                logits = model(ids).logits
+            except sparsekit.SparsekitError as error:
+                found[name] = {"error": str(error)}
+                continue
+            first = handle.report().layers
+            tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+            compiled = torch.compile(model, backend="eager")(ids).logits
+        found[name] = {
+            "logits": logits, "tokens": tokens, "compiled": compiled, "width": seen[0],
+            "patterns": [row.pattern for row in first], "ran": [row.ran for row in first],
+        }
+    torch.save(found, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     """
 )
 
 
-def _torchrun(script: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        *args,
-    ]
+TOPK = {"name": "block_topk", "top_k": 1, "force_sink": False}
+REUSED = {"layers": {"0": TOPK, "1": {"reuse": 0}, "2": {"reuse": 0, "heads": [1, 0, 3, 3]}}}
+CROSSED = {"layers": {"0": TOPK, "1": {"reuse": 0}, "2": {"reuse": 0, "heads": [2, 1, 0, 3]}}}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What each of two gloo processes got, by config: transformers' own tp_plan, two of four query heads and one of two
+    key heads in each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    tiny("llama").save_pretrained(folder)
+    torch.save(_ids(), folder / "ids.pt")
+    script = folder / "sharded.py"
+    script.write_text(SHARDED)
+    configs = json.dumps({"heads": HEADS, "reused": REUSED, "crossed": CROSSED})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    done = subprocess.run(
+        [*command, str(script), str(folder), configs], capture_output=True, text=True, env=env, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def test_tensor_parallel_heads_keep_their_patterns(tmp_path: Path) -> None:
-    """transformers' own tp_plan in two gloo processes: two of four query heads and one of two key heads in each."""
+def test_tensor_parallel_heads_keep_their_patterns(ranks: list[dict[str, dict[str, Any]]]) -> None:
     model = tiny("llama")
-    model.save_pretrained(tmp_path)
-    torch.save(_ids(), tmp_path / "ids.pt")
     dense = _logits(model)
     with sparsekit.apply(model, HEADS):
         expected, tokens = _logits(model), model.generate(_ids(), max_new_tokens=4, do_sample=False)
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    done = _torchrun(script, str(tmp_path), json.dumps(HEADS))
-    assert done.returncode == 0, done.stderr[-2000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert float((expected - dense).abs().max()) > 1e-2
-    for rank in ranks:
+    one, two = (rank["heads"] for rank in ranks)
+    for rank in (one, two):
         assert rank["width"] == 2 * 16
         assert float((rank["logits"] - expected).abs().max()) < 1e-5
         assert float((rank["compiled"] - expected).abs().max()) < 1e-5
         assert torch.equal(rank["tokens"], tokens)
     # The model's head numbers; a process whose heads are all dense runs the model's own attention.
-    assert ranks[0]["patterns"][0].startswith("heads 0: triangle(")
-    assert "heads 2: a_shape(" in ranks[1]["patterns"][0]
-    assert "heads 3: triangle(" in ranks[1]["patterns"][0]
-    assert ranks[0]["patterns"][1] == "dense"
-    assert "heads 3: block_topk(" in ranks[1]["patterns"][1]
-    assert "threshold=0.9 | 0.2," in ranks[0]["patterns"][3] and "threshold=0.5 | 0.1," in ranks[1]["patterns"][3]
-    assert ranks[0]["ran"] == ["sparse", "dense", "sparse", "sparse"]
-    assert ranks[1]["ran"] == ["sparse", "sparse", "sparse", "sparse"]
+    assert one["patterns"][0].startswith("heads 0: triangle(")
+    assert "heads 2: a_shape(" in two["patterns"][0]
+    assert "heads 3: triangle(" in two["patterns"][0]
+    assert one["patterns"][1] == "dense"
+    assert "heads 3: block_topk(" in two["patterns"][1]
+    assert "threshold=0.9 | 0.2," in one["patterns"][3] and "threshold=0.5 | 0.1," in two["patterns"][3]
+    assert one["ran"] == ["sparse", "dense", "sparse", "sparse"]
+    assert two["ran"] == ["sparse", "sparse", "sparse", "sparse"]
 
 
-def test_tensor_parallel_heads_reuse_plans_of_their_process(tmp_path: Path) -> None:
+def test_tensor_parallel_heads_reuse_plans_of_their_process(ranks: list[dict[str, dict[str, Any]]]) -> None:
     """A head map that keeps to the heads of a process; one that does not is refused in every process."""
-    topk = {"name": "block_topk", "top_k": 1, "force_sink": False}
-    config = {"layers": {"0": topk, "1": {"reuse": 0}, "2": {"reuse": 0, "heads": [1, 0, 3, 3]}}}
     model = tiny("llama")
-    model.save_pretrained(tmp_path)
-    torch.save(_ids(), tmp_path / "ids.pt")
-    with sparsekit.apply(model, config):
+    with sparsekit.apply(model, REUSED):
         expected = _logits(model)
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    done = _torchrun(script, str(tmp_path), json.dumps(config))
-    assert done.returncode == 0, done.stderr[-2000:]
-    for rank in (0, 1):
-        got = torch.load(tmp_path / f"rank{rank}.pt")
+    for rank, other in zip(ranks, (2, 0), strict=True):
+        got = rank["reused"]
         assert float((got["logits"] - expected).abs().max()) < 1e-5
         assert float((got["compiled"] - expected).abs().max()) < 1e-5
         assert got["ran"] == ["sparse"] * 3 + ["dense"]
-    config["layers"]["2"]["heads"] = [1, 2, 3, 3]
-    done = _torchrun(script, str(tmp_path), json.dumps(config))
-    assert done.returncode != 0
-    assert "run the plan of head 2, which another process has" in done.stderr
+        assert f"run the plan of head {other}, which another process has" in rank["crossed"]["error"]
 
 
 def _halve(model: PreTrainedModel, rank: int) -> None:
