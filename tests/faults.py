@@ -410,7 +410,9 @@ def _() -> str:
     from sparsekit.models import load
 
     model, tokenizer = load("smollm2-135m", dtype=torch.float32)
-    model.config.get_text_config().layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+    del model.model.layers[4:]
+    model.config.num_hidden_layers = 4
+    model.config.layer_types = ["sliding_attention"] * 4
     model.config.sliding_window = 64
     try:
         found = inspect_model(model, tokenizer, tokens=300, samples=1)

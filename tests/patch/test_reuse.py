@@ -447,8 +447,8 @@ def test_on_a_gpu(name: str) -> None:
     assert [row.plan_of for row in rows] == [None, None, 1, 1]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_is_the_uncompiled_model(backend: str) -> None:
+def test_compiled_is_the_uncompiled_model() -> None:
+    """By the backend that traces twice; "eager" does the first half of it."""
     model = tiny("llama", initializer_range=0.1)
     mask = torch.ones(2, LONG, dtype=torch.long)
     mask[1, :163] = 0
@@ -459,7 +459,7 @@ def test_compiled_is_the_uncompiled_model(backend: str) -> None:
     ]
     torch._dynamo.reset()
     with sparsekit.apply(model, SHARED) as handle, torch.no_grad():
-        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for ids, kwargs in calls:
             expected, rows = _logits(model, ids, **kwargs), handle.report().layers
             torch.testing.assert_close(compiled(ids, **kwargs).logits, expected, atol=1e-5, rtol=1e-5)
