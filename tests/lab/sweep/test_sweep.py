@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from soon import soon
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, load, models
@@ -31,6 +30,9 @@ from sparsekit.lab.sweep.best import standings
 from sparsekit.lab.sweep.runs import config_key
 from sparsekit.models import EMBEDDED
 from sparsekit.patterns import DynamicPattern, pattern_names
+
+if TYPE_CHECKING:  # workers import this file
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
