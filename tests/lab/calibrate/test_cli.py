@@ -264,10 +264,10 @@ def test_the_real_model(smollm2, tmp_path, monkeypatch: pytest.MonkeyPatch) -> N
     """SmolLM2-135M: deep layers' Grad(Middle) is small, key 0 is its sink, and its config passes a short gate."""
     monkeypatch.setattr(models, "load", lambda *_, **__: smollm2)
     monkeypatch.chdir(tmp_path)
-    found = json.loads(out("calibrate", "probe", "smollm2-135m", "--samples", "2", "--tokens", "600", "--json"))
+    found = json.loads(out("calibrate", "probe", "smollm2-135m", "--samples", "1", "--tokens", "600", "--json"))
     middle = [layer["gradient"]["middle"] for layer in found["layers"]]
     assert max(middle[22:]) < 0.12 * max(middle) and middle[29] == 0
-    seen = json.loads(out("inspect", "smollm2-135m", "--samples", "1", "--tokens", "400", "--json"))
+    seen = json.loads(out("inspect", "smollm2-135m", "--samples", "1", "--tokens", "250", "--json"))
     assert seen["sink_tokens"] >= 1 and "0" in seen["layers"][15]["sinks"]
     config = str(CONFIGS / "smollm2-135m/trianglemix.yaml")
     gate = ["--gate-tokens", "1100", "--gate-samples", "1", "--bound", "0.5", "-o", "gated.yaml"]
