@@ -59,7 +59,7 @@ def main() -> None:
     ):
         q, k = _inputs(geometry, dtype, dim)
         grid = block_grid(geometry, 128, 1, CPU)
-        for tma in (False, True):
+        for tma in (False, True) if stride == 16 else (True,):
             block_scores_triton._has_tma = lambda device, tma=tma: tma  # type: ignore[assignment]
             softmax = Softmax(0.1, cap, None if cap is None else torch.zeros(32))
             block_scores_triton.antidiagonal_mass_triton(q, k, geometry, grid, 128, stride, softmax, 0, grid.rows)
@@ -77,7 +77,6 @@ def main() -> None:
         (torch.bfloat16, 64, 5.0),
         (torch.bfloat16, 80, None),
         (torch.bfloat16, 256, None),
-        (torch.float32, 128, None),
         (torch.float32, 256, None),
         (torch.float64, 128, None),
     ):
@@ -85,7 +84,7 @@ def main() -> None:
         grid = block_grid(geometry, 128, 1, CPU)
         means = torch.empty(1, 8, grid.columns, dim)
         mean_keys_triton.query_block_lse_triton(q, means, geometry, grid, 128, Softmax(0.1, cap), 0, grid.rows)
-    for columns in (100, 1024, 16384):
+    for columns in (1024, 16384):
         scores, lengths = torch.zeros(2, columns), torch.ones(2, dtype=torch.int32)
         topk_triton.topk_bits_triton(scores, 100, lengths, True, True)
         topk_triton.top_p_bits_triton(scores, 0.9, lengths, True, True)
