@@ -56,7 +56,7 @@ def _compile(
 
 
 def _rank(q: Tensor, k: Tensor, plan: BlockPlan) -> None:
-    """Lists of 512 keys: on 8.x ptxas takes 30 s to sort 2,048."""
+    """Lists of 512 keys."""
     assert plan.ranked is not None
     segments = segments_of(plan.geometry, 512, 4096, q.device)
     means = ranking_triton.mean_queries_triton(q, segments, plan.ranked.q_index)
