@@ -25,7 +25,7 @@ CONFIGS = {
     "trianglemix": "TriangleMix, layers 16-31",
     "docs/results/heads-75.yaml": "triangle in 75% of the heads",
     "docs/results/heads-85.yaml": "triangle in 85% of the heads",
-    "docs/results/alone-block_topk.yaml": "block_topk in all layers, structured q and k",
+    "docs/results/alone-block_topk.yaml": "block_topk in all layers",
     "docs/results/trianglemix-dense-kernel.yaml": "TriangleMix, sparsekit's kernel in dense layers too",
     "block_topk": "TriangleMix over block_topk",
     "vertical_slash": "TriangleMix over vertical_slash",
@@ -73,10 +73,9 @@ def _prefill(name: str) -> list[list[str]]:
         if row["config"] == "untouched":
             dense = row["ms"]
         elif row["config"] in CONFIGS and not _beside(row) and "layers" not in row:
-            card = row["device"].split()[1]
-            lines.append(
-                _saving("transformers", card, row["tokens"], CONFIGS[row["config"]], dense / 1e3, row["ms"] / 1e3)
-            )
+            card, name = row["device"].split()[1], CONFIGS[row["config"]]
+            name += ", structured q and k" if row.get("attends") == "structured" else ""
+            lines.append(_saving("transformers", card, row["tokens"], name, dense / 1e3, row["ms"] / 1e3))
     return lines
 
 
