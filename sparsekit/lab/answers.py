@@ -21,6 +21,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.tasks import Sample, Task, prompt_ids
 from sparsekit.models import can_shorten
 from sparsekit.patch import Handle, LayerReport
+from sparsekit.patch.caches import cache_argument, cache_of
 from sparsekit.patch.divergence import divergence, ends, greedy, logprobs, read_truth
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _prefilled(
     _synchronize(model.device)
     seconds = time.perf_counter() - start
     layers = () if handle is None else handle.report().layers
-    return ids, truth.to(model.device), prefill.logits[:, -1], prefill.past_key_values, seconds, layers
+    return ids, truth.to(model.device), prefill.logits[:, -1], cache_of(prefill), seconds, layers
 
 
 def _score(task: Task, text: str, sample: Sample) -> float:
@@ -209,7 +210,7 @@ def read_on(
     truth = truth[:, : task.max_new_tokens].to(model.device)
     layers = () if handle is None else handle.report().layers
     with nullcontext() if handle is None else handle.pause():
-        logits = read_truth(model, prefill.logits[:, -1], prefill.past_key_values, truth)[0]
+        logits = read_truth(model, prefill.logits[:, -1], cache_of(prefill), truth)[0]
     prompt = _nll(prefill.logits[0, :-1], ids[0, n - kept + 1 :])
     earlier = prompt[: -(LAST_ROWS - 1)]
     return Reading(
@@ -263,8 +264,8 @@ def _greedy_together(
             step[:, None],
             attention_mask=seen[:, : longest + n + 1].long(),
             position_ids=(lengths + n)[:, None],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(model, cache),
         )
         logits = out.logits[:, -1]
     return found

@@ -44,6 +44,7 @@ from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.sweep.runs import canonical, config_key
 from sparsekit.lab.sweep.workers import said
 from sparsekit.patch import Handle, LayerReport, apply
+from sparsekit.patch.caches import cache_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -357,7 +358,7 @@ class _Prompts:
 
     def _before(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         ids: Tensor = args[0] if args else kwargs["input_ids"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self._begins = cache is None or not cache.get_seq_length()
         if self._begins:
             self.tokens.append(ids.shape[1])

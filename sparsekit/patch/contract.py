@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsekit.config import MeasuredOn, ResolvedConfig, SparseConfig, give_back, load
 from sparsekit.errors import SparsekitError
+from sparsekit.patch.caches import cache_of
 from sparsekit.patch.check_report import CheckReport, Divergence
 from sparsekit.patch.divergence import divergence, greedy, logprobs, read_truth
 from sparsekit.patch.giving_back import give_back_until
@@ -246,15 +247,16 @@ class _Measured:
         """Of prompt i, as the model runs now: logits (1, vocabulary) of the next token, and the cache."""
         ids = torch.tensor([self.prompts[i].ids], dtype=torch.int64, device=self.model.device)
         out: Any = self.model(ids, use_cache=True, logits_to_keep=1)
-        for name, what in (
-            ("logits", "no logits: give the model with its language head"),
-            ("past_key_values", "no cache"),
+        cache = cache_of(out)
+        for found, what in (
+            (getattr(out, "logits", None), "no logits: give the model with its language head"),
+            (cache, "no cache"),
         ):
-            if getattr(out, name, None) is None:
+            if found is None:
                 raise SparsekitError(
                     f"{type(self.model).__name__} returns {what}; the tokens that follow a prompt cannot be compared."
                 )
-        return out.logits[:, -1], out.past_key_values
+        return out.logits[:, -1], cache
 
     def _read(self, i: int, paused: AbstractContextManager[None]) -> Tensor:
         """Logits at the tokens that follow prompt i: its prefill as the model runs now, then paused."""

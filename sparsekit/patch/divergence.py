@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError
+from sparsekit.patch.caches import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor)
     logits, tokens = [first[:, None]], truth[:, :-1]
     if tokens.shape[1]:
         for part in tokens.split(tokens.shape[1] if _reads_on(cache) else 1, 1):
-            rest: Any = model(part, past_key_values=cache, use_cache=True)
+            rest: Any = model(part, **cache_argument(model, cache), use_cache=True)
             logits.append(rest.logits)
     return torch.cat(logits, 1)
 
@@ -79,7 +80,9 @@ def greedy(
         if tokens[-1] in stop or len(tokens) == count or done(tokens):
             break
         step: Any = model(
-            torch.tensor([tokens[-1:]], dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True
+            torch.tensor([tokens[-1:]], dtype=torch.int64, device=model.device),
+            **cache_argument(model, cache),
+            use_cache=True,
         )
         logits = step.logits[:, -1]
     return tokens

@@ -27,6 +27,7 @@ from sparsekit.lab.options import Device, Dtype, Model, Rows, Shape, device_of
 from sparsekit.lab.provenance import place
 from sparsekit.models import can_shorten
 from sparsekit.patch import apply
+from sparsekit.patch.caches import cache_argument, cache_of
 from sparsekit.patch.state import applied_to
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def bench_overhead(
     ids = torch.randint(3, vocab, (1, prompt_tokens + decode_tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(where)
     prompt, following = ids[:, :prompt_tokens], ids[:, prompt_tokens:].split(1, 1)
-    cache = found(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(found(prompt, use_cache=True, logits_to_keep=1))
     if not can_shorten(cache):
         raise SparsekitError(
             f"{name}: its cache, of windows or recurrent layers, cannot be cut back from round to round; take one "
@@ -135,7 +136,9 @@ class _Side:
         self.model, self.cache = model, cache
 
     def step(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = self.model(
+            ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1
+        ).logits
         return logits
 
     def back(self, tokens: int) -> None:

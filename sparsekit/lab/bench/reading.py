@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.lab.bench.timing import synchronize
 from sparsekit.patch import Handle, LayerReport
+from sparsekit.patch.caches import cache_argument
 from sparsekit.patch.capture import wrap_attention
 from sparsekit.plan import causal_tiles
 
@@ -131,7 +132,7 @@ def _call(model: PreTrainedModel, ids: Tensor, cache: Any, given: Given, at: int
     synchronize(model.device)
     with _attending(model, given, at, ids.shape[1]):
         start = time.perf_counter()
-        int(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        int(model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
         return (time.perf_counter() - start) * 1e3
 
 

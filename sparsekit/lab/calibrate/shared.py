@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.models import facts
+from sparsekit.patch.caches import cache_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ class SharedLayers:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             i = len(kept.cached)
             if i < len(self.layers):
-                layers = getattr(kwargs.get("past_key_values"), "layers", [])
+                layers = getattr(cache_in(kwargs), "layers", [])
                 if i < len(layers) and type(layers[i]).__name__ == "DynamicLayer":  # no window, no fixed size
                     kept.cached.append((layers[i].keys, layers[i].values))
                 kept.tupled = isinstance(out, tuple)
@@ -102,7 +103,7 @@ def _taken_over(kept: _Kept, i: int, first: int, own: Any) -> Any:
         if ran:
             return own(*args, **kwargs)
         ran = True
-        kwargs["past_key_values"].update(*kept.cached[i], i)
+        cache_in(kwargs).update(*kept.cached[i], i)
         hidden = kept.hidden[first]
         return (hidden,) if kept.tupled else hidden
 
