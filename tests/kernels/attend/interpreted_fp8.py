@@ -3,14 +3,19 @@ own."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_cases import in_pages
 from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.kernels.attend.hopper import fp8 as host
+from sparsekit.kernels.attend.hopper import fp8_device
 
 ORDER = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])  # of the keys of each 16 in V
 WHOLE = Geometry.of(300, block_q=128, block_kv=128)
@@ -57,3 +62,38 @@ def test_quantised(geometry: Geometry, page: int) -> None:
     back[..., (torch.arange(tokens) // 16 * 16) + ORDER.repeat(tokens // 16)] = v8.float()
     factor = scales[..., 1].exp2().repeat_interleave(128, 2)[..., None]
     assert torch.equal(back.transpose(2, 3) * factor, _valid(v, geometry, tokens))
+
+
+@triton.jit
+def _scaled(p_x, p_y, p_scale, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 16)[:, None] * D + tl.arange(0, D)[None]
+    y, scale = fp8_device._scaled(tl.load(p_x + at))
+    tl.store(p_y + at, y)
+    tl.store(p_scale, scale)
+
+
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    """As NaN, which a card rounds to NaN and the interpreter does not; the numbers beside it are as without it."""
+    x = torch.randint(-15, 16, (16, 32)).float()
+    x[3, 3] = 56.0
+    wrong = torch.zeros_like(x, dtype=torch.bool)
+    for at, value in (((2, 9), torch.inf), ((2, 10), -torch.inf), ((15, 0), torch.nan)):
+        x[at], wrong[at] = value, True
+    y, scale = torch.empty_like(x), torch.empty(1)
+    _scaled[(1,)](x, y, scale, D=32)
+    assert float(scale) == 0.125
+    assert torch.equal(y.isnan(), wrong)
+    assert torch.equal(y[~wrong] * 0.125, x[~wrong])
+
+
+@pytest.mark.parametrize("scale", [1.0, 128**-0.5, 1e-6])
+def test_zeros_have_a_factor(scale: float) -> None:
+    """A masked logit is -inf times the scales of q and k: were they 0 where both are zeros, a row would be NaN."""
+    zeros = torch.zeros(1, 2, 300, 128, dtype=torch.float16)
+    k8, v8, scales = host._quantised(Keys(zeros, zeros), WHOLE)
+    assert not k8.float().any()
+    assert not v8.float().any()
+    of_q = torch.tensor(fp8_device.SMALLEST.value) * (scale * math.log2(math.e) / fp8_device.LARGEST.value)
+    factor = of_q * scales[..., 0]
+    assert bool((factor >= torch.finfo(torch.float32).tiny).all())
+    assert bool(scales[..., 1].isfinite().all())

@@ -172,6 +172,31 @@ def test_card_split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+def test_card_zeros() -> None:
+    """Of q and k at once, and of v."""
+    for plan in (dense_plan(_tiled(1000)), _triangle(_tiled(1000))):
+        q, k, v = _inputs(plan.geometry)
+        q[:, :2] = k[:, 0] = v[:, 1] = 0
+        _agrees(plan, (q, k, v))
+
+
+@pytest.mark.gpu
+def test_card_what_is_not_finite() -> None:
+    """A key is NaN to those that see it, a value where it is; nothing else of their blocks changes."""
+    q, k, v = _inputs(_tiled(1000))
+    plan = dense_plan(_tiled(1000)).to("cuda")
+    k[0, 0, 500, 3] = v[0, 1, 600, 5] = 0
+    expected: Any = attend(q, k, v, plan, impl="hopper_fp8")
+    k[0, 0, 500, 3], v[0, 1, 600, 5] = torch.inf, torch.nan
+    out: Any = attend(q, k, v, plan, impl="hopper_fp8")
+    assert torch.equal(out[:, :2, :500], expected[:, :2, :500])
+    assert out[:, :2, 500:].isnan().all()
+    assert out[:, 2:, 600:, 5].isnan().all()
+    expected[:, 2:, 512:, 5] = out[:, 2:, 512:, 5] = 0  # 0 * NaN is NaN to earlier rows of the tile
+    assert torch.equal(out[:, 2:], expected[:, 2:])
+
+
+@pytest.mark.gpu
 def test_card_keeps_the_mean_of_the_values() -> None:
     """Tensor cores alone lose a third of it at this length: their sums have 13 bits behind the point."""
     geometry = _tiled(128, 32768)

@@ -73,7 +73,9 @@ __all__ = ["attention", "quantise"]
 LARGEST = gl.constexpr(448.0)  # of e4m3
 HEADROOM = gl.constexpr(8.0)  # P is at most 2^(HEADROOM + LAG), which e4m3 holds
 LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accumulator is rescaled
-SMALLEST = gl.constexpr(1.0e-20)  # what a scale is made of where everything is zero
+# What a scale is made of where everything is zero. Logits are multiplied by a row's scale times a block's, masked ones,
+# of -inf, too: they would be NaN were that 0, as 1e-20 twice makes it.
+SMALLEST = gl.constexpr(1.0e-12)
 FLUSH = gl.constexpr(8)  # steps
 FEW = gl.constexpr(32)  # keys of a step for sinks: one FP8 product is 32 deep
 BLOCK = gl.constexpr(128)  # keys that share a scale
@@ -97,6 +99,7 @@ def quantise(
     """K and V (B, G, K, D), or pages of them -> e4m3 K (B, G, blocks * BN, D) and V (B, G, D, blocks * BN), and scales.
 
     Program: BN keys of one head. Key 0 is a sample's first valid one; behind its last come zeros, whatever lies there.
+    What is not finite becomes NaN where it is, and scales know nothing of it.
     p_bounds: int32 (B, 2), kv_start and the last valid position. p_scales: (B, G, blocks, 2), the factor that K is to
     be multiplied by and log2 of V's. Strides are in units of 8 elements.
     """
@@ -116,19 +119,28 @@ def quantise(
         batch = batch.to(tl.int64)
     at_k = p_k + (batch * k_batch + i_head * k_head + key * k_token) * 8
     k = tl.load(at_k[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
-    k_scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), SMALLEST) / LARGEST
+    k, k_scale = _scaled(k)
     o_pair = i_pair.to(tl.int64) * blocks * BN
-    tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], (k * (1.0 / k_scale)).to(tl.float8e4nv))
+    tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], k.to(tl.float8e4nv))
     at_v = p_v + (batch * v_batch + i_head * v_head + key * v_token) * 8
     v = tl.load(at_v[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
-    v_scale = tl.maximum(tl.max(tl.max(tl.abs(v), 1), 0), SMALLEST) / LARGEST
-    v8 = (v * (1.0 / v_scale)).to(tl.float8e4nv)
+    v, v_scale = _scaled(v)
+    v8 = v.to(tl.float8e4nv)
     v8 = tl.permute(tl.reshape(v8, (BN // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))  # key 8 h + 2 c + b: to 4 c + 2 h + b
     v8 = tl.trans(tl.reshape(v8, (BN, D)))
-    tl.store(p_v8 + o_pair * D + d[:, None] * (blocks * BN) + t[None], v8)
+    tl.store(p_v8 + (o_pair * D + d.to(tl.int64)[:, None] * (blocks * BN)) + t[None], v8)
     at = p_scales + (i_pair * blocks + i_block) * 2
     tl.store(at, k_scale)
     tl.store(at + 1, tl.log2(v_scale))
+
+
+@triton.jit
+def _scaled(x):
+    """x over its scale, which brings the largest finite number to LARGEST, and the scale."""
+    size = tl.abs(x)
+    finite = size < float("inf")
+    scale = tl.maximum(tl.max(tl.max(tl.where(finite, size, 0.0), 1), 0), SMALLEST) / LARGEST
+    return tl.where(finite, x * (1.0 / scale), float("nan")), scale
 
 
 @gluon.jit
