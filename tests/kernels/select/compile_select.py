@@ -77,6 +77,7 @@ def main() -> None:
         (torch.bfloat16, 64, 5.0),
         (torch.bfloat16, 80, None),
         (torch.bfloat16, 256, None),
+        (torch.float32, 128, None),
         (torch.float32, 256, None),
         (torch.float64, 128, None),
     ):
@@ -84,7 +85,7 @@ def main() -> None:
         grid = block_grid(geometry, 128, 1, CPU)
         means = torch.empty(1, 8, grid.columns, dim)
         mean_keys_triton.query_block_lse_triton(q, means, geometry, grid, 128, Softmax(0.1, cap), 0, grid.rows)
-    for columns in (1024, 16384):
+    for columns in (100, 1024, 16384):  # of 100, rows begin at any number
         scores, lengths = torch.zeros(2, columns), torch.ones(2, dtype=torch.int32)
         topk_triton.topk_bits_triton(scores, 100, lengths, True, True)
         topk_triton.top_p_bits_triton(scores, 0.9, lengths, True, True)
