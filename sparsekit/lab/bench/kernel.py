@@ -36,6 +36,7 @@ __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
 
 CASES = (*PLANS, "pages", "launch")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+KERNELS = ("triton", "hopper")  # they round to 16 bits, and are held to it: `hopper_fp8` is not one of them
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def bench_kernel(
     Args:
         lengths: prompt lengths, tokens. `window`, `random`, `columns` and the mixed cases run on the longest two,
             `pages` on the longest.
-        impls: kernels; default all that run here, out of "triton" and "hopper".
+        impls: kernels, out of `KERNELS`; default all that run here.
         cases: out of `CASES`.
         peers: out of `PEERS`. What is not installed, or wrong, has a row with `missing` and is not timed.
         million: Triangle at 2^20 tokens too.
@@ -84,14 +85,15 @@ def bench_kernel(
         it ran on.
 
     Raises:
-        SparsekitError: no CUDA device, an unknown case or peer, or a kernel whose numbers are wrong (nothing is timed).
+        SparsekitError: no CUDA device, an unknown kernel, case or peer, or a kernel whose numbers are wrong (nothing is
+            timed).
     """
     if not torch.cuda.is_available():
         raise SparsekitError("bench kernel needs a CUDA device; `sparsekit doctor` says what this machine can run.")
     check_device(device)
     if torch.device(device).type != "cuda":
         raise SparsekitError(f"device {device!r}: bench kernel times CUDA kernels; want cuda, or cuda:1, ...")
-    for name, given, allowed in (("cases", cases, CASES), ("peers", peers, PEERS)):
+    for name, given, allowed in (("impls", impls or (), KERNELS), ("cases", cases, CASES), ("peers", peers, PEERS)):
         for value in given:
             if value not in allowed:
                 raise SparsekitError(f"{name}={value!r}: out of {', '.join(allowed)}.{nearest(value, allowed)}")
@@ -131,7 +133,7 @@ def bench_kernel(
 
 def _kernels() -> list[str]:
     names = []
-    for impl in ("triton", "hopper"):
+    for impl in KERNELS:
         try:
             choose_device("cuda", impl)
         except SparsekitError:

@@ -280,3 +280,13 @@ def test_the_bench_times_no_peer_that_is_missing(monkeypatch: pytest.MonkeyPatch
         (16384, ["dense", "window", "triangle"], sound),
         (1 << 20, ["triangle"], set()),
     ]
+
+
+def test_the_bench_refuses_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 too: it would stop at the error that 16 bits allow."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel, "check_device", lambda device: None)
+    with pytest.raises(SparsekitError, match=r"impls='hopper_fp8': out of triton, hopper\."):
+        kernel.bench_kernel(impls=("hopper_fp8",))
+    with pytest.raises(SparsekitError, match=r"cases='dens': out of dense, .* Did you mean 'dense'\?"):
+        kernel.bench_kernel(cases=("dens",))
