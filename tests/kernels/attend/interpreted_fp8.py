@@ -1,5 +1,5 @@
-"""The FP8 form's quantising kernel in Triton's interpreter; `test_hopper_fp8.py` runs this file in a process of its
-own."""
+"""What runs before the FP8 form and, as after any Hopper form, behind it, in Triton's interpreter; `test_hopper_fp8.py`
+runs this file in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.kernels.attend.hopper import fp8 as host
-from sparsekit.kernels.attend.hopper import fp8_device
+from sparsekit.kernels.attend.hopper import fp8_device, worklist
 
 ORDER = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])  # of the keys of each 16 in V
 WHOLE = Geometry.of(300, block_q=128, block_kv=128)
@@ -97,3 +97,24 @@ def test_zeros_have_a_factor(scale: float) -> None:
     factor = of_q * scales[..., 0]
     assert bool((factor >= torch.finfo(torch.float32).tiny).all())
     assert bool(scales[..., 1].isfinite().all())
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0])], ids=["plain", "sinks"])
+def test_merged(sinks: Tensor | None) -> None:
+    """Three parts of a row: all there; one without keys; none with keys; a part of NaN; nothing but NaN."""
+    lse = torch.randn(3, 128)
+    lse[1, 1] = lse[:, 2] = -torch.inf
+    lse[0, 3] = lse[:, 4] = torch.nan
+    parts = torch.randn(3, 128, 16)
+    merges = torch.tensor([[0, 0, 128 << 8, 3], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.int32)
+    work = worklist._Work(torch.empty(0), None, merges, 3, 0, 0)
+    out, out_lse = torch.full((1, 1, 128, 16), torch.nan), torch.full((1, 1, 128), torch.nan)
+    worklist._merge(work, (parts, lse), out, out_lse, sinks)
+    weight = lse.exp2()
+    total = weight.sum(0) + (0 if sinks is None else sinks.exp())
+    seen = torch.arange(128) != 2
+    expected = torch.where(seen[:, None], (weight[..., None] * parts).sum(0) / total[:, None], 0.0)
+    expected_lse = torch.where(seen, total.log(), -torch.inf)
+    torch.testing.assert_close(out[0, 0], expected, equal_nan=True)
+    torch.testing.assert_close(out_lse[0, 0], expected_lse, equal_nan=True)
+    assert bool(out[0, 0, 3:5].isnan().all())

@@ -169,6 +169,10 @@ def test_card_split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worklist, "SHORTEST_PIECE", 1)
     for plan in (dense_plan(_tiled(100, 5000)), _triangle(_tiled(3000))):
         _agrees(plan, _inputs(plan.geometry))
+        q, k, v = _inputs(plan.geometry)
+        q[0, 1, -2] = torch.nan
+        out: Any = attend(q, k, v, plan.to("cuda"), impl="hopper_fp8")
+        assert out.isnan().nonzero()[:, 1:3].unique(dim=0).tolist() == [[1, plan.geometry.q_len - 2]]
 
 
 @pytest.mark.gpu

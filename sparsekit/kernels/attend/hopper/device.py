@@ -1031,7 +1031,8 @@ def merge(
             weight = tl.exp2(tl.load(p_part_lse + o_part + i * 128) - shift)
             total += weight
             acc += weight[:, None] * tl.load(p_part + (o_part + i * 128)[:, None] * D + o_d[None])
-        kept = (top > -1.0e30) & (lane >= (valid & 255)) & (lane < ((valid >> 8) & 255))
+        # A row that is NaN in all parts has no maximum either, and stays NaN.
+        kept = ((top > -1.0e30) | (total != total)) & (lane >= (valid & 255)) & (lane < ((valid >> 8) & 255))
         if SINKS:
             total += tl.exp2(z - shift)
         sample = (sample_head // heads).to(tl.int64)
