@@ -19,7 +19,7 @@ from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.hopper import host as hopper
-from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _merge, _Work, _works
+from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _merge, _Pair, _Work, _works, _workspace
 from sparsekit.plan import BlockPlan
 from sparsekit.plan.memo import FP8_LAUNCHES
 
@@ -150,21 +150,14 @@ class _Launch:
     def fill(
         self, q: Tensor, quantised: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None,
         sinks: Tensor | None,
-    ) -> tuple[list[Any], tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+    ) -> tuple[list[Any], _Pair]:  # fmt: skip
         """The call's arguments, and its workspace."""
         k8, v8, scales = quantised
         arguments = list(self.arguments)
-        for i, (box, x) in enumerate(zip(self.boxes, (q, k8, v8, out, k8, v8), strict=True)):
-            # Past the constructor, whose checks cost 5 us each and were made by `covers`.
-            made: Any = object.__new__(self.descriptor)
-            made.__dict__.update(box, base=x)
-            arguments[i] = made
-        partial = partial_lse = None
-        if self.work.slots:
-            partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
-            partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
-        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 6] = (scales, out, lse, sinks, partial, partial_lse)
-        return arguments, (partial, partial_lse)
+        hopper.put_descriptors(arguments, self.descriptor, self.boxes, (q, k8, v8, out, k8, v8))
+        partial = _workspace(self.work, q)
+        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 6] = (scales, out, lse, sinks, *partial)
+        return arguments, partial
 
 
 SCALES_ARGUMENT = 10  # place of p_scales, which p_out, p_lse, p_sinks, p_part and p_part_lse follow

@@ -32,6 +32,7 @@ from sparsekit.kernels.attend.hopper.worklist import (
     _step_keys,
     _Work,
     _works,
+    _workspace,
     _workspace_slots,
 )
 from sparsekit.kernels.device import capability_of
@@ -253,19 +254,11 @@ class _Launch:
         """The call's arguments, and its workspace."""
         arguments = list(self.arguments)
         k, v, table = keys
-        for i, (box, x) in enumerate(zip(self.boxes, (q, k, v, out, *pool, k, v, v), strict=True)):
-            if box is not None:
-                # Past the constructor, whose checks cost 5 us each and were made by `covers`.
-                made: Any = object.__new__(self.descriptor)
-                made.__dict__.update(box, base=x)
-                arguments[i] = made
-        partial = partial_lse = None
-        if self.work.slots:
-            partial = q.new_empty((self.work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
-            partial_lse = q.new_empty((self.work.slots, BLOCK_Q), dtype=torch.float32)
-        arguments[OUT_ARGUMENT : OUT_ARGUMENT + 6] = (out, lse, sinks, partial, partial_lse, table)
+        put_descriptors(arguments, self.descriptor, self.boxes, (q, k, v, out, *pool, k, v, v))
+        partial = _workspace(self.work, q)
+        arguments[OUT_ARGUMENT : OUT_ARGUMENT + 6] = (out, lse, sinks, *partial, table)
         arguments[ANCHORS_ARGUMENT] = dense
-        return arguments, (partial, partial_lse)
+        return arguments, partial
 
 
 OUT_ARGUMENT = 13  # place of p_out, which p_lse, p_sinks, p_part, p_part_lse and p_table follow
@@ -355,6 +348,18 @@ def _launch(
         # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])
+
+
+def put_descriptors(
+    arguments: list[Any], descriptor: type, boxes: Sequence[dict[str, Any] | None], tensors: Sequence[Tensor | None]
+) -> None:
+    """A launch's first arguments: the descriptors of these tensors, one for each box."""
+    for i, (box, x) in enumerate(zip(boxes, tensors, strict=True)):
+        if box is not None:
+            # Past the constructor, whose checks cost 5 us each and were made by `covers`.
+            made: Any = object.__new__(descriptor)
+            made.__dict__.update(box, base=x)
+            arguments[i] = made
 
 
 def starts_early(g: Geometry) -> bool:

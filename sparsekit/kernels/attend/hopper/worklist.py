@@ -114,6 +114,14 @@ def _workspace_slots(plan: BlockPlan, q: Tensor, k: Tensor, step: int, pack: int
     return int(plan.memo[key])
 
 
+def _workspace(work: _Work, q: Tensor) -> _Pair:
+    """Room for partial results (slots, 128, D) and their lse, which `_merge` joins; None where no row is split."""
+    if not work.slots:
+        return None, None
+    partial = q.new_empty((work.slots, BLOCK_Q, q.shape[3]), dtype=torch.float32)
+    return partial, q.new_empty((work.slots, BLOCK_Q), dtype=torch.float32)
+
+
 def _merge(work: _Work, partial: _Pair, out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
     """Partial results of rows split over keys -> out and lse (B, H, Q). partial: (slots, 128, D), and their own lse."""
     _, heads, q_len, dim = out.shape
