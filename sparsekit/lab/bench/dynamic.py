@@ -90,6 +90,8 @@ def bench_dynamic(
     for name, value in (("heads", heads), ("key_heads", key_heads), ("dim", dim)):
         if not 1 <= value <= MOST:
             raise SparsekitError(f"{name}={shown(value)}: it should be from 1 to {MOST:,}.")
+    if impl == "hopper_fp8":
+        raise SparsekitError("impl='hopper_fp8': it rounds to 8 bits, and this bench holds a kernel to 16.")
     choose_device(place_on, impl)
     dtype = dtype or ("bfloat16" if place_on.type == "cuda" else "float32")
     if dtype not in DTYPES:

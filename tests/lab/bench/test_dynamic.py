@@ -436,3 +436,9 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_made(size: str) 
     for value in (0, 10**9):
         with pytest.raises(SparsekitError, match=f"^{size}={value}: it should be from 1 to 1,024"):
             bench_dynamic(methods=["xattention"], lengths=[256], device="cpu", repeat_ms=0, **{size: value})
+
+
+def test_a_kernel_of_8_bits_is_refused() -> None:
+    """Its rounding would fail every method's check against float32."""
+    with pytest.raises(SparsekitError, match="impl='hopper_fp8': it rounds to 8 bits"):
+        bench_dynamic(methods=["block_topk"], lengths=[256], device="cpu", impl="hopper_fp8")
