@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.bench.inputs import structured
-from sparsekit.lab.bench.reading import Given, cache_of, chunks_of, read_at_once, read_in_chunks, warm_up_chunks
+from sparsekit.lab.bench.reading import Given, chunks_of, read_at_once, read_in_chunks, static_cache, warm_up_chunks
 from sparsekit.lab.bench.shapes import model_or_shape
 from sparsekit.lab.bench.timing import Record, spread
 from sparsekit.lab.options import Device, Dtype, Lengths, Model, Rows, Shape, device_of, numbers_of
@@ -177,7 +177,7 @@ def _given(model: PreTrainedModel, tokens: int, chunk_tokens: int | None) -> tup
     arch = model_facts(model)
     if arch.num_key_heads is None or arch.head_dim is None or arch.layer_heads is not None:
         raise SparsekitError(f"attends = 'structured': layers of {arch.name} differ in their heads.")
-    if chunk_tokens is not None and any(cache_of(model, tokens).is_sliding):
+    if chunk_tokens is not None and any(static_cache(model, tokens).is_sliding):
         raise SparsekitError(
             f"attends = 'structured' with chunk_tokens = {chunk_tokens}: sliding layers of {arch.name} hold a "
             "window of keys alone; read the prompt at once, or with attends = 'weights'."

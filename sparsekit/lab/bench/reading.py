@@ -21,7 +21,7 @@ from sparsekit.plan import causal_tiles
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Given", "cache_of", "chunks_of", "kinds_of", "read_at_once", "read_in_chunks", "warm_up_chunks"]
+__all__ = ["Given", "chunks_of", "kinds_of", "read_at_once", "read_in_chunks", "static_cache", "warm_up_chunks"]
 
 Given = tuple[Tensor, Tensor] | None  # q (1, H, N, D) and k (1, G, N, D) in every layer; None: the layers' own
 
@@ -61,7 +61,7 @@ def read_in_chunks(
     """
     tokens, total = prompt.shape[1], 0.0
     _forget_peak(model.device)
-    cache = cache_of(model, tokens)
+    cache = static_cache(model, tokens)
     parts: list[tuple[int, Sequence[LayerReport]]] = []
     before: Sequence[LayerReport] = ()
     with nullcontext() if handle is None else handle.prompt(tokens):
@@ -87,7 +87,7 @@ def warm_up_chunks(
     from transformers.cache_utils import StaticLayer
 
     tokens = prompt.shape[1]
-    cache, rows = cache_of(model, tokens), min(WARM_TOKENS, chunk_tokens, tokens)
+    cache, rows = static_cache(model, tokens), min(WARM_TOKENS, chunk_tokens, tokens)
     with nullcontext() if handle is None else handle.prompt(tokens):
         _call(model, prompt[:, :rows], cache, given, 0)
         if handle is None:
@@ -113,7 +113,7 @@ def kinds_of(tokens: int, chunk_tokens: int) -> list[int]:
     return sorted(found.values())
 
 
-def cache_of(model: PreTrainedModel, tokens: int) -> Any:
+def static_cache(model: PreTrainedModel, tokens: int) -> Any:
     """An empty StaticCache of so many tokens; it takes memory with its first call."""
     from transformers import StaticCache
 

@@ -39,18 +39,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     },
-    # Its own code reads more than 262,144 tokens with dual chunk attention, which transformers does not have.
-    "qwen2.5-7b-1m": {
-        "model_type": "qwen2",
-        "num_hidden_layers": 28,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 1_010_000,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0},
-    },
     "llama-3.2-1b": {
         "model_type": "llama",
         "num_hidden_layers": 16,
@@ -76,6 +64,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
     },
     "tiny": {},
+}
+# Its own code reads more than 262,144 tokens with dual chunk attention, which transformers does not have.
+SHAPES["qwen2.5-7b-1m"] = SHAPES["qwen2.5-7b"] | {
+    "max_position_embeddings": 1_010_000,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0},
 }
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 

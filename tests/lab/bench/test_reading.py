@@ -78,8 +78,8 @@ def test_without_the_untouched_model_nothing_is_faster() -> None:
 
 def test_the_cache_is_that_of_the_prompt_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama"), torch.randint(3, 250, (1, N), generator=torch.Generator().manual_seed(0))
-    cache = reading.cache_of(model, N)
-    monkeypatch.setattr(reading, "cache_of", lambda *given: cache)
+    cache = reading.static_cache(model, N)
+    monkeypatch.setattr(reading, "static_cache", lambda *given: cache)
     places: list[int] = []
     with torch.inference_mode(), apply(model, config_of()) as handle:
         expected = model(ids, use_cache=True).past_key_values
@@ -92,7 +92,7 @@ def test_the_cache_is_that_of_the_prompt_at_once(monkeypatch: pytest.MonkeyPatch
 
 def test_one_cache_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a million tokens two of them, that of warming up and that of the reading, fit no GPU."""
-    make, made = reading.cache_of, list[weakref.ref[Any]]()
+    make, made = reading.static_cache, list[weakref.ref[Any]]()
 
     def only_one(*given: Any) -> Any:
         assert not any(cache() for cache in made)
@@ -100,7 +100,7 @@ def test_one_cache_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(weakref.ref(cache))
         return cache
 
-    monkeypatch.setattr(reading, "cache_of", only_one)
+    monkeypatch.setattr(reading, "static_cache", only_one)
     gc.disable()  # what only a collection frees is still there when the next one is made
     try:
         bench_prefill([config_of()] * 2, model=tiny("llama"), lengths=[N], chunk_tokens=CHUNK, device="cpu")
