@@ -97,7 +97,7 @@ class Journal:
     def held(self) -> Iterator[None]:
         """No other process holds the file within this block, by a lock beside it that ends with the process.
 
-        `FILE.lock` goes with the block; only a process that was killed leaves one, which holds nobody up.
+        `FILE.lock` stays: were it removed, one process could lock the old file and another a new one of its name.
         """
         lock = FileLock(f"{self.path}.lock", timeout=0)
         with writable(self.path, self.what):
@@ -111,8 +111,6 @@ class Journal:
         try:
             yield
         finally:
-            with suppress(OSError):  # while it is held: who opened it meanwhile sees that its lock has no name
-                os.unlink(lock.lock_file)
             lock.release()
 
     def no_row(self, line: int, why: str) -> SparsekitError:
