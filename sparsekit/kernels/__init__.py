@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsekit.kernels.attend.door import attend, check_gradients, choose_call, prepare, softmax_of
 from sparsekit.kernels.choose import (
     IMPLEMENTATIONS,
+    CannotRun,
     Choice,
     choose,
     choose_device,
@@ -15,6 +16,7 @@ from sparsekit.kernels.choose import (
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "CannotRun",
     "Choice",
     "attend",
     "check_gradients",

@@ -27,6 +27,7 @@ from sparsekit.plan import BlockPlan
 __all__ = [
     "IMPLEMENTATIONS",
     "TABLE",
+    "CannotRun",
     "Choice",
     "Implementation",
     "choose",
@@ -64,6 +65,18 @@ class Implementation(NamedTuple):
     run: Attend
     selects_in_triton: bool = False
     corrected: Corrected | None = None
+
+
+class CannotRun(SparsekitError):
+    """An implementation that was asked for cannot run on a device, or does not cover a call: `why`, in clauses."""
+
+    why: str = ""
+
+    @classmethod
+    def because(cls, why: str, message: str) -> CannotRun:
+        error = cls(message)
+        error.why = why
+        return error
 
 
 class Choice(NamedTuple):
@@ -163,7 +176,8 @@ def choose_row(
     """The first row of the table, or the one named `impl`, that can run on the device, and the call if there is one.
 
     Raises:
-        SparsekitError: no such row; `impl` cannot run on this device, or does not cover this call.
+        SparsekitError: no such row.
+        CannotRun: `impl` cannot run on this device, or does not cover this call.
     """
     if impl is not None and impl not in (names := [row.name for row in TABLE]):
         raise SparsekitError(f"impl={shown(impl)}: one of {', '.join(names)}, or None.{nearest(impl, names)}")
@@ -174,10 +188,11 @@ def choose_row(
         missing = (_on_gpu if device.type == "cuda" else _missing)(row, device, impl is not None)
         reasons = [] if missing or call is None else row.covers(*call)
         if impl is not None and missing:
-            raise SparsekitError(f"impl={impl!r} cannot run on {device}: {missing}.")
+            raise CannotRun.because(missing, f"impl={impl!r} cannot run on {device}: {missing}.")
         if impl is not None and reasons:
-            raise SparsekitError(
-                f"impl={impl!r} does not cover this call: {'; '.join(reasons)}. Another impl, or None, runs it."
+            why = "; ".join(reasons)
+            raise CannotRun.because(
+                why, f"impl={impl!r} does not cover this call: {why}. Another impl, or None, runs it."
             )
         if not missing and not reasons:
             return row, Choice(row.name, "asked for" if impl else "; ".join(passed) or "the first choice, and it can")
@@ -197,14 +212,14 @@ def preferred_tile(device: torch.device | str, impl: str | None = None) -> tuple
     return choose_row(torch.device(device), impl)[0].tile(None, False)
 
 
-def narrow_tile(q: Tensor) -> tuple[int, int]:
+def narrow_tile(q: Tensor, impl: str | None = None) -> tuple[int, int]:
     """The same for a pattern that keeps less in narrow rows, where the kernel of q (B, H, Q, D) gains by them."""
-    return choose_row(q.device)[0].tile(q, True)
+    return choose_row(q.device, impl)[0].tile(q, True)
 
 
-def geometry_for(q: Tensor, k: Tensor) -> Geometry:
+def geometry_for(q: Tensor, k: Tensor, impl: str | None = None) -> Geometry:
     """The geometry of a plain call: queries are the last keys, nothing padded, this device's preferred tile."""
-    block_q, block_kv = preferred_tile(q.device)
+    block_q, block_kv = preferred_tile(q.device, impl)
     return Geometry.of(q.shape[2], k.shape[2], batch=q.shape[0], block_q=block_q, block_kv=block_kv)
 
 

@@ -61,10 +61,13 @@ def attention(
     )  # fmt: skip
 
 
-def tiled_for(pattern: Pattern, geometry: Geometry, q: Tensor) -> Geometry:
-    """The geometry in the tile of a pattern that is alone in its layer: narrower rows than the device's, if it asks."""
-    if pattern.narrow and (geometry.block_q, geometry.block_kv) == preferred_tile(q.device):
-        return geometry.with_tile(*narrow_tile(q))
+def tiled_for(pattern: Pattern, geometry: Geometry, q: Tensor, impl: str | None = None) -> Geometry:
+    """The geometry in the tile of a pattern that is alone in its layer: narrower rows than the device's, if it asks.
+
+    impl: what will run the plan; default what the device prefers.
+    """
+    if pattern.narrow and (geometry.block_q, geometry.block_kv) == preferred_tile(q.device, impl):
+        return geometry.with_tile(*narrow_tile(q, impl))
     return geometry
 
 
@@ -75,10 +78,14 @@ def plan_heads(
     k: Tensor,
     geometry: Geometry,
     softmax: Softmax,
+    impl: str | None = None,
 ) -> BlockPlan:
-    """The plan of a layer in which query head h runs `patterns[pattern_of_head[h]]`; cached where all are static."""
+    """The plan of a layer in which query head h runs `patterns[pattern_of_head[h]]`; cached where all are static.
+
+    impl: what will run it, as for `tiled_for`.
+    """
     if len(patterns) == 1:
-        own = tiled_for(patterns[0], geometry, q)
+        own = tiled_for(patterns[0], geometry, q, impl)
         return checked_plan(patterns[0], patterns[0].plan(q, k, own, softmax), own)
     static = tuple(pattern for pattern in patterns if isinstance(pattern, StaticPattern))
     if len(static) == len(patterns):
