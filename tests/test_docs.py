@@ -133,6 +133,7 @@ def test_errors_are_quoted_word_by_word(tmp_path: Path, monkeypatch: pytest.Monk
         (f'{model}layers: {{"40": triangle}}\n', []),
         (f'{model}heads: {{"3": {{"12": triangle}}}}\n', []),
         (f'{model}layers: {{"4,8": block_topk, "9-12": {{reuse: 7}}}}\n', []),
+        (f'{model}precision: {{"0-7": fp8}}\n', []),
         ((root / "configs/qwen2.5-7b/trianglemix.yaml").read_text(), ["--model", "smollm2-135m"]),
     ]
     said = []

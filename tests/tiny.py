@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekit.kernels import prepare
+
 TOKENS = 200
 TRIANGLE = {"name": "triangle", "sink_tokens": 8, "window_tokens": 40, "last_tokens": 20}
 
@@ -32,3 +34,8 @@ def close(got: Tensor, expected: Tensor) -> None:
     """Within float32 rounding of a few layers."""
     error, scale = float((got - expected).abs().max()), max(float(expected.abs().max()), 1.0)
     assert error < 1e-5 * scale, error
+
+
+def by_reference(*call: Any, impl: str | None = None, **options: Any) -> Any:
+    """`prepare` of the reference, for layers of any implementation."""
+    return prepare(*call, impl="reference", **options)

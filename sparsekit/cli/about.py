@@ -62,7 +62,7 @@ def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, .
     own = resolved.own_layers(model)
     runs: list[tuple[str, list[int]]] = []
     for layer in resolved.layers:
-        what = f"its own attention ({own[layer.layer]})" if layer.layer in own else str(layer)
+        what = f"its own attention ({own[layer.layer]})" if layer.layer in own else layer.in_words
         if not runs or runs[-1][0] != what:
             runs.append((what, []))
         runs[-1][1].append(layer.layer)

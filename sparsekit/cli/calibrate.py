@@ -391,6 +391,7 @@ def _calibrate_layers(
 def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, options: Gate) -> None:
     from sparsekit.config import give_back
     from sparsekit.lab.calibrate.gate import gate, write_gated
+    from sparsekit.models import facts
 
     lengths = numbers_of(options.gate_tokens, "--gate-tokens")
     for again in (options.give_back, False):
@@ -406,7 +407,7 @@ def _gate_and_write(loaded: tuple[Any, Any], config: Any, output: Path | None, o
         if not (again and report.give_back and report.regained):
             break
         typer.echo(report.why())
-        config = give_back(config, report.give_back, report.give_back_heads)
+        config = give_back(config, report.give_back, report.give_back_heads, facts=facts(loaded[0]))
     if report.passed:
         _tell_what_is_hardly_sparse(loaded[0], config, max(lengths))
     if output is not None:

@@ -10,6 +10,7 @@ from sparsekit.config.budget import Budget
 from sparsekit.config.costs import explain
 from sparsekit.config.facts import COMPARED
 from sparsekit.config.hub import HUB
+from sparsekit.config.precision import asked_precision
 from sparsekit.config.schema import SparseConfig
 from sparsekit.config.strict_yaml import dump_yaml
 from sparsekit.patterns.fields import AUTO
@@ -65,6 +66,9 @@ def card(
     front = dump_yaml({key: value for key, value in said.items() if value}, "front matter")
     alone = len(configs) == 1
     source = HUB + repo if alone else f"{HUB}{repo}/{next(iter(configs))}"
+    # vLLM's layers have no precision but the model's.
+    served = all(asked_precision(config.precision) is None for config in configs.values())
+    with_vllm = f'With vLLM: `vllm serve {base or "MODEL"} --additional-config \'{{"sparsekit": "{source}"}}\'`.'
     known = {name: getattr(facts, name) for name in ("name", *COMPARED)}
     parts = [
         f"---\n{front}---",
@@ -74,7 +78,7 @@ def card(
         "attends to. Decoding is the model's own. There are no weights here, and no code.",
         "## Use",
         f'With transformers: `sparsekit.apply(model, "{source}")`.',
-        f'With vLLM: `vllm serve {base or "MODEL"} --additional-config \'{{"sparsekit": "{source}"}}\'`.',
+        *([with_vllm] if served else []),
         *([] if alone else [f"Each file of the list below is `{HUB}{repo}/FILE`."]),
         f"`@COMMIT` behind `{repo}` names one version for good.",
         "## Model",

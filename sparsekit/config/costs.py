@@ -24,6 +24,7 @@ from sparsekit.config.drawing import draw_heads
 from sparsekit.config.explanation import Explanation, LayerExplanation, ratio, total
 from sparsekit.config.facts import ModelFacts
 from sparsekit.config.layers import LayerPatterns
+from sparsekit.config.precision import MODEL
 from sparsekit.config.schema import ResolvedConfig, SparseConfig, load
 from sparsekit.config.settle import Machine, settle
 from sparsekit.errors import SparsekitError
@@ -68,7 +69,7 @@ def explain(
     rows, unknown = [], []
     for layer in resolved.layers:
         kind = facts.kind(layer.layer), facts.window(layer.layer)
-        key = (layer.patterns, layer.pattern_of_head, layer.reused, own.get(layer.layer), kind)
+        key = (layer.patterns, layer.pattern_of_head, layer.reused, layer.precision, own.get(layer.layer), kind)
         if key not in counted:
             counted[key] = _count(layer, own.get(layer.layer), facts, geometry, because)
             unknown += [counted[key].why] if counted[key].pairs is None else []
@@ -170,6 +171,7 @@ def _count(
         model_tiles=windowed[1] if windowed else None,
         estimates=counts is None and not own and executed.estimates,
         plan_of=None if layer.reused is None else layer.reused.layer,
+        precision=MODEL if because else layer.precision,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from sparsekit.config.precision import MODEL
 from sparsekit.config.ranges import format_range
 
 __all__ = ["Explanation", "LayerExplanation", "ratio", "total"]
@@ -34,6 +35,7 @@ class LayerExplanation:
         plan_bytes: of the plan's tensors, which layers of one pattern share.
         attention_flops, dense_attention_flops: 4 * head_dim for each pair of the visited tiles.
         pair_flops: 4 * head_dim for each kept pair: the least that any kernel could do.
+        precision: of its products: "model", or what the config gives a layer that sparsekit's kernel runs.
         share, dense_share: of this layer's attention in the predicted prefill with this config, and in the dense one.
     """
 
@@ -53,6 +55,7 @@ class LayerExplanation:
     model_tiles: int | None = None
     estimates: bool = False
     plan_of: int | None = None
+    precision: str = MODEL
     attention_flops: int | None = None
     dense_attention_flops: int | None = None
     pair_flops: int | None = None
@@ -148,6 +151,7 @@ class Explanation:
         for layers, row in _alike(self.layers):
             flops = ratio(row.attention_flops, row.dense_attention_flops)
             why = [f"{row.runs}: {row.why}"] if row.why else []
+            why += [row.precision] if row.precision != MODEL else []
             why += [f"dense below {row.dense_below:,} tokens on a GPU"] if row.dense_below else []
             name = row.pattern + (f" [{'; '.join(why)}]" if why else "")
             rows.append(
@@ -181,6 +185,10 @@ class Explanation:
                 f"Layers {format_range(reusing)} reuse plans and have no index cost; "
                 + (f"layers {format_range(estimating)} estimate." if estimating else "at this length none estimates.")
             )
+        others = [row.layer for row in self.layers if row.precision != MODEL]
+        if others:
+            words = ", ".join(sorted({row.precision for row in self.layers} - {MODEL}))
+            lines.append(f"Layers {format_range(others)} run in {words}, and are counted at the rate of the others.")
         if self.prefill_ratio is not None and self.dense_attention_share is not None:
             lines.append(
                 f"Predicted prefill of {self.tokens:,} tokens: {self.prefill_ratio:.3f} of the dense one's time, in "

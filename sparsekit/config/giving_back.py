@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from sparsekit.config.facts import ModelFacts
+from sparsekit.config.precision import MODEL
 from sparsekit.config.ranges import by_number, format_range, parse_range
 from sparsekit.config.reuse import Reuse, pattern_reused
 from sparsekit.config.schema import SparseConfig, load
@@ -15,17 +17,25 @@ __all__ = ["give_back"]
 
 
 def give_back(
-    config: SparseConfig, layers: Sequence[int], heads: Mapping[int, Sequence[int]] = MappingProxyType({})
+    config: SparseConfig,
+    layers: Sequence[int],
+    heads: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    *,
+    facts: ModelFacts | None = None,
 ) -> SparseConfig:
-    """The config with these layers dense, and these heads of other layers; its provenance says so.
+    """The config with these layers dense, in the model's precision, and these heads of other layers dense; its
+    provenance says so.
 
     A layer that reused the plan of one of them then runs the pattern itself by which that plan was made. Its budget
     says no more what was found on prompts: that was another config.
+
+    Args:
+        facts: of the model, by which a `precision` of all layers is spelled out; default what the config says.
     """
     if not (layers or heads):
         return config
     config = _unshared(config, layers, heads)
-    whole = _give_back_layers(config, [layer for layer in layers if layer not in heads]) if layers else config
+    whole = _give_back_layers(config, [layer for layer in layers if layer not in heads], facts)
     data = whole.to_dict()
     for layer, some in heads.items():
         before = by_number(data.get("heads", {})).get(layer, {})
@@ -97,7 +107,7 @@ def _without(numbers: Sequence[int], others: Collection[int]) -> list[int]:
     return [n for n in numbers if n not in others]
 
 
-def _give_back_layers(config: SparseConfig, layers: Sequence[int]) -> SparseConfig:
+def _give_back_layers(config: SparseConfig, layers: Sequence[int], facts: ModelFacts | None) -> SparseConfig:
     if not layers:
         return config
     given, data = set(layers), config.to_dict()
@@ -105,6 +115,11 @@ def _give_back_layers(config: SparseConfig, layers: Sequence[int]) -> SparseConf
     data["heads"] = _left(data.get("heads", {}), given)
     if not data["heads"]:
         del data["heads"]
+    words = config.precision
+    if isinstance(words, str) and words != MODEL and config.dense_impl == "kernel":
+        words = {format_range([at.layer for at in config.resolve(facts).layers if at.precision != MODEL]): words}
+    if not isinstance(words, str):  # a word is of layers that sparsekit's kernel runs, and a dense one is none
+        data["precision"] = _left(words, given)
     made = data.get("provenance", {})
     said = _and_earlier(given, made.get("given_back_to_dense"))
     data["provenance"] = {**made, "given_back_to_dense": said}

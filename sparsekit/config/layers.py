@@ -16,7 +16,9 @@ from sparsekit.patterns.attention import plan_heads
 from sparsekit.patterns.shared import SharedPlans, reused_plan
 from sparsekit.plan import BlockPlan
 
-__all__ = ["LayerPatterns", "Reused"]
+__all__ = ["IMPLS", "LayerPatterns", "Reused"]
+
+IMPLS = {"model": None, "fp8": "hopper_fp8"}  # of each precision, the implementation; None: what the device prefers
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class LayerPatterns:
     """One layer: its different patterns, and for each query head which of them it runs.
 
     Of a layer that reuses a plan, the patterns are those by which the plan was made; they estimate nothing here.
+
+    Attributes:
+        precision: of its products: "model", the dtype of q, k and v; or "fp8".
     """
 
     layer: int
@@ -72,6 +77,12 @@ class LayerPatterns:
     first_head: int = 0  # the model's number of head 0 here: a process may have a part of the heads
     reused: Reused | None = None
     shared: bool = field(default=False, compare=False)  # whether later layers reuse its plan
+    precision: str = "model"
+
+    @property
+    def impl(self) -> str | None:
+        """The implementation by which its plan is cut and run; None: what the device prefers."""
+        return IMPLS[self.precision]
 
     @property
     def dense(self) -> bool:
@@ -95,7 +106,7 @@ class LayerPatterns:
         kept = [self.patterns[i].of_heads(heads) for i in used]
         reused = None if self.reused is None else self.reused.of_heads(first, count)
         of_head = tuple(used.index(i) for i in chosen)
-        part = LayerPatterns(self.layer, tuple(kept), of_head, first, reused, self.shared)
+        part = LayerPatterns(self.layer, tuple(kept), of_head, first, reused, self.shared, self.precision)
         if reused is not None and not part.chooses(head for head, n in enumerate(reused.heads) if n is not None):
             return replace(part, reused=None)  # of dense and static heads, these patterns are the same pairs
         return part
@@ -116,20 +127,22 @@ class LayerPatterns:
         return [moved[self.pattern_of_head[head]] for head in heads]
 
     def plan(
-        self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax, plans: SharedPlans, forward: Hashable = None
-    ) -> BlockPlan:
+        self, q: Tensor, k: Tensor, geometry: Geometry, softmax: Softmax, plans: SharedPlans,
+        forward: Hashable = None, impl: str | None = None,
+    ) -> BlockPlan:  # fmt: skip
         """The layer's own plan for q (B, H, Q, D) over k (B, G, K, D), or the one that it reuses.
 
         Args:
             plans: those of this forward, where an own plan is kept if later layers reuse it.
             forward: tells it from others that keep theirs in the same place.
+            impl: what will run it, in whose tile `geometry` is; default what the device prefers.
 
         Raises:
             SparsekitError: the layer whose plan is reused made none in this forward.
         """
         own = self.patterns, self.pattern_of_head, q, k, geometry, softmax
         if self.reused is None:
-            plan = plan_heads(*own)
+            plan = plan_heads(*own, impl)
             if self.shared:
                 plans.keep((forward, self.layer), plan)
             return plan
@@ -149,6 +162,11 @@ class LayerPatterns:
         """Whether all heads run the same, none with a value or a head of another layer of its own."""
         straight = self.reused is None or self.reused.straight
         return straight and len(self.patterns) == 1 and self.patterns[0].of_heads([0]) is self.patterns[0]
+
+    @property
+    def in_words(self) -> str:
+        """What it runs, and in which precision where that is not the model's."""
+        return str(self) if self.impl is None else f"{self} in {self.precision}"
 
     def __str__(self) -> str:
         if len(self.patterns) == 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekit.errors import SparsekitError, shown
 
-__all__ = ["MOST", "by_number", "format_range", "parse_range", "ranged"]
+__all__ = ["MOST", "by_number", "format_range", "numbers_within", "parse_range", "ranged"]
 
 MOST = 1024  # layers of a model, and heads of a layer: a range is bounded before it is spelled out
 MOST_CHARACTERS = 5 * MOST  # every second number by itself
@@ -39,6 +39,18 @@ def parse_range(text: str) -> list[int]:
                 raise SparsekitError(f"{shown(text)} holds {n} twice")
             out[n] = None
     return list(out)
+
+
+def numbers_within(field: str, key: str, count: int, what: str) -> list[int]:
+    """The numbers of a range that is a key of `field`, each below `count`.
+
+    Raises:
+        SparsekitError: one is not, of a model with so many of `what`.
+    """
+    numbers = parse_range(key)
+    if max(numbers) >= count:
+        raise SparsekitError(f"{field}: {what} {max(numbers)} of a model with {count} {what}s; allowed: 0-{count - 1}.")
+    return numbers
 
 
 def format_range(numbers: Sequence[int]) -> str:

@@ -17,7 +17,8 @@ from sparsekit.config.budget import Budget
 from sparsekit.config.facts import NEEDED, ModelFacts
 from sparsekit.config.hub import HUB, downloaded
 from sparsekit.config.layers import LayerPatterns
-from sparsekit.config.ranges import MOST, by_number, format_range, parse_range, ranged
+from sparsekit.config.precision import MODEL, Precision, in_precision, parse_precision
+from sparsekit.config.ranges import MOST, by_number, format_range, numbers_within, parse_range, ranged
 from sparsekit.config.reuse import AnyPattern, LayerRule, Reuse, resolve_reuse
 from sparsekit.config.strict_yaml import MOST_DEPTH, MOST_VALUES, dump_yaml, parse_yaml
 from sparsekit.errors import SparsekitError, one_line, read_text, shown, writing
@@ -104,11 +105,13 @@ class ResolvedConfig:
         return frozenset(layer for key in (*self.config.layers, *self.config.heads) for layer in parse_range(key))
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """One object a layer, for result files: layer, whose plan it reuses, its patterns with parameters and heads."""
+        """One object a layer, for result files: layer, whose plan it reuses, its precision if that is not the model's,
+        its patterns with parameters and heads."""
         return [
             {
                 "layer": layer.layer,
                 **({} if layer.reused is None else {"reuse": layer.reused.layer, "of_head": list(layer.reused.heads)}),
+                **({} if layer.precision == MODEL else {"precision": layer.precision}),
                 "patterns": [
                     {**pattern.model_dump(mode="json"), "heads": format_range(heads)}
                     for pattern, heads in layer.groups()
@@ -128,6 +131,8 @@ class SparseConfig(BaseModel):
             config on the device (`sparsekit.patterns.crossover`).
         min_queries: a call with fewer queries is decoding, and runs the model's own attention.
         dense_impl: dense layers run the model's own attention function ("model"), or sparsekit's kernel ("kernel").
+        precision: of the products in layers that sparsekit's kernel runs: the dtype of q, k and v ("model") or "fp8"
+            (on sm_90), for all of them or as layers -> precision.
         default: the pattern of layers that no rule names.
         layers: "0-15" or "3" or "0,4,8-11" -> pattern, or `{reuse: LAYER}`.
         heads: layers -> query heads -> pattern; wins over `layers`.
@@ -142,6 +147,7 @@ class SparseConfig(BaseModel):
     dense_below_tokens: int | Literal["auto"] = Field(0, ge=0)
     min_queries: int = Field(64, ge=2)
     dense_impl: Literal["model", "kernel"] = "model"
+    precision: Precision = MODEL
     default: AnyPattern = Field(default_factory=lambda: parse_pattern("dense"))
     layers: dict[str, LayerRule] = {}
     heads: dict[str, dict[str, AnyPattern]] = {}
@@ -149,6 +155,7 @@ class SparseConfig(BaseModel):
     provenance: dict[str, Any] = {}
 
     _bounded = field_validator("min_queries", mode="before")(bounded)
+    _precision = field_validator("precision", mode="plain")(parse_precision)
     _tokens_or_auto = field_validator("dense_below_tokens", mode="plain")(tokens_or_auto)
 
     @field_validator("version", mode="before")
@@ -237,7 +244,8 @@ class SparseConfig(BaseModel):
             facts: the real model's; default what the file says.
 
         Raises:
-            SparsekitError: the file is for another model, a layer or head is out of range, or numbers are missing.
+            SparsekitError: the file is for another model, a layer or head is out of range, or numbers are missing; a
+                `precision` of layers that the model's own attention runs.
         """
         facts = facts or self.model
         self._check_model(facts)
@@ -252,14 +260,14 @@ class SparseConfig(BaseModel):
         where: dict[int, str] = {}  # the field that gives a layer its rule, where it is not `default`
         for key, pattern in self.layers.items():
             field = f"layers.{shown(key)}"
-            for layer in _numbers(field, key, facts.num_layers, "layer"):
+            for layer in numbers_within(field, key, facts.num_layers, "layer"):
                 base[layer], where[layer] = pattern, field
         rules: dict[int, str] = {}  # the key in `heads` that names the layer, if one does
         for key, by_head in self.heads.items():
-            named = _numbers(f"heads.{shown(key)}", key, facts.num_layers, "layer")
+            named = numbers_within(f"heads.{shown(key)}", key, facts.num_layers, "layer")
             rules |= dict.fromkeys(named, key)
             for heads in by_head:
-                _numbers(f"heads.{shown(key)}.{shown(heads)}", heads, min(map(facts.heads, named)), "head")
+                numbers_within(f"heads.{shown(key)}.{shown(heads)}", heads, min(map(facts.heads, named)), "head")
         made: dict[tuple[Pattern, str | None, int], LayerPatterns] = {}
         layers: list[LayerPatterns] = []
         for i, rule in enumerate(base):
@@ -277,7 +285,12 @@ class SparseConfig(BaseModel):
         for anchor, (last, reused) in {x.reused.layer: (x.layer, x.reused) for x in layers if x.reused}.items():
             layers[anchor] = replace(layers[anchor], shared=True)
             layers[last] = replace(layers[last], reused=replace(reused, last=True))
-        return ResolvedConfig(self, tuple(layers))
+        resolved = ResolvedConfig(self, tuple(layers))
+        if self.precision == MODEL:
+            return resolved
+        return replace(
+            resolved, layers=in_precision(self.precision, layers, resolved.own_layers(facts), self.dense_impl)
+        )
 
     def _own_heads(self, key: str | None) -> dict[int, Pattern]:
         """The patterns that a key of `heads` gives to single heads."""
@@ -371,13 +384,6 @@ def _layer(layer: int, of_head: Sequence[Pattern]) -> LayerPatterns:
             f"layer {alone}, or none."
         )
     return LayerPatterns(layer, tuple(number), pattern_of_head)
-
-
-def _numbers(field: str, key: str, count: int, what: str) -> list[int]:
-    numbers = parse_range(key)
-    if max(numbers) >= count:
-        raise SparsekitError(f"{field}: {what} {max(numbers)} of a model with {count} {what}s; allowed: 0-{count - 1}.")
-    return numbers
 
 
 def _to_yaml(value: Any) -> Any:

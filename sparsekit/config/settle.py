@@ -12,6 +12,7 @@ import torch
 
 from sparsekit.config.facts import ModelFacts
 from sparsekit.config.layers import LayerPatterns
+from sparsekit.config.precision import MODEL
 from sparsekit.config.ranges import format_range
 from sparsekit.config.schema import ResolvedConfig
 from sparsekit.errors import SparsekitError
@@ -83,6 +84,8 @@ def _layer(layer: LayerPatterns, facts: ModelFacts, here: Machine, said: dict[st
     if not any(map(has_auto, layer.patterns)):
         return layer
     place, told = _place(facts, here, len(layer.pattern_of_head)), list[str]()
+    if layer.precision != MODEL:  # rows of patterns are measured in the model's
+        place = place._replace(dtype=layer.precision)
     patterns = tuple(pattern.settled(place, told.append) for pattern in layer.patterns)
     for text in dict.fromkeys(told):
         said.setdefault(text, []).append(layer.layer)

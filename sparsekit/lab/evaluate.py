@@ -282,11 +282,12 @@ def spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
     """The patterns of every layer and head with all their parameters, layers alike in one object."""
     runs: dict[tuple[Any, ...], list[int]] = {}
     for layer in layers:
-        runs.setdefault(tuple(layer.groups()), []).append(layer.layer)
+        runs.setdefault((layer.precision, *layer.groups()), []).append(layer.layer)
     return [
         {
             "layers": format_range(numbers),
+            **({} if precision == "model" else {"precision": precision}),
             "patterns": [{**pattern.model_dump(mode="json"), "heads": format_range(heads)} for pattern, heads in run],
         }
-        for run, numbers in runs.items()
+        for (precision, *run), numbers in runs.items()
     ]

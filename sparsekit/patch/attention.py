@@ -14,13 +14,14 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.config import LayerPatterns
 from sparsekit.errors import SparsekitError
-from sparsekit.kernels import check_gradients, preferred_tile, prepare
+from sparsekit.kernels import CannotRun, check_gradients, preferred_tile, prepare
 from sparsekit.kernels.select.totals import plan_totals
 from sparsekit.patch.call import check_arguments, in_common_dtype, outside_autocast, softmax_of
 from sparsekit.patch.compiled import attention_in_graph
 from sparsekit.patch.decide import decodes, of_layer, verdict
 from sparsekit.patch.mask import COPIED, call_of, check_call, descriptor_width
 from sparsekit.patch.model import own_attention
+from sparsekit.patch.precision import refused
 from sparsekit.patch.state import DOORS, LAYERS, Attention, Call, Layer, Verdict, layer_of_copy
 
 # A layer's last plan stays for the report up to this size; of a larger one, its totals.
@@ -92,12 +93,16 @@ def _run(
     q, k, v = in_common_dtype(q, k, v)
     softmax = softmax_of(module, q, kwargs)
     check_gradients(q, k, v, softmax.sink_logits)  # before planning: a layer replayed alone finds no plan to reuse
+    impl = layer.patterns.impl
     with outside_autocast(q.device), _timed(layer, q.device) as note_planned:
-        tiled = geometry.with_tile(*preferred_tile(q.device))
-        plan = layer.patterns.plan(q, k, tiled, softmax, call.plans, layer.applied)
-        note_planned()
-        keys = Keys(k, v)
-        run, choice = prepare(q, keys, plan, softmax)
+        try:
+            tiled = geometry.with_tile(*preferred_tile(q.device, impl))
+            plan = layer.patterns.plan(q, k, tiled, softmax, call.plans, layer.applied, impl)
+            note_planned()
+            keys = Keys(k, v)
+            run, choice = prepare(q, keys, plan, softmax, impl=impl)
+        except CannotRun as error:
+            raise refused(layer.patterns, error.why) from None
         out, _ = run(q, keys, plan, softmax, False, None)
     layer.ran, layer.why = ("dense", layer.given_back) if layer.patterns.dense else ("sparse", "")
     layer.plan, layer.choice = plan if plan.nbytes <= KEPT_PLAN_BYTES else plan_totals(plan), choice

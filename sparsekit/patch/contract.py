@@ -26,7 +26,7 @@ from sparsekit.patch.check_report import CheckReport, Divergence
 from sparsekit.patch.divergence import divergence, greedy, logprobs, read_truth
 from sparsekit.patch.giving_back import give_back_until
 from sparsekit.patch.handle import Handle, left_alone, put_on
-from sparsekit.patch.model import check_positions
+from sparsekit.patch.model import check_positions, facts_of
 from sparsekit.patch.user_prompts import UserPrompt, prompts_of
 from sparsekit.patterns import DynamicPattern
 from sparsekit.patterns.fields import AUTO
@@ -59,8 +59,9 @@ def apply(
         Applying to layers that are already patched replaces, whichever model object holds them.
 
     Raises:
-        SparsekitError: a config that is wrong or is for another model, a model outside the interface, or one that runs
-        a forward just now; prompts that cannot be checked. After any exception the model is as it was.
+        SparsekitError: a config that is wrong or is for another model, or has a `precision` that cannot run there; a
+        model outside the interface, or one that runs a forward just now; prompts that cannot be checked. After any
+        exception the model is as it was.
     """
     if check is None:
         return put_on(model, cfg)
@@ -200,7 +201,7 @@ class _Measured:
             ranked = sorted(self.sparse, key=lambda layer: -alone[layer])
             back, _ = give_back_until(ranked, lambda tried: (self._holds(tried, worst, budget.kl),), few=1)
             after = Divergence(tuple(self.kl(back, i) for i in range(len(self.prompts))))
-        config = give_back(self.config, back)
+        config = self._given_back(back)
         lengths = tuple(len(prompt.ids) for prompt in self.prompts)
         if budget is not None:
             measured = MeasuredOn(
@@ -220,7 +221,7 @@ class _Measured:
         """Of prompt i, with these layers dense."""
         key = frozenset(back), i
         if key not in self._kl:
-            with put_on(self.model, give_back(self.config, sorted(back))) as handle:
+            with put_on(self.model, self._given_back(sorted(back))) as handle:
                 got = self._read(i, handle.pause())
                 if not back:
                     self._check_sparse(handle, i)
@@ -233,6 +234,9 @@ class _Measured:
             self._kl[key] = max(kl, 0.0)  # rounding may take it below
             self.step(1, f"{len(back)} layers dense: {self.prompts[i].name}" if back else self.prompts[i].name)
         return self._kl[key]
+
+    def _given_back(self, back: Sequence[int]) -> SparseConfig:
+        return give_back(self.config, back, facts=facts_of(self.model))
 
     def _holds(self, back: Sequence[int], order: Sequence[int], budget: float) -> bool:
         """Whether the mean is within the budget; prompts are read until their sum exceeds what all may add up to."""

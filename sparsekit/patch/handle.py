@@ -19,6 +19,7 @@ from sparsekit.errors import SparsekitError, shown
 from sparsekit.patch.check_report import CheckReport
 from sparsekit.patch.door import Name, close_door, is_open, name_for, open_door, original_of
 from sparsekit.patch.model import attention_modules, facts_of, machine_of, own_attention
+from sparsekit.patch.precision import check_precision
 from sparsekit.patch.report import Report, report_layer
 from sparsekit.patch.state import CHANGES, DOORS, LAYERS, Applied, Layer, Prompt, applied_to, forgetter
 from sparsekit.patch.switch import guard, guards_of, restore_guards, unguard
@@ -42,8 +43,8 @@ def put_on(
         check: what the check found.
 
     Raises:
-        SparsekitError: a config that is wrong or is for another model, a model outside the interface, or one that runs
-        a forward just now. After any exception the model is as it was.
+        SparsekitError: a config that is wrong or is for another model, or has a `precision` that cannot run there; a
+        model outside the interface, or one that runs a forward just now. After any exception the model is as it was.
     """
     config = load(cfg)
     text_config = _text_config(model)
@@ -51,6 +52,7 @@ def put_on(
     facts = facts_of(model, text_config, modules)
     resolved = settle(config.resolve(facts), facts, lambda: machine_of(model))
     own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
+    check_precision(resolved, modules, own, facts)
     name, original = name_for(model, text_config), original_of(text_config)
     applied = Applied(config, resolved, weakref.ref(text_config), bool(windows))
     for module in modules:

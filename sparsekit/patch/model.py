@@ -251,14 +251,14 @@ def _most(value: Any) -> Any:
 
 def _head_dim(modules: Sequence[nn.Module], text: Any, heads: int) -> int | None:
     """The layers' size of keys, where they have one in common and tell it."""
-    sizes = {_key_size(module) for module in modules}
+    sizes = {key_size(module) for module in modules}
     if sizes != {None}:
         return sizes.pop() if len(sizes) == 1 else None
     hidden = _get(text, "hidden_size")
     return hidden and hidden // heads
 
 
-def _key_size(module: nn.Module) -> int | None:
+def key_size(module: nn.Module) -> int | None:
     """Size of a head's keys; `qk_head_dim` is that of latent attention, whose values may have another."""
     names = ("qk_head_dim", "head_dim", "attention_head_size")
     return next((size for name in names if isinstance(size := getattr(module, name, None), int)), None)
@@ -313,7 +313,7 @@ def _not_computed(modules: Sequence[Any], count: int) -> tuple[str, ...] | None:
     """For each layer, what in its attention no kernel here computes; None where there is no such layer."""
     found = [""] * count
     for module in modules:
-        keys, values = _key_size(module), getattr(module, "v_head_dim", None)
+        keys, values = key_size(module), getattr(module, "v_head_dim", None)
         strange = sorted(_passes(module) - KNOWN_ARGUMENTS - {"attention_mask"})
         if isinstance(values, int) and keys is not None and keys != values:
             found[module.layer_idx] = f"its keys have size {keys} and its values {values}"

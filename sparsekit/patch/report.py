@@ -63,7 +63,7 @@ class Report:
     def __str__(self) -> str:
         lines = [self.warning] if self.warning else []
         lines.append(
-            f"{'layer':>5}  {'ran':8}{'density':>8}{'tiles':>8}{'plan':>10}{'ms':>9}{'of plan':>9}  {'by':10}pattern"
+            f"{'layer':>5}  {'ran':8}{'density':>8}{'tiles':>8}{'plan':>10}{'ms':>9}{'of plan':>9}  {'by':12}pattern"
         )
         for row in self.layers:
             ms, plan_ms = ("" if value is None else f"{value:.2f}" for value in (row.ms, row.plan_ms))
@@ -71,7 +71,7 @@ class Report:
             what = row.pattern + (f" ({row.why})" if row.why else "")
             lines.append(
                 f"{row.layer:>5}  {row.ran:8}{pairs:>8}{tiles:>8}{row.plan_bytes:>8} B{ms:>9}"
-                f"{plan_ms:>9}  {row.impl:10}{what}"
+                f"{plan_ms:>9}  {row.impl:12}{what}"
             )
         reasons = dict.fromkeys((row.impl, row.impl_why) for row in self.layers if row.impl_why)
         lines += [f"{impl}: {why}" for impl, why in reasons]

@@ -87,6 +87,12 @@ CONFIGS = [
     Bad("a version that is true", "version: true\n", ("version = True", "whole number 1")),
     Bad("a version with a point", "version: 1.0\n", ("version = 1.0", "whole number 1")),
     Bad("misspelt choice", "dense_impl: kernal\n", ("dense_impl = 'kernal'", "'model' or 'kernel'")),
+    Bad("misspelt precision", "precision: pf8\n", ("precision = 'pf8'", "'model' or 'fp8'", "Did you mean 'fp8'?")),
+    Bad(
+        "precision of a dense layer",
+        'precision: {"2": fp8}\n',
+        ("precision.'2' = 'fp8'", "layer 2 is dense", "dense_impl: kernel"),
+    ),
     Bad("min_queries too small", "min_queries: 1\n", ("min_queries = 1", "equal to 2")),
     Bad("empty union", "default: {name: union, of: []}\n", ("union: of", "at least 1 item")),
     Bad("union of nothing known", "default: {name: union, of: [nope]}\n", ("of[0]", "'nope'", "triangle")),

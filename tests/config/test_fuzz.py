@@ -44,6 +44,7 @@ model: {name: some/model, num_layers: 6, num_heads: 4, num_key_heads: 2, head_di
 dense_below_tokens: 1024
 min_queries: 64
 dense_impl: model
+precision: {"1-2": fp8, 3: model}
 default: dense
 layers:
   "0-2": {name: triangle, sink_tokens: 8, window_tokens: 512, last_tokens: 128}

@@ -12,12 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tiny import TRIANGLE
+from tiny import TRIANGLE, by_reference
 from tiny import close as _close
 from tiny import ids as _ids
 from tiny import logits as _logits
@@ -27,7 +26,6 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.call.softmax import Softmax
-from sparsekit.kernels import prepare
 from sparsekit.models import tiny
 from sparsekit.patch import Handle
 from sparsekit.patch.capture import wrap_attention
@@ -209,7 +207,7 @@ def test_soft_cap_and_learned_sinks(family: str, name: str, monkeypatch: pytest.
     with sparsekit.apply(model, config) as handle:
         got = _logits(model, ids)
         assert {row.impl for row in handle.report().layers} == {"torch"}
-        monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
+        monkeypatch.setattr(sparsekit.patch.attention, "prepare", by_reference)
         _close(_logits(model, ids), got)
         assert {row.impl for row in handle.report().layers} == {"reference"}
         plain = lambda scale, softcap, sinks: Softmax(scale)  # noqa: E731

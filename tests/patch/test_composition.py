@@ -7,12 +7,11 @@ executed by the reference.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import TRIANGLE
+from tiny import TRIANGLE, by_reference
 from tiny import logits as _logits
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -21,7 +20,6 @@ import sparsekit
 from sparsekit import SparsekitError, explain, load
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
-from sparsekit.kernels import prepare
 from sparsekit.models import tiny
 from sparsekit.patterns import BlockTopK, DynamicPattern, Triangle, base, pattern_class, pattern_names
 from sparsekit.plan import BlockPlan, plan_from_block_mask
@@ -89,7 +87,7 @@ def test_runs_what_its_plans_say(name: str, model: PreTrainedModel) -> None:
         got = _logits(model, ids)
         rows = handle.report().layers
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
+            patch.setattr(sparsekit.patch.attention, "prepare", by_reference)
             expected = _logits(model, ids)
     assert [row.ran for row in rows] == ["sparse"] * 4
     assert float((got - expected).abs().max()) < 1e-4

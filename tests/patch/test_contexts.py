@@ -13,13 +13,12 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import traces_names
+from tiny import by_reference, traces_names
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, Trainer, TrainingArguments
 
@@ -73,9 +72,9 @@ def test_autocast(model: PreTrainedModel, name: str, cached: bool, monkeypatch: 
     """
     got: list[Any] = []
 
-    def spy(q: Tensor, keys: Keys, *args: Any) -> Any:
+    def spy(q: Tensor, keys: Keys, *args: Any, **kwargs: Any) -> Any:
         got.append((q.dtype, keys.k.dtype, keys.v.dtype, torch.is_autocast_enabled("cpu")))
-        return prepare(q, keys, *args)
+        return prepare(q, keys, *args, **kwargs)
 
     monkeypatch.setattr(sparsekit.patch.attention, "prepare", spy)
     ids = _ids(tokens=LONG)
@@ -97,7 +96,7 @@ def test_autocast(model: PreTrainedModel, name: str, cached: bool, monkeypatch: 
                 step = _logits(model, ids[:, :1], past_key_values=cache)
                 with handle.pause():
                     assert torch.equal(_logits(model, ids[:, :1], past_key_values=other), step)
-            monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
+            monkeypatch.setattr(sparsekit.patch.attention, "prepare", by_reference)
             expected = _logits(model, ids, past_key_values=new(), use_cache=cached)
             scale = float(expected.abs().max())
             assert float((sparse - expected).abs().max()) < 0.05 * scale
@@ -156,7 +155,7 @@ def test_trainer_evaluates_in_bfloat16_on_a_gpu(name: str, tmp_path: Path, monke
         assert _ran(handle) == ["sparse"] + ["dense"] * 3
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
             ours = model(ids, labels=ids)
-            monkeypatch.setattr(sparsekit.patch.attention, "prepare", partial(prepare, impl="reference"))
+            monkeypatch.setattr(sparsekit.patch.attention, "prepare", by_reference)
             reference = model(ids, labels=ids)
     assert loss == pytest.approx(float(ours.loss), rel=1e-3)
     assert float((ours.logits - reference.logits).abs().max()) <= 2 * own_error

@@ -80,6 +80,16 @@ def test_what_a_server_was_told_wrong(source: Any, says: str) -> None:
     assert says in _line(error)
 
 
+def test_a_precision_is_refused() -> None:
+    sparse = {"version": 1, "layers": {"2-3": "triangle"}}
+    settings_of({**sparse, "precision": "model"}, FACTS)
+    for precision in ("fp8", {"3": "fp8"}):
+        with pytest.raises(SparsekitError, match=r"^sparsekit: precision = .*fp8.*: vLLM's layers run in the model's"):
+            settings_of({**sparse, "precision": precision}, FACTS)
+    with pytest.raises(SparsekitError, match=r"^sparsekit\.configs\.a: precision = 'fp8'"):
+        settings_of({"configs": {"a": {**sparse, "precision": "fp8"}}}, FACTS)
+
+
 def test_pages_of_different_configs_have_different_salts() -> None:
     told = {"a": TRIANGLE, "same": TRIANGLE, "b": TRIANGLE.replace("100}", "101}")}
     found = settings_of({"configs": told, "default": "a"}, FACTS)

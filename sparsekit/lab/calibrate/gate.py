@@ -247,7 +247,7 @@ class _Gate:
         sparse = [layer.layer for layer in resolved.layers if not layer.dense and layer.layer not in own]
 
         def worth(back: list[int]) -> tuple[bool, float, float]:
-            return self._worth(give_back(config, back), lost)
+            return self._worth(give_back(config, back, facts=facts(self.model)), lost)
 
         with progress("layers to blame", len(sparse), quiet=quiet) as step:
             return give_back_until(sparse, worth, step=step)
@@ -270,7 +270,8 @@ class _Gate:
             others = [other for other in layers if other != layer and other not in heads]
 
             def worth(back: list[int], layer: int = layer, others: list[int] = others) -> tuple[bool, float, float]:
-                return self._worth(give_back(config, others, {**heads, layer: back}), lost)
+                some = {**heads, layer: back}
+                return self._worth(give_back(config, others, some, facts=facts(self.model)), lost)
 
             with progress(f"heads of layer {layer} to blame", len(sparse), quiet=quiet) as step:
                 back, regained = give_back_until(sparse, worth, most=len(sparse) - 1, step=step)

@@ -188,7 +188,9 @@ def _text(record: Mapping[str, Any]) -> str:
     config = record.get("config") or {}
     lines += draw_heads(drawn)
     lines += [
-        f"{name}: {config[name]}" for name in ("dense_below_tokens", "min_queries", "dense_impl") if name in config
+        f"{name}: {_said(config[name])}"
+        for name in ("dense_below_tokens", "min_queries", "dense_impl", "precision")
+        if name in config
     ]
     lines += record.get("settled", [])
     return "\n".join(lines)

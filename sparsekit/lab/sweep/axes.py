@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 RANGES = "ranges"  # an axis `ranges.21-29` moves the rule that the base writes under "21-29"
-CONFIG_FIELDS = ("default", "layers", "heads", "dense_below_tokens", "min_queries", "dense_impl")
+CONFIG_FIELDS = ("default", "layers", "heads", "dense_below_tokens", "min_queries", "dense_impl", "precision")
 PLACES = ("model", "task", "tokens", "seed")  # what a constraint may name beside the axes
 MOST_VALUES = 1000  # of an axis
 

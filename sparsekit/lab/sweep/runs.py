@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsekit.config import SparseConfig, parse_range
+from sparsekit.config.precision import asked_precision
 from sparsekit.lab.provenance import content_key, patterns_of, tables_of
 from sparsekit.patterns import Pattern
 
@@ -96,6 +97,7 @@ def canonical(config: SparseConfig | None) -> Any:
             ([sorted(parse_range(key)), value(rule)] for key, rule in rules.items()), key=lambda pair: pair[0]
         )
 
+    precision = asked_precision(config.precision)
     return {
         "default": dumped(config.default),
         "layers": by_number(config.layers, dumped),
@@ -103,6 +105,7 @@ def canonical(config: SparseConfig | None) -> Any:
         "dense_below_tokens": config.dense_below_tokens,
         "min_queries": config.min_queries,
         "dense_impl": config.dense_impl,
+        **({} if precision is None else {"precision": precision}),
         **tables_of(config),
     }
 

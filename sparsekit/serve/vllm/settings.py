@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparsekit.config import ModelFacts, ResolvedConfig, SparseConfig, load, rope_theta_of
+from sparsekit.config.precision import asked_precision
 from sparsekit.config.settle import Machine, settle
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.patterns import Pattern
@@ -203,6 +204,10 @@ def _several(source: Mapping[str, Any], facts: ModelFacts, machine: Callable[[],
 def _served(name: str, source: Any, facts: ModelFacts, machine: Callable[[], Machine]) -> Served:
     try:
         resolved = settle(load(source).resolve(facts), facts, machine)
+        if asked_precision(resolved.config.precision) is not None:
+            raise SparsekitError(
+                f"precision = {shown(resolved.config.precision)}: vLLM's layers run in the model's; leave it out."
+            )
     except SparsekitError as error:
         raise SparsekitError(f"{KEY}{'' if name == DEFAULT else f'.configs.{name}'}: {error}") from None
     config = resolved.config

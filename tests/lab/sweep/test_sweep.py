@@ -201,6 +201,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"axes": {"ranges.2-4": ["0-3"]}}, r"no rule '2-4' .* Did you mean '2-3'\?"),
     ({"axes": {"defualt": ["triangle"]}}, r"unknown field 'defualt': .* Did you mean 'default'\?"),
     ({"axes": {"dense_impl.x": [1]}}, "'dense_impl' has no fields of its own"),
+    ({"axes": {"precision.2-3": ["fp8"]}}, "'precision' has no fields of its own"),
     ({"axes": {"layers.2-3.sink_tokens.0": [1]}}, "triangle has no field 'sink_tokens.0'"),
     ({"axes": {"layers.2-3": ["triangle"], "layers.2-3.sink_tokens": [0]}}, "two values for one key: 'layers.2-3' and"),
     ({"axes": {"layers": [{}], "ranges.2-3": ["0-3"]}}, "two values for one key"),
