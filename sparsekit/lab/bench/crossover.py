@@ -321,7 +321,8 @@ def _measured(x: Inputs, subjects: Sequence[_Subject], setting: Setting) -> Iter
             first = times.get(("first", kind), {})
             more = {f"first_{name}": value for name, value in first.items()}
             ratio = round(dense[fastest]["ms"] / ms["ms"], 4)
-            yield {"case": "layer", "layer": str(kind.layer), "tokens": x.tokens, **ms, **more, "times_dense": ratio}
+            said = {"case": "layer", "layer": kind.layer.in_words, "tokens": x.tokens}
+            yield {**said, **ms, **more, "times_dense": ratio}
     for one in subjects:
         if not one.failed:
             one.measured.append(_compared(one, x.tokens, fastest, dense, times))

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns, ModelFacts, ResolvedConfig
+from sparsekit.config.precision import MODEL
 from sparsekit.kernels import choose_call, geometry_for, prepare
 from sparsekit.lab.bench.inputs import Inputs
 from sparsekit.patterns import Pattern, parse_pattern
@@ -39,9 +40,9 @@ class Layers:
     """The layers of a config that attend to all keys in the model.
 
     Attributes:
-        sparse: how many there are of each kind.
+        sparse: how many there are of each kind; dense ones in another precision than the model's are some of them.
         own: dense ones, by the model's own attention.
-        kernel: dense ones, by sparsekit's kernel.
+        kernel: dense ones, by sparsekit's kernel in the model's precision.
     """
 
     sparse: Counter[Kind]
@@ -57,8 +58,9 @@ def layers_of(resolved: ResolvedConfig, facts: ModelFacts) -> Layers:
     """Those of a config; layers with a window, or of another kind, are left out."""
     out = resolved.own_layers(facts).keys() | resolved.window_layers(facts)
     there = [layer for layer in resolved.layers if layer.layer not in out]
-    sparse = Counter(_kind(layer, resolved) for layer in there if not layer.dense)
-    dense = sum(layer.dense for layer in there)
+    plain = [layer.dense and layer.precision == MODEL for layer in there]
+    sparse = Counter(_kind(layer, resolved) for layer, is_plain in zip(there, plain, strict=True) if not is_plain)
+    dense = sum(plain)
     in_kernel = resolved.config.dense_impl == "kernel"
     return Layers(sparse, own=0 if in_kernel else dense, kernel=dense if in_kernel else 0)
 
@@ -73,14 +75,14 @@ def _kind(layer: LayerPatterns, resolved: ResolvedConfig) -> Kind:
 
 def attends(kind: Kind, x: Inputs) -> Callable[[], Tensor]:
     """A call that plans and attends like such a layer of a patched model; a reused plan is there before."""
-    geometry, softmax, plans = geometry_for(x.q, x.k), Softmax(x.q.shape[-1] ** -0.5), SharedPlans()
-    keys = Keys(x.k, x.v)
+    impl, softmax, plans = kind.layer.impl, Softmax(x.q.shape[-1] ** -0.5), SharedPlans()
+    geometry, keys = geometry_for(x.q, x.k, impl), Keys(x.k, x.v)
     if kind.anchor is not None:
-        kind.anchor.plan(x.q, x.k, geometry, softmax, plans)
+        kind.anchor.plan(x.q, x.k, geometry, softmax, plans, impl=impl)
 
     def call() -> Tensor:
-        plan = kind.layer.plan(x.q, x.k, geometry, softmax, plans)
-        run, _ = prepare(x.q, keys, plan, softmax)
+        plan = kind.layer.plan(x.q, x.k, geometry, softmax, plans, impl=impl)
+        run, _ = prepare(x.q, keys, plan, softmax, impl=impl)
         return run(x.q, keys, plan, softmax, False, None)[0].transpose(1, 2).contiguous()
 
     return call

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from crossovers import HERE
+from fp8_row import runs_here
 from tiny import ids, logits
 from typer.testing import CliRunner
 
@@ -168,6 +169,28 @@ def test_the_layers_of_a_config() -> None:
     assert sorted(found.sparse.values()) == [2, 2, 2] and sum(kind.anchor is not None for kind in found.sparse) == 1
     kernel = layers_of(load({"layers": rules, "dense_impl": "kernel"}).resolve(facts), facts)
     assert (kernel.own, kernel.kernel) == (0, 2)
+
+
+def test_layers_in_fp8_are_timed_as_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {**FACTS.model_dump(exclude_none=True), "head_dim": 128}
+    layers = {"2": TRIANGLE, "3": {**TOPK, "block_tokens": 128}}
+    rules = {"model": facts, "layers": layers, "dense_impl": "kernel"}
+    config = load({**rules, "precision": {"0,2-3": "fp8"}})
+    found = layers_of(config.resolve(), config.model)
+    assert (found.own, found.kernel, found.count, len(found.sparse)) == (0, 1, 4, 3)
+
+    def bench() -> list[dict[str, Any]]:
+        table = tmp_path / "own.jsonl"
+        return bench_crossover([config], lengths=[300], device="cpu", repeat_ms=1, table=table, out=tmp_path / "x")
+
+    [failed] = [row for row in bench() if row["case"] == "failed"]
+    assert "impl='hopper_fp8' cannot run on cpu" in failed["why"]
+    plans = runs_here(monkeypatch)
+    rows = bench()
+    assert [row["case"] for row in rows].count("crossover") == 1
+    said = [row["layer"] for row in rows if row["case"] == "layer"]
+    assert len(said) == 3 and all(layer.endswith(" in fp8") for layer in said)
+    assert {(plan.block_q, plan.block_kv) for plan in plans} == {(128, 128)}
 
 
 def test_a_timed_layer_computes_what_the_pattern_does() -> None:
