@@ -201,6 +201,24 @@ def test_card_what_is_not_finite() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"sink_logits": (3.5, -1.0, 2.0, 40.0)}], ids=["plain", "sinks"])
+def test_card_what_keys_have_in_common(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding knows nothing of it, where it is ten times what tells keys apart."""
+    options = {key: torch.tensor(x, device="cuda") for key, x in options.items()}
+    monkeypatch.setattr(worklist, "SPLIT_FROM_STEPS", 8)
+    for plan in (
+        dense_plan(_tiled(700, batch=2, kv_end=(700, 250))),
+        _triangle(_tiled(2000)),
+        dense_plan(_tiled(100, 5000)),
+    ):
+        q, k, v = _inputs(plan.geometry)
+        common = 10 * torch.randn(k.shape[0], 2, 1, 128, generator=torch.Generator().manual_seed(1))
+        k = k + common.to("cuda", k.dtype)
+        _agrees(plan, (q, k, v), **options)
+        _agrees(plan, (q, k, v), in_pages(k, v, plan.geometry, 64), **options)
+
+
+@pytest.mark.gpu
 def test_card_keeps_the_mean_of_the_values() -> None:
     """Tensor cores alone lose a third of it at this length: their sums have 13 bits behind the point."""
     geometry = _tiled(128, 32768)

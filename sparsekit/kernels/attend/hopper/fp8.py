@@ -27,6 +27,7 @@ __all__ = ["attend_fp8", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = 128
 HEAD_SIZE = 128
+SAMPLED = 32  # keys of a head, whose mean is taken off all of them
 STAGES, Q_STAGES = 3, 2  # 96 KiB of K and V, 64 of q; and 64 of sums, where the output is staged
 
 
@@ -93,7 +94,7 @@ def attend_fp8(
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
     if plan.geometry.padded and lse is not None:
         lse.fill_(float("-inf"))
-    quantised = _quantised(keys, plan.geometry)
+    quantised = _quantised(keys, plan.geometry, softmax.softcap is None)
     for launch in launches:
         launch.run(q, quantised, out, lse, sinks, stream)
     return out, lse
@@ -104,8 +105,10 @@ def _blocks(g: Geometry) -> int:
     return -(-max(end - start for start, end in zip(g.kv_start, g.kv_end, strict=True)) // BLOCK_KV)
 
 
-def _quantised(keys: Keys, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-    """K (B, G, N, D) and V (B, G, D, N) in e4m3, and scales (B, G, N / 128, 2), N up to 127 more than keys."""
+def _quantised(keys: Keys, g: Geometry, shifted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K (B, G, N, D) and V (B, G, D, N) in e4m3, scales (B, G, N / 128, 2), N up to 127 more than keys, and what was
+    taken off K's heads, (B, G, D): where `shifted`, which a soft-cap would see.
+    """
     from sparsekit.kernels.launch import launch, steps_of
 
     k, v, table = keys
@@ -115,13 +118,14 @@ def _quantised(keys: Keys, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
         for shape in ((blocks * BLOCK_KV, dim), (dim, blocks * BLOCK_KV))
     )
     scales = k.new_empty((g.batch, k.shape[1], blocks, 2), dtype=torch.float32)
+    shift = k.new_empty((g.batch, k.shape[1], dim), dtype=torch.float32)
     args = (
-        k, v, table, hopper._key_bounds(g, k.device), k8, v8, scales, k.shape[1], blocks,
+        k, v, table, hopper._key_bounds(g, k.device), k8, v8, scales, shift, k.shape[1], blocks,
         *(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0),
     )  # fmt: skip
-    options = {"D": dim, "PAGE": keys.page, "BN": BLOCK_KV, "num_warps": 8}
+    options = {"D": dim, "PAGE": keys.page, "BN": BLOCK_KV, "SAMPLED": SAMPLED if shifted else 0, "num_warps": 8}
     launch(_device_code().quantise, blocks * pairs, args, options)
-    return k8, v8, scales
+    return k8, v8, scales, shift
 
 
 # ---- the launch
@@ -139,7 +143,7 @@ class _Launch:
     boxes: tuple[dict[str, Any], ...]
 
     def run(
-        self, q: Tensor, quantised: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None,
+        self, q: Tensor, quantised: tuple[Tensor, ...], out: Tensor, lse: Tensor | None,
         sinks: Tensor | None, stream: int,
     ) -> None:  # fmt: skip
         arguments, partial = self.fill(q, quantised, out, lse, sinks)
@@ -148,19 +152,19 @@ class _Launch:
             _merge(self.work, partial, out, lse, sinks)
 
     def fill(
-        self, q: Tensor, quantised: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None,
+        self, q: Tensor, quantised: tuple[Tensor, ...], out: Tensor, lse: Tensor | None,
         sinks: Tensor | None,
     ) -> tuple[list[Any], _Pair]:  # fmt: skip
         """The call's arguments, and its workspace."""
-        k8, v8, scales = quantised
+        k8, v8, scales, shift = quantised
         arguments = list(self.arguments)
         hopper.put_descriptors(arguments, self.descriptor, self.boxes, (q, k8, v8, out, k8, v8))
         partial = _workspace(self.work, q)
-        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 6] = (scales, out, lse, sinks, *partial)
+        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 7] = (scales, shift, out, lse, sinks, *partial)
         return arguments, partial
 
 
-SCALES_ARGUMENT = 10  # place of p_scales, which p_out, p_lse, p_sinks, p_part and p_part_lse follow
+SCALES_ARGUMENT = 10  # place of p_scales, which p_shift, p_out, p_lse, p_sinks, p_part and p_part_lse follow
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -197,7 +201,7 @@ def _launch(
     scale = float(softmax.scale)
     arguments = (
         *boxes,
-        work.items, work.entries, hopper._counters(q.device, stream), rule, None, None, None, None, None, None,
+        work.items, work.entries, hopper._counters(q.device, stream), rule, *[None] * 7,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
         len(work.items), heads, heads // key_heads, blocks, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, *flags,
@@ -208,7 +212,8 @@ def _launch(
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
         lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
         k8, v8 = (q.new_empty(shape, dtype=e4m3) for shape in (k_shape, v_shape))
-        filled, _ = launch.fill(q, (k8, v8, q.new_empty((1,), dtype=torch.float32)), out, lse, sinks)
+        floats = q.new_empty((1,), dtype=torch.float32)
+        filled, _ = launch.fill(q, (k8, v8, floats, floats), out, lse, sinks)
         # Compiled once, then launched directly, as host.py does and with the same registers.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])

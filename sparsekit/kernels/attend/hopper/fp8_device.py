@@ -15,6 +15,8 @@ Roles, work items, mail and masks are those of device.py; what differs is the ar
 - FP8 tensor cores cut the accumulator to 13 bits behind the point with every 32 keys. Left to them, a sum over 128K
   keys loses half of a mean value (measured; FlashAttention-3 does). So every FLUSH steps it goes into a float32 sum in
   shared memory, where the output is staged later.
+- What a head's keys have in common is taken off them first (SageAttention, arXiv 2410.02367): all logits of a row lose
+  the same, and the softmax nothing. Keys of Qwen2.5's first layer are nearly all of that; the rest was rounded away.
 """
 
 # See device.py.
@@ -92,11 +94,14 @@ QUANTISE_NUMBERS = ["heads", "blocks", "k_batch", "k_head", "k_token", "v_batch"
 
 @triton.jit(do_not_specialize=QUANTISE_NUMBERS)
 def quantise(
-    p_k, p_v, p_table, p_bounds, p_k8, p_v8, p_scales, heads, blocks,
+    p_k, p_v, p_table, p_bounds, p_k8, p_v8, p_scales, p_shift, heads, blocks,
     k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
-    D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """K and V (B, G, K, D), or pages of them -> e4m3 K (B, G, blocks * BN, D) and V (B, G, D, blocks * BN), and scales.
+
+    What SAMPLED keys of a head, spread evenly, have in common is taken off all of them: their mean, into p_shift
+    (B, G, D) float32. SAMPLED = 0: nothing is.
 
     Program: BN keys of one head. Key 0 is a sample's first valid one; behind its last come zeros, whatever lies there.
     What is not finite becomes NaN where it is, and scales know nothing of it.
@@ -119,6 +124,12 @@ def quantise(
         batch = batch.to(tl.int64)
     at_k = p_k + (batch * k_batch + i_head * k_head + key * k_token) * 8
     k = tl.load(at_k[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
+    if SAMPLED > 0:
+        shift = _mean_key(p_k, p_table, i_sample, i_head, kv_start, last, k_batch, k_head, k_token, table_sample,
+                          D, PAGE, SAMPLED)  # fmt: skip
+        k = tl.where(inside[:, None], k - shift[None], 0.0)
+        if i_block == 0:
+            tl.store(p_shift + i_pair * D + d, shift)
     k, k_scale = _scaled(k)
     o_pair = i_pair.to(tl.int64) * blocks * BN
     tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], k.to(tl.float8e4nv))
@@ -135,6 +146,25 @@ def quantise(
 
 
 @triton.jit
+def _mean_key(
+    p_k, p_table, i_sample, i_head, kv_start, last, k_batch, k_head, k_token, table_sample,
+    D: tl.constexpr, PAGE: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """The mean of SAMPLED of a sample's keys, spread evenly, fp32 (D,); of what is finite."""
+    t = (tl.arange(0, SAMPLED).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
+    d = tl.arange(0, D)
+    inside = t <= last
+    key = (kv_start + t).to(tl.int64)
+    batch = i_sample.to(tl.int64)
+    if PAGE > 0:
+        batch, key = _in_pages(p_table + batch * table_sample, key, inside, 0, PAGE)
+        batch = batch.to(tl.int64)
+    at = p_k + (batch * k_batch + i_head * k_head + key * k_token) * 8
+    k = tl.load(at[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
+    return tl.sum(tl.where(tl.abs(k) < float("inf"), k, 0.0), 0) * (1.0 / SAMPLED)
+
+
+@triton.jit
 def _scaled(x):
     """x over its scale, which brings the largest finite number to LARGEST, and the scale."""
     size = tl.abs(x)
@@ -145,9 +175,10 @@ def _scaled(x):
 
 @gluon.jit
 def _produce(
-    d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, q_full, q_free, full, free, mail, m_full, m_free,
-    p_items, p_entries, p_counters, p_rule, p_scales, items, heads, group, blocks, rule_sample, rule_head,
+    d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, taken, q_full, q_free, full, free, mail, m_full, m_free,
+    p_items, p_entries, p_counters, p_rule, p_scales, p_shift, items, heads, group, blocks, rule_sample, rule_head,
     heads_per_plan, LISTED: gl.constexpr, RULE: gl.constexpr, SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
+    SHIFT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -194,6 +225,10 @@ def _produce(
                 _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
             if SPLIT:
                 _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+            if SHIFT:
+                D: gl.constexpr = d_q.block_type.shape[3]
+                d = gl.arange(0, D, gl.BlockedLayout([D // 32], [32], [1], [0]))
+                taken.index(m_slot).store(gl.load(p_shift + sample_head // group * D + d))
             mbarrier.arrive(m_full.index(m_slot), count=1)
             m_slot, m_phase = _next(m_slot, m_phase, 2)
             if NARROW_FORM:
@@ -350,8 +385,8 @@ def _add_kept(acc, kept, m_kept, m, LO: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    d_o, d_few_k, d_few_v, qs, ks, vs, kept_sums, scales, q_full, q_free, full, free, mail, m_full, m_free,
-    p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
+    d_o, d_few_k, d_few_v, qs, ks, vs, kept_sums, scales, taken, shifts, q_full, q_free, full, free, mail, m_full,
+    m_free, p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
     WHO: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr,
     SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
@@ -403,6 +438,11 @@ def _consume(
         x = qs.index(q_slot * 2 + WHO).reshape([HALF, D]).load(LQ).to(gl.float32)
         mbarrier.arrive(q_free.index(q_slot), count=1)
         q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+        if (LSE or SINKS or SPLIT) and not CAP:
+            # What was taken off the keys is taken off all logits of a row. Weights know nothing of it; the logarithm of
+            # their sum does, and what is merged by that.
+            shift = taken.index(m_slot).load(gl.SliceLayout(0, LQ))
+            shifts.index(WHO).store(gl.sum(x * gl.expand_dims(shift, 0), 1) * scale2)
         largest = gl.maximum(gl.max(gl.abs(x), 1), SMALLEST)
         x = x * gl.expand_dims(LARGEST / largest, 1)
         q = gl.inline_asm_elementwise(TO_E4M3, "=r,f,f,f,f", [x], dtype=gl.float8e4nv, is_pure=True, pack=4)
@@ -493,6 +533,8 @@ def _consume(
         lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
         total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
         top = gl.convert_layout(m, gl.SliceLayout(1, LO)) - HEADROOM
+        if (LSE or SINKS or SPLIT) and not CAP:
+            top = top + shifts.index(WHO).load(gl.SliceLayout(1, LO))
         # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
         seen = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
         factor = 1.0 / total
@@ -547,7 +589,8 @@ RUN_TIME_NUMBERS = [
     "heads_per_plan",
 ]  # fmt: skip
 POINTERS = [
-    "p_items", "p_entries", "p_counters", "p_rule", "p_scales", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
+    "p_items", "p_entries", "p_counters", "p_rule", "p_scales", "p_shift", "p_out", "p_lse", "p_sinks", "p_part",
+    "p_part_lse",
 ]  # fmt: skip
 
 
@@ -556,14 +599,14 @@ POINTERS = [
 @gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def attention(
     d_q, d_k, d_v, d_o, d_few_k, d_few_v,
-    p_items, p_entries, p_counters, p_rule, p_scales, p_out, p_lse, p_sinks, p_part, p_part_lse,
+    p_items, p_entries, p_counters, p_rule, p_scales, p_shift, p_out, p_lse, p_sinks, p_part, p_part_lse,
     scale, cap_scale, items, heads, group, blocks, queries, q_offset, rule_sample, rule_head, heads_per_plan,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
     LSE: gl.constexpr, SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
     """q (B, H, Q, D) in 16 bits, K and V as `quantise` wrote them -> out, in q's type, and lse.
 
-    p_scales: (B * G, blocks, 2).
+    p_scales: (B * G, blocks, 2). p_shift: (B * G, D).
     """
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -574,6 +617,8 @@ def attention(
     vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
     kept = gl.allocate_shared_memory(gl.float32, [2, HALF, D], gl.NVMMASharedLayout(128, 32, 2))
     scales = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], ONE)
+    taken = gl.allocate_shared_memory(gl.float32, [2, D], ONE)
+    shifts = gl.allocate_shared_memory(gl.float32, [2, HALF], ONE)
     mail = gl.allocate_shared_memory(gl.int32, [2 * MAIL, 1], ONE)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
@@ -594,19 +639,20 @@ def attention(
     gl.warp_specialize(
         [
             (_consume, (
-                d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, q_full, q_free, full, free, mail, m_full, m_free,
-                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
-                0, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
+                d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, taken, shifts, q_full, q_free, full, free, mail,
+                m_full, m_free, p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries,
+                q_offset, 0, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
             )),
             (_consume, (
-                d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, q_full, q_free, full, free, mail, m_full, m_free,
-                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
-                1, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
+                d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, taken, shifts, q_full, q_free, full, free, mail,
+                m_full, m_free, p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries,
+                q_offset, 1, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
             )),
             (_produce, (
-                d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, q_full, q_free, full, free, mail, m_full, m_free,
-                p_items, p_entries, p_counters, p_rule, p_scales, items, heads, group, blocks, rule_sample, rule_head,
-                heads_per_plan, LISTED, RULE, SPLIT, NARROW_FORM,
+                d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, taken, q_full, q_free, full, free, mail, m_full,
+                m_free, p_items, p_entries, p_counters, p_rule, p_scales, p_shift, items, heads, group, blocks,
+                rule_sample, rule_head, heads_per_plan, LISTED, RULE, SPLIT, NARROW_FORM,
+                (LSE or SINKS or SPLIT) and not CAP,
             )),
         ],
         [4, 1],
