@@ -32,13 +32,13 @@ def _row_of(p_span, i_row, heads, rows, BLOCK_Q: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 @no_type_check
 def _row_bits(
-    p_bits, i_row, start, q_end, first, rows, bit_rows, words,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+    p_bits, i_row, lane, start, q_end, first, rows, bit_rows, words,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """uint32 (WORDS,): the blocks that a plan row keeps, over its PARTS block rows, each with its own block."""
+    """uint32 (LANES,): words `lane` of the blocks that a plan row keeps, over its PARTS block rows, each with its own
+    block."""
     p_bits += (i_row // rows).to(tl.int64) * bit_rows * words
-    lane = tl.arange(0, WORDS)
-    union = tl.zeros([WORDS], tl.uint32)
+    union = tl.zeros([LANES], tl.uint32)
     for part in tl.static_range(PARTS):
         own = start // BLOCK + part
         inside = (own >= first) & (own * BLOCK < q_end)
@@ -63,11 +63,12 @@ def _count_entries(
 
     A program counts PER rows, whose loads need not wait for each other; past the last row, that one again.
     """
+    lane = tl.arange(0, WORDS)
     for i in tl.static_range(PER):
         i_row = tl.minimum(tl.program_id(0) * PER + i, all_rows - 1)
         i_sample, i_tile, start, _, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
         causal = tl.load(p_causal + i_sample * rows + i_tile)
-        union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
+        union = _row_bits(p_bits, i_row, lane, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
         # The row's last block is a part of one where the row ends before the block does.
         spare = (causal + FACTOR - 1) // FACTOR * FACTOR - causal
         count = tl.where(causal > 0, FACTOR * tl.sum(_ones(union)) - spare, 0)
@@ -85,9 +86,10 @@ def _write_entries(
     BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
     PER: tl.constexpr,
 ):  # fmt: skip
-    """The entries of PER plan rows, ascending: a lane a word, whose place is the running sum of bits before it."""
+    """The entries of PER plan rows, ascending: a lane a bit, so that neighbours write to one place in memory."""
     TILE: tl.constexpr = BLOCK // FACTOR
-    block = tl.arange(0, WORDS) * (32 * BLOCK)
+    CHUNK: tl.constexpr = WORDS if WORDS < 32 else 32  # words at once
+    lane = tl.arange(0, CHUNK * 32)
     for i in tl.static_range(PER):
         i_row = tl.minimum(tl.program_id(0) * PER + i, all_rows - 1)
         at = tl.load(p_row + i_row)
@@ -95,16 +97,17 @@ def _write_entries(
         i_sample, i_tile, start, q_first, q_end, first = _row_of(p_span, i_row, heads, rows, BLOCK_Q, BLOCK)
         limit = tl.where(lists, tl.load(p_causal + i_sample * rows + i_tile) * TILE, 0)
         low = tl.maximum(start, q_first)
-        union = _row_bits(p_bits, i_row, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, WORDS)
-        count = _ones(union)
-        p_place = p_entry + at + FACTOR * (tl.cumsum(count, 0) - count)
-        for bit in tl.static_range(32):
-            on = ((union >> bit) & 1) != 0
+        for word in range(0, WORDS, CHUNK):
+            union = _row_bits(
+                p_bits, i_row, word + lane // 32, start, q_end, first, rows, bit_rows, words, BLOCK, PARTS, CHUNK * 32
+            )
+            on = ((union >> (lane % 32).to(tl.uint32)) & 1).to(tl.int32)
+            p_place = p_entry + at + FACTOR * (tl.cumsum(on, 0) - on)
+            at += FACTOR * tl.sum(on)
             for j in tl.static_range(FACTOR):
-                key = block + (bit * BLOCK + j * TILE)
+                key = (word * 32 + lane) * BLOCK + j * TILE
                 entry = (key << 2) | (key + TILE - 1 > low).to(tl.int32)
-                tl.store(p_place + j, entry, mask=on & (key < limit))
-            p_place += FACTOR * on.to(tl.int32)
+                tl.store(p_place + j, entry, mask=(on != 0) & (key < limit))
 
 
 ROWS_COUNTED, ROWS_WRITTEN = 4, 2  # by a program
