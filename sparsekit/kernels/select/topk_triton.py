@@ -188,33 +188,49 @@ def _top_p_row(
         forced = forced | ((column == 0) & (column < length))
     if LAST:
         forced = forced | (column == length - 1)
+    # What is kept: keys above `low`, and those that equal it up to column `last`.
+    low = tl.full([], NOTHING, tl.int32)
+    last = tl.full([], BLOCK, tl.int32)
     if share >= 1.0:
-        keep = score > float("-inf")
+        key = (score > float("-inf")).to(tl.int32)
+        low += 1 - NOTHING
     else:
         bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)
         key = tl.where((score > 0.0) & (bits >= 0x800000), bits, 0)
-        unit = _units(key, tl.max(key))
-        required = tl.sum(unit.to(tl.int64)).to(tl.float64) * share
+        largest = tl.max(key)
+        unit = _units(key, largest)
+        total = tl.sum(unit.to(tl.int64))
+        required = total.to(tl.float64) * share
         start = tl.sum(tl.where(forced, unit, 0).to(tl.int64))
         key = tl.where(forced, 0, key)
-        unit = tl.where(forced, 0, unit)
-        top = tl.max(key)
-        keep = column < 0
-        if (start.to(tl.float64) < required) & (top > 0):
-            # The largest threshold whose masses reach what is required.
-            low = tl.min(tl.where(key > 0, key, top))
-            high = top
-            while low < high:
+        high = tl.max(key)
+        if (start.to(tl.float64) < required) & (high > 0):
+            # The largest threshold whose masses reach what is required, by halves, until what lies between the bounds
+            # is less than two of the smallest that could.
+            low = tl.min(tl.where(key > 0, key, high))
+            reached = total
+            above = start  # what keys above `high` reach
+            while (low < high) & (reached - above >= 2 * _units(low, largest).to(tl.int64)):
                 middle = _upper_middle(low, high)
-                reached = start + tl.sum(tl.where(key >= middle, unit, 0).to(tl.int64))
-                enough = reached.to(tl.float64) >= required
+                found = start + tl.sum(tl.where(key >= middle, unit, 0).to(tl.int64))
+                enough = found.to(tl.float64) >= required
                 low = tl.where(enough, middle, low)
+                reached = tl.where(enough, found, reached)
                 high = tl.where(enough, high, middle - 1)
-            above = start + tl.sum(tl.where(key > low, unit, 0).to(tl.int64))
-            tie = (key == low).to(tl.int32)
-            one = tl.max(tl.where(key == low, unit, 0)).to(tl.int64)
-            before = above + (tl.cumsum(tie, 0) - tie).to(tl.int64) * one
-            keep = (key > low) | ((tie != 0) & (before.to(tl.float64) < required))
+                above = tl.where(enough, above, found)
+            low = tl.max(tl.where(key <= high, key, 0))
+            one = _units(low, largest).to(tl.int64)
+            if reached - above > one:  # equal keys, of which `some` are enough
+                some = tl.cast(1, tl.int32)
+                most = ((reached - above) // one).to(tl.int32)
+                while some < most:
+                    middle = (some + most) // 2
+                    enough = (above + middle * one).to(tl.float64) >= required
+                    some = tl.where(enough, some, middle + 1)
+                    most = tl.where(enough, middle, most)
+                tie = (key == low).to(tl.int32)
+                last = tl.max(tl.where((tie != 0) & (tl.cumsum(tie, 0) <= some), column, 0))
+    keep = key > low - (column <= last).to(tl.int32)
     _store_words(p_bits, keep, length, words, BLOCK, ALL, FIRST, LAST)
 
 
