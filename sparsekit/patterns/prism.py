@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 
+from sparsekit.call.caches import per_geometry
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.select import pooled_scores, top_p_bits
 from sparsekit.patterns.blocks import BlockPattern, Blocks
+from sparsekit.plan import upload
 
 __all__ = ["Prism"]
 
 TINY = 1e-12  # a band without energy says nothing: its logits are 0
-GRAIN = 16  # dimensions that a matrix instruction takes at once
 
 
 class Prism(BlockPattern):
@@ -42,33 +42,42 @@ class Prism(BlockPattern):
         return 2  # one a band
 
     def score(self, blocks: Blocks, first: int, rows: int) -> Tensor:
-        """Logits (B, 2 H, rows, columns): of the low band for all heads, then of the high band."""
-        means_q, means_k = blocks.means
-        (q, share_q), (k, share_k) = self._bands(means_q), self._bands(means_k)
-        share_k = share_k.repeat_interleave(share_q.shape[1] // share_k.shape[1], 1)
+        """Logits (B, 2 H, rows, columns): of each head the low band, then the high one."""
+        q, k = blocks.means
+        low, high = self._frequencies(q.shape[-1])
+        share_q, share_k = (_shares(means, low, high) for means in (q, k))
+        share_k = share_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         factor = blocks.softmax.scale * (share_q * share_k).clamp(min=TINY).rsqrt()
-        q = (q * factor[..., None, None]).to(means_q.dtype)
-        scores = pooled_scores(q, k.to(means_k.dtype), blocks.grid, blocks.block_tokens, first, rows)
-        return blocks.softmax.capped(scores)
+        # Queries that are 0 outside their band: keys stay as they are, for both.
+        factor = factor[..., None] * _bands(q.shape[-1], low, high, q.device)  # (B, H, 2, D)
+        banded = (q[:, :, None] * factor[:, :, :, None]).flatten(1, 2).to(q.dtype)
+        return blocks.softmax.capped(pooled_scores(banded, k, blocks.grid, blocks.block_tokens, first, rows))
 
     def choose(self, scores: Tensor, lengths: Tensor) -> Tensor:
-        low, high = top_p_bits(scores, self.top_p, lengths=lengths.repeat(1, 2, 1), logits=True).chunk(2, 1)
+        bits = top_p_bits(scores, self.top_p, lengths=lengths.repeat(1, 2, 1), logits=True)  # of all heads alike
+        low, high = bits.unflatten(1, (-1, 2)).unbind(2)
         kept = low | high
         kept[..., 0] |= lengths > 0
         return kept
 
-    def _bands(self, means: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (B, heads, n, D) cut to each band, (B, 2 heads, n, d) in float32, filled up with zeros; and the band's
-        share of the energy of all blocks, (B, 2 heads)."""
-        dim = means.shape[-1]
+    def _frequencies(self, dim: int) -> tuple[int, int]:
+        """How many of the `dim / 2` frequencies the low band has, and the high one."""
         if dim % 2:
             raise SparsekitError(f"prism: head size {dim}: it must be even, as rotary embedding turns pairs.")
-        half = dim // 2
-        low, high = (max(round(share * half), 1) for share in (self.low_share, self.high_share))
-        width = -(-2 * max(low, high) // GRAIN) * GRAIN
-        pairs = means.float().unflatten(3, (2, half))
-        energy = pairs.square().sum((2, 3))  # (B, heads, half): of a frequency
-        total = energy.sum(-1).clamp(min=TINY)
-        bands = [(pairs[..., at:end].flatten(3), energy[..., at:end]) for at, end in ((half - low, half), (0, high))]
-        cut = torch.cat([pad(band, (0, width - band.shape[3])) for band, _ in bands], 1)
-        return cut, torch.cat([part.sum(-1) / total for _, part in bands], 1)
+        low, high = (max(round(share * (dim // 2)), 1) for share in (self.low_share, self.high_share))
+        return low, high
+
+
+def _shares(means: Tensor, low: int, high: int) -> Tensor:
+    """float32 (B, heads, 2): each band's share of the energy of all means (B, heads, n, D)."""
+    half = means.shape[-1] // 2
+    energy = means.float().unflatten(3, (2, half)).square().sum((2, 3))  # (B, heads, half): of a frequency
+    bands = torch.stack([energy[..., half - low :].sum(-1), energy[..., :high].sum(-1)], -1)
+    return bands / energy.sum(-1, keepdim=True).clamp(min=TINY)
+
+
+@per_geometry
+def _bands(dim: int, low: int, high: int, device: torch.device) -> Tensor:
+    """float32 (2, dim): 1 where a dimension is in the low band, and in the high one; uploaded once, without a wait."""
+    frequency = torch.arange(dim, device="cpu") % (dim // 2)
+    return upload(torch.stack([frequency >= dim // 2 - low, frequency < high]).float(), device)
