@@ -120,7 +120,7 @@ def tile_for(dtype: torch.dtype, dim: int) -> Tile:
     """What has room in 227 KB beside a block of 128 queries."""
     if dtype.itemsize == 4:  # three tf32 products hold each factor twice
         return Tile(64, _padded(dim), 4, 1) if dim <= 128 else Tile(64, 64, 8, 1)
-    return Tile(128, _padded(dim), 8, 2) if dim <= 128 else Tile(64, _padded(dim), 4, 2)
+    return Tile(64, _padded(dim), 4, 2)
 
 
 def query_block_lse_triton(
