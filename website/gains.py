@@ -32,12 +32,14 @@ CONFIGS = {
 }
 DYNAMIC = ("vertical_slash", "flexprefill", "xattention", "block_topk", "s2o")
 RULER = "ruler-qwen2.5-coder-1.5b"
-RULER_DYNAMIC = "ruler-dynamic-qwen2.5-coder-1.5b"
+RULER_DYNAMIC = ("ruler-dynamic-qwen2.5-coder-1.5b", "ruler-dynamic-long-qwen2.5-coder-1.5b")
+LENGTHS = (4096, 8192, 16384, 32768)
 # (below layer 21, from it on, heads of the lowest Grad(Middle)): what the sweep calls it.
+DENSE = ("dense", "dense", "none")
 MIXED = ("dense", "triangle", "none")
 EVERYWHERE = ("triangle", "triangle", "none")
 STATIC = {
-    ("dense", "dense", "none"): "dense",
+    DENSE: "dense",
     MIXED: "TriangleMix, layers 21-27",
     ("dense", "dense", "50%"): "triangle in 50% of the heads",
     ("dense", "dense", "65%"): "triangle in 65% of the heads",
@@ -199,16 +201,22 @@ def _named(value: Any) -> str:
     return str(value["name"] if isinstance(value, dict) else value)
 
 
-def _ruler(tokens: int, *files: str) -> dict[tuple[str, str, str], dict[str, Row]]:
-    """(below, above, by head) to its row of each task that all configs of the files have at that length."""
-    of: dict[tuple[str, str, str], dict[str, Row]] = {}
+Mixture = tuple[str, str, str]  # below layer 21, from it on, by head
+Prompts = tuple[str, int]  # task and seed
+
+
+def _ruler(tokens: int, *files: str, only: Sequence[Mixture] = ()) -> dict[Mixture, dict[Prompts, Row]]:
+    """Each mixture's rows of the tasks and seeds that all of them, or all of `only`, have at that length."""
+    of: dict[Mixture, dict[Prompts, Row]] = {}
     for row in (row for file in files for row in rows(file) if row["tokens"] == tokens):
         axes = row["axes"] or dict.fromkeys(("below", "above"), "dense") | {"by_head": "none"}
-        tasks = of.setdefault((_named(axes["below"]), _named(axes["above"]), axes["by_head"]), {})
-        if tasks.setdefault(row["task"], row) is not row:
-            raise ValueError(f"two rows of {row['label']}, {row['task']}, {tokens} tokens: one seed, one setting")
-    shared = set.intersection(*(set(tasks) for tasks in of.values()))
-    return {key: {task: row for task, row in sorted(tasks.items()) if task in shared} for key, tasks in of.items()}
+        key = _named(axes["below"]), _named(axes["above"]), axes["by_head"]
+        if only and key not in only:
+            continue
+        if of.setdefault(key, {}).setdefault((row["task"], row["seed"]), row) is not row:
+            raise ValueError(f"two rows of {row['label']}, {row['task']}, {tokens} tokens, seed {row['seed']}")
+    shared = set.intersection(*(set(found) for found in of.values()))
+    return {key: {at: row for at, row in sorted(found.items()) if at in shared} for key, found in of.items()}
 
 
 def _average(of: Mapping[Any, Row]) -> float:
@@ -218,57 +226,76 @@ def _average(of: Mapping[Any, Row]) -> float:
 def _less_dense(of: Mapping[Any, Row], dense: Mapping[Any, Row]) -> str:
     changes = [a - b for task, row in of.items() for a, b in zip(row["scores"], dense[task]["scores"], strict=True)]
     change, width = mean_interval(changes)
-    return f"{100 * change:+.1f} ± {100 * width:.1f}"
+    return f"{round(100 * change, 1) + 0.0:+.1f} ± {100 * width:.1f}"  # + 0.0: no -0.0
 
 
 def ruler() -> str:
     """RULER's tasks on Qwen2.5-Coder-1.5B: averages over the tasks, and the difference from dense, prompt by prompt."""
     lines = []
-    for tokens in (4096, 8192, 16384, 32768):
+    for tokens in LENGTHS:
         of = _ruler(tokens, RULER)
-        dense = of["dense", "dense", "none"]
+        dense = of[DENSE]
         for key, name in STATIC.items():
             lines.append([
-                f"{tokens:,}", str(len(dense)), name, f"{_average(of[key]):.1f}",
+                f"{tokens:,}", str(len({task for task, _ in dense})), name, f"{_average(of[key]):.1f}",
                 "" if name == "dense" else _less_dense(of[key], dense),
                 f"{mean(row['kl'] for row in of[key].values()):.4f}",
             ])  # fmt: skip
     return _table(["tokens", "tasks", "config", "average", "less dense", "KL"], lines)
 
 
+def ruler_seeds() -> str:
+    """Dense attention and TriangleMix alone, over all seeds."""
+    lines = []
+    for tokens in LENGTHS:
+        of = _ruler(tokens, RULER, only=(DENSE, MIXED))
+        prompts = sum(len(row["scores"]) for row in of[DENSE].values())
+        lines.append([
+            f"{tokens:,}", str(len({task for task, _ in of[DENSE]})), str(prompts), f"{_average(of[DENSE]):.1f}",
+            f"{_average(of[MIXED]):.1f}", _less_dense(of[MIXED], of[DENSE]),
+        ])  # fmt: skip
+    return _table(["tokens", "tasks", "prompts", "dense", "TriangleMix", "less dense"], lines)
+
+
 def ruler_dynamic() -> str:
-    """The same at 8K of each dynamic pattern: in all layers, and below layer 21 under TriangleMix."""
-    of = _ruler(8192, RULER, RULER_DYNAMIC)
-    dense = of["dense", "dense", "none"]
-    lines = [["dense", f"{_average(dense):.1f}", "", "", "1.00", f"{_average(of[MIXED]):.1f}",
-              _less_dense(of[MIXED], dense), *_costs(of[MIXED])]]  # fmt: skip
-    names = sorted({below for below, above, _ in of if above not in ("dense", below)} - {"dense"})
-    for name in sorted(names, key=lambda name: -_average(of[name, name, "none"])):
-        cells = [name]
-        for above in (name, "triangle"):
-            found = of[name, above, "none"]
-            cells += [f"{_average(found):.1f}", _less_dense(found, dense), *_costs(found)]
-        lines.append(cells)
-    return _table(
-        ["pattern", "in all layers", *(costs := ("less dense", "KL", "density")), "TriangleMix over it", *costs], lines
-    )
+    """The same of each dynamic pattern: in all layers, and below layer 21 under TriangleMix."""
+    lines = []
+    for tokens in LENGTHS:
+        of = _ruler(tokens, RULER, *RULER_DYNAMIC)
+        dense = of[DENSE]
+        lines.append([f"{tokens:,}", "dense", f"{_average(dense):.1f}", "", "", "1.00", f"{_average(of[MIXED]):.1f}",
+                      _less_dense(of[MIXED], dense), *_costs(of[MIXED])])  # fmt: skip
+        for name in sorted(_dynamic(of), key=lambda name: -_average(of[name, name, "none"])):
+            cells = [f"{tokens:,}", name]
+            for above in (name, "triangle"):
+                found = of[name, above, "none"]
+                cells += [f"{_average(found):.1f}", _less_dense(found, dense), *_costs(found)]
+            lines.append(cells)
+    costs = ("less dense", "KL", "density")
+    return _table(["tokens", "pattern", "in all layers", *costs, "TriangleMix over it", *costs], lines)
 
 
-def _costs(of: Mapping[str, Row]) -> tuple[str, str]:
+def _dynamic(of: Mapping[Mixture, Any]) -> list[str]:
+    """Patterns that stand below the triangle."""
+    return sorted({below for below, above, _ in of if above not in ("dense", below)} - {"dense"})
+
+
+def _costs(of: Mapping[Prompts, Row]) -> tuple[str, str]:
     return f"{mean(row['kl'] for row in of.values()):.4f}", f"{mean(row['density'] for row in of.values()):.2f}"
 
 
 def start_patterns() -> str:
-    """Qwen2.5-Coder-1.5B at 8K: every pattern in the last layers, KL and score."""
-    of: dict[str, dict[int, Row]] = {}
+    """Qwen2.5-Coder-1.5B: every pattern in the last layers, KL and score."""
+    of: dict[tuple[int, str], dict[int, Row]] = {}
     for row in rows("start-layer-qwen2.5-coder-1.5b"):
-        of.setdefault(row["pattern"].split("(")[0], {})[row["start"]] = row
+        of.setdefault((row["prompts"]["tokens"], row["pattern"].split("(")[0]), {})[row["start"]] = row
     firsts = sorted({start for found in of.values() for start in found}, reverse=True)
     lines = [
-        [name, *(f"{found[at]['kl']:.4f}, {found[at]['score'][0]:.2f}" if at in found else "" for at in firsts)]
-        for name, found in of.items()
-    ]
-    return _table(["pattern", *(f"from {start}" for start in firsts)], lines)
+        [f"{tokens:,}", name,
+         *(f"{found[at]['kl']:.4f}, {found[at]['score'][0]:.2f}" if at in found else "" for at in firsts)]
+        for (tokens, name), found in of.items()
+    ]  # fmt: skip
+    return _table(["tokens", "pattern", *(f"from {start}" for start in firsts)], lines)
 
 
 def starts() -> str:
@@ -311,11 +338,12 @@ def published() -> str:
     whole = {row["config"]: row["ms"] for row in rows("prefill-h200") if row["tokens"] == 131072 and _beside(row)}
     further = [1 - whole[f"configs/llama-3.1-8b/trianglemix-{name}.yaml"] / whole[f"docs/results/alone-{name}.yaml"]
                for name in DYNAMIC]  # fmt: skip
-    lengths = [_ruler(tokens, RULER) for tokens in (4096, 8192, 16384, 32768)]
-    tasks = set.intersection(*(set(of[MIXED]) for of in lengths))
+    lengths = [_ruler(tokens, RULER) for tokens in LENGTHS]
+    asked = set.intersection(*(set(of[MIXED]) for of in lengths))
+    tasks = {task for task, _ in asked}
     score = {
-        key: {(at, task): of[key][task] for at, of in enumerate(lengths) for task in tasks}
-        for key in (("dense", "dense", "none"), MIXED, EVERYWHERE)
+        key: {(at, *prompts): of[key][prompts] for at, of in enumerate(lengths) for prompts in sorted(asked)}
+        for key in (DENSE, MIXED, EVERYWHERE)
     }
     dense, mixed, everywhere = score.values()
     return _table(
@@ -353,9 +381,8 @@ def published() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "ruler-dynamic": ruler_dynamic,
-    "starts": starts, "start-patterns": start_patterns,
-    "published": published,
+    "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "ruler-seeds": ruler_seeds,
+    "ruler-dynamic": ruler_dynamic, "starts": starts, "start-patterns": start_patterns, "published": published,
 }  # fmt: skip
 
 
