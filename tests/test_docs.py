@@ -317,6 +317,7 @@ def test_the_tables_of_gains_are_those_of_the_records(monkeypatch: pytest.Monkey
     wrong = page.replace("| 53% |", "| 54% |")
     assert wrong != page == gains.with_tables(wrong)
     gains.draw(tmp_path / "gains.png")
+    gains.draw_findings(tmp_path / "findings.png")
 
 
 def test_what_gains_says_of_ruler_beside_its_tables_is_in_the_records(monkeypatch: pytest.MonkeyPatch) -> None:

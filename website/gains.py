@@ -1,6 +1,6 @@
-"""The tables and the picture of docs/gains.md, from the records in docs/results.
+"""The tables and the pictures of docs/gains.md, from the records in docs/results.
 
-`python website/gains.py` writes both. A test holds the page against the tables.
+`python website/gains.py` writes them. A test holds the page against the tables.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sparsekit.lab.stats import mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PICTURE = DOCS / "images" / "gains.png"
+FINDINGS = DOCS / "images" / "findings.png"
 CURVE = "head-curve-qwen2.5-coder-1.5b"
 Row = Mapping[str, Any]
 
@@ -399,7 +400,7 @@ def with_tables(page: str) -> str:
     return page
 
 
-# ---- the picture
+# ---- the pictures
 
 
 def draw(path: Path) -> None:
@@ -439,6 +440,63 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_findings(path: Path) -> None:
+    """The paper's three findings on Qwen2.5-Coder-1.5B: Grad(Middle), the start layer, one layer at a time."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    ink, many = "#1f2933", "start-layer-qwen2.5-coder-1.5b"
+    probe, alone = (
+        json.loads((DOCS / "results" / f"{name}-qwen2.5-coder-1.5b.json").read_text()) for name in ("probe", "layers")
+    )
+    figure = Figure(figsize=(11, 7), facecolor="white", layout="constrained")
+    (heads, single), (kls, scores) = figure.subplots(2, 2)
+    grid = [[head["middle"] for head in layer["heads"]] for layer in probe["layers"]]
+    most = max(map(max, grid))
+    shares = [[max(row[head] / most, 1e-4) for row in grid] for head in range(len(grid[0]))]
+    shown = heads.imshow(shares, norm=LogNorm(1e-4, 1), cmap="viridis", aspect="auto", interpolation="nearest")
+    figure.colorbar(shown, ax=heads, label="share of the largest")
+    heads.set_title("Grad(Middle) by layer and head, prompts of 2K", fontsize=11, color=ink)
+    heads.set_ylabel("head")
+    for row in alone["rows"]:
+        single.plot(row["gradient"], row["kl"], "o", color="#2a78b8", markersize=5)
+        if row["layer"] in (0, 1, 2, 12, 15, 20, 26):
+            single.annotate(
+                str(row["layer"]), (row["gradient"], row["kl"]), (4, 3), textcoords="offset points", fontsize=8
+            )
+    value, low, high = alone["correlation"]
+    single.set_title(
+        f"triangle in one layer alone, 8K\nrank correlation {value:.2f} ({low:.2f} to {high:.2f})",
+        fontsize=11,
+        color=ink,
+    )
+    single.set_xscale("log")
+    single.set_xlabel("Grad(Middle), share of the largest layer's")
+    single.set_ylabel("KL from dense")
+    of: dict[str, list[Row]] = {}
+    for row in rows(many):
+        of.setdefault(row["pattern"].split("(")[0], []).append(row)
+    for (name, found), marker in zip(of.items(), "osv^D<>Px", strict=True):
+        found = sorted(found, key=lambda row: row["start"])
+        at = [row["start"] for row in found]
+        kls.plot(at, [row["kl"] for row in found], marker=marker, markersize=4, linewidth=1.3, label=name)
+        score, lowest, highest = zip(*(row["score"] for row in found), strict=True)
+        widths = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((score, lowest), (highest, score))]
+        scores.errorbar(at, score, widths, marker=marker, markersize=4, linewidth=1.3, elinewidth=0.6)
+    kls.legend(frameon=False, fontsize=8, ncols=2)
+    kls.set_title("KL from dense, four keys, 8K", fontsize=11, color=ink)
+    scores.set_title("Answers that are right, of dense attention's 1.00", fontsize=11, color=ink)
+    scores.set_ylim(0, 1.05)
+    for axes in (kls, scores, heads):
+        axes.set_xlabel("layer" if axes is heads else "first layer that runs the pattern")
+    for axes in (kls, single):
+        axes.set_yscale("log")
+    for axes in (kls, single, scores):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
     (DOCS / "gains.md").write_text(with_tables((DOCS / "gains.md").read_text()))
     draw(PICTURE)
+    draw_findings(FINDINGS)
