@@ -347,6 +347,12 @@ def test_what_gains_says_of_ruler_beside_its_tables_is_in_the_records(monkeypatc
     assert f"with the settings of the sweep: {', '.join(losers[:-1])} and {losers[-1]}." in page
     assert all(abs(lost[at][name]) <= 3.55 for at in lost for name in near)
     assert 3.6 < max(moved) <= 3.7
+    for name, row in over.items():
+        config = DOCS.parent / "configs" / "qwen2.5-coder-1.5b" / f"trianglemix-{name}.yaml"
+        if config.exists():
+            here, dense = (f"{gains._average(found):.1f}" for found in (row, of[gains.DENSE]))
+            told = f"# RULER at 32K, eleven tasks: {here} with this config, {dense} with dense attention"
+            assert told in config.read_text()
     later = [share for at in gains.LENGTHS[1:] for share in off[at].values()]
     assert f"From 8K on it takes {min(later):.0%} to {max(later):.0%} off its pairs;" in page
     assert f"at 4K up to {max(off[4096].values()):.0%}, and none of `prism`'s." in page and off[4096]["prism"] <= 0
