@@ -16,12 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import TRIANGLE, by_reference
 from tiny import close as _close
 from tiny import ids as _ids
 from tiny import logits as _logits
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+    cache_utils,
+)
+from transformers.cache_utils import QuantizedLayer
 
 import sparsekit
 from sparsekit import SparsekitError
@@ -328,6 +338,39 @@ def test_static_cache(model: PreTrainedModel, size: int) -> None:
         cache = StaticCache(config=model.config, max_cache_len=300)
         _close(_in_chunks(model, _ids(), size, cache), _logits(model, _ids()))
         assert _ran(handle) == ["dense", "sparse", "sparse", "sparse"]
+
+
+class _EightBits(QuantizedLayer):
+    """A cache of whole numbers to 127, a scale a tensor; what came last stays as it is until there are 30 of it."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        scale = tensor.abs().amax() / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, qtensor: tuple[Tensor, Tensor]) -> Tensor:
+        return qtensor[0].to(self.dtype) * qtensor[1]
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "FP8"])
+@pytest.mark.parametrize("size", [20, 70])
+def test_quantised_caches(model: PreTrainedModel, kind: str, size: int) -> None:
+    """Chunks read what such a cache gives back: all pairs of it as the untouched model does, or those of a pattern."""
+    fp8 = getattr(cache_utils, "Fp8QuantizedLayer", None)
+    if kind == "FP8" and fp8 is None:
+        pytest.skip(f"transformers {transformers.__version__} has no cache in FP8")
+
+    def run() -> Tensor:
+        layers = [fp8() if kind == "FP8" and fp8 else _EightBits(residual_length=30) for _ in range(4)]
+        return _in_chunks(model, _ids(), size, Cache(layers=layers))
+
+    own = run()
+    exact = _logits(model, _ids())
+    assert float((own - exact).abs().max()) > 1e-3  # it rounds
+    for rule, same in (({**TRIANGLE, "window_tokens": TOKENS}, True), (TRIANGLE, False)):
+        with sparsekit.apply(model, {"layers": {"1-3": rule}}) as handle, handle.prompt(tokens=TOKENS):
+            got = run()
+            assert _ran(handle) == ["dense", "sparse", "sparse", "sparse"]
+        assert (float((got - own).abs().max()) < 1e-4) == same
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
