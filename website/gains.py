@@ -206,12 +206,17 @@ Mixture = tuple[str, str, str]  # below layer 21, from it on, by head
 Prompts = tuple[str, int]  # task and seed
 
 
+def mixture_of(row: Row) -> Mixture:
+    """Of a record of the sweep."""
+    axes = row["axes"] or dict.fromkeys(("below", "above"), "dense") | {"by_head": "none"}
+    return _named(axes["below"]), _named(axes["above"]), axes["by_head"]
+
+
 def _ruler(tokens: int, *files: str, only: Sequence[Mixture] = ()) -> dict[Mixture, dict[Prompts, Row]]:
     """Each mixture's rows of the tasks and seeds that all of them, or all of `only`, have at that length."""
     of: dict[Mixture, dict[Prompts, Row]] = {}
     for row in (row for file in files for row in rows(file) if row["tokens"] == tokens):
-        axes = row["axes"] or dict.fromkeys(("below", "above"), "dense") | {"by_head": "none"}
-        key = _named(axes["below"]), _named(axes["above"]), axes["by_head"]
+        key = mixture_of(row)
         if only and key not in only:
             continue
         if of.setdefault(key, {}).setdefault((row["task"], row["seed"]), row) is not row:

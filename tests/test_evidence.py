@@ -1,0 +1,105 @@
+"""The records of a real model are measured by one command, which goes on where it was, and collected by another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from sparsekit.cli import app
+from sparsekit.lab.sweep import load_question
+from sparsekit.patterns import parse_pattern
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "website")
+    import evidence
+
+    return evidence
+
+
+def test_every_command_is_one_of_ours(evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model that there is not: that is all they say."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(ROOT / "docs" / "results" / f"probe-{evidence.MODEL}.json", "probe.json")
+    other = {evidence.MODEL: "no-such-model", "cuda": "cpu"}
+    todo = [job for round_ in evidence.jobs() for job in round_]
+    assert len({job.name for job in todo}) == len(todo)
+    for job in todo:
+        said = CliRunner().invoke(app, [other.get(word, word) for word in job.command])
+        assert said.exit_code == 1 and "no-such-model" in said.output, (str(job), said.output)
+    said = CliRunner().invoke(app, [*evidence.sweep(["cuda:0", "cuda:1"], 2, [0]).command, "--dry-run"])
+    assert said.exit_code == 0 and "924 runs of 8 prompts" in said.output
+
+
+def test_the_patterns_are_the_sweeps(evidence: Any) -> None:
+    values = load_question(evidence.SWEEP).axes["below"]["values"][1:]
+    told = [parse_pattern(yaml.safe_load(text)) for text in evidence.patterns().values()]
+    assert told == [parse_pattern(value) for value in values]
+
+
+def test_it_goes_on_where_it_was(
+    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def fake(command: list[str], cwd: Path, **streams: Any) -> Any:
+        ran.append(command[3:])
+        if command[3] != "break":
+            (cwd / f"{command[3]}.json").write_text("{}")
+        return subprocess.CompletedProcess(command, command[3] == "break")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    todo = [evidence.Job(f"{name}.json", (name, "--device", "cuda")) for name in ("one", "break", "two")]
+    assert evidence.run(tmp_path, todo, ["cuda:3"]) == ["break"]
+    assert ran == [[name, "--device", "cuda:3"] for name in ("one", "break", "two")]
+    assert "break: failed, see break.log" in capsys.readouterr().out
+    assert evidence.run(tmp_path, todo, ["cuda:3"]) == ["break"]
+    assert len(ran) == 4  # what has its file is not run again
+
+
+def test_what_is_finished_is_collected(evidence: Any, tmp_path: Path) -> None:
+    """New rows beside old ones, and in place of those of the same work; failed ones are left out."""
+    results, folder = tmp_path / "results", tmp_path / "folder"
+    results.mkdir()
+    folder.mkdir()
+    names = (evidence.gains.RULER, *evidence.gains.RULER_DYNAMIC, f"start-layer-{evidence.MODEL}")
+    before = {}
+    for name in names:
+        path = ROOT / "docs" / "results" / f"{name}.jsonl"
+        before[name] = path.read_bytes()
+        (results / path.name).write_bytes(before[name])
+    evidence.collect(folder, results)
+    assert {name: (results / f"{name}.jsonl").read_bytes() for name in names} == before  # already in its order
+
+    static, long = (json.loads(before[name].splitlines()[0]) for name in (names[0], names[2]))
+    rows = [
+        {**static, "score": 0.125, "ttft_s": 1.0}, {**long, "seed": 7}, {**static, "seed": 8, "status": "failed"},
+    ]  # fmt: skip
+    (folder / "ruler.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = json.loads(before[names[3]].splitlines()[0])
+    kept = ("pattern", "start", "kl", "kl_half_width", "score", "dense_score", "same", "tile_density", "samples")
+    said = {key: value for key, value in curve.items() if key not in (*kept, "command")}
+    said |= {"prompts": {**said["prompts"], "tokens": 16384}, "rows": [{key: curve[key] for key in kept}]}
+    (folder / "curve-16384-triangle.json").write_text(json.dumps(said))
+    evidence.collect(folder, results)
+    after = {
+        name: [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()] for name in names
+    }
+    assert after[names[0]][0] == {**static, "score": 0.125}
+    assert len(after[names[0]]) == len(before[names[0]].splitlines())
+    assert [row["seed"] for row in after[names[2]]].count(7) == 1
+    assert after[names[1]] == [json.loads(line) for line in before[names[1]].splitlines()]
+    new = after[names[3]][-1]
+    assert new["prompts"]["tokens"] == 16384
+    assert "--tokens 16384" in new["command"]
+    assert {**new, "prompts": curve["prompts"], "command": curve["command"]} == curve

@@ -1,0 +1,195 @@
+"""Measures what docs/gains.md says of Qwen2.5-Coder-1.5B anew: the three findings, the sinks and RULER.
+
+    make evidence
+    python website/evidence.py FOLDER --device cuda:0,cuda:1 --workers 6
+    python website/evidence.py FOLDER --collect
+    python website/gains.py
+
+Each job is a `sparsekit` command that runs in FOLDER, where its records and its log are; `--list` prints them.
+Killed at any point, the same call goes on. `--collect` puts what is finished into docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import gains
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "qwen2.5-coder-1.5b"
+SWEEP = ROOT / "configs" / MODEL / "sweeps" / "ruler.yaml"
+STARTS, LENGTHS, SAMPLES = "0,7,14,18,21,25", (8192, 16384), 96
+# Of a sweep's records: what does not depend on who else was on the GPU.
+KEPT = (
+    "key", "label", "axes", "config_key", "model", "task", "tokens", "seed", "samples", "status", "metric", "score",
+    "score_low", "score_high", "kl", "kl_width", "same_text", "density", "tile_density", "layer_density", "scores",
+    "depths", "config", "device", "dtype", "versions", "time",
+)  # fmt: skip
+
+
+class Job(NamedTuple):
+    """A command and the file that is there when it is done."""
+
+    result: str
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return Path(self.result).stem
+
+    def __str__(self) -> str:
+        return shlex.join(("sparsekit", *self.command))
+
+
+def patterns() -> dict[str, str]:
+    """Name -> pattern as in YAML, on one line: those of the sweep."""
+    [_, *values] = yaml.safe_load(SWEEP.read_text())["axes"]["below"]["values"]
+    texts = [
+        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).split("\n")[0] for value in values
+    ]
+    return {
+        value["name"] if isinstance(value, dict) else value: text for value, text in zip(values, texts, strict=True)
+    }
+
+
+def jobs() -> list[list[Job]]:
+    """In two rounds: the second reads what the first made."""
+    of_all = ("--device", "cuda", "--dtype", "bfloat16")
+    probe = Job("probe.json", (
+        "calibrate", "probe", MODEL, "--samples", "8", "--tokens", "2048", "--seeds", "10,11", "--corpus", "pydoc",
+        "--tasks", "needle4,vt,cwe,fwe,kv_retrieval,perplexity", *of_all, "-o", "probe.json",
+    ))  # fmt: skip
+    sinks = Job(
+        "inspect.json", ("inspect", MODEL, "--tokens", "32768", "--samples", "4", *of_all, "-o", "inspect.json")
+    )
+    curves = [
+        _recorded(f"curve-{tokens}-{name}", of_all, "calibrate", "curve", MODEL, "--patterns", text, "--starts", STARTS,
+                  "--tokens", str(tokens))
+        for tokens in LENGTHS for name, text in patterns().items()
+    ]  # fmt: skip
+    layers = _recorded("layers", of_all, "calibrate", "layers", MODEL, "--probe", "probe.json", "--tokens", "8192")
+    return [[probe], [sinks, *curves, layers]]
+
+
+def _recorded(name: str, of_all: Sequence[str], *command: str) -> Job:
+    kept = ("--samples", str(SAMPLES), *of_all, "--records", f"{name}.records.jsonl", "-o", f"{name}.json")
+    return Job(f"{name}.json", (*command, *kept))
+
+
+def sweep(devices: Sequence[str], workers: int, seeds: Sequence[int]) -> Job:
+    """Never done: it finds out itself what is missing."""
+    at = ",".join(device for device in devices for _ in range(workers))
+    where = f"seed in {list(seeds)}"
+    told = ("--executor", "processes", "--device", at, "--where", where, "-o", "ruler.jsonl")
+    return Job("ruler", ("sweep", str(SWEEP), *told))
+
+
+def run(folder: Path, todo: Iterable[Job], devices: Sequence[str]) -> list[str]:
+    """Each job on the next free of the devices, one of which may stand there several times -> names that failed."""
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def do(job: Job) -> str | None:
+        if (folder / job.result).exists():
+            return None
+        device = free.get()
+        command = [device if word == "cuda" else word for word in job.command]
+        with (folder / f"{job.name}.log").open("a") as log:
+            code = subprocess.run(
+                [sys.executable, "-m", "sparsekit", *command], cwd=folder, stdout=log, stderr=log
+            ).returncode
+        free.put(device)
+        print(f"{job.name}: {'done' if not code else f'failed, see {job.name}.log'}", flush=True)
+        return job.name if code else None
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return [name for name in pool.map(do, todo) if name is not None]
+
+
+# ---- into docs/results
+
+
+def collect(folder: Path, results: Path) -> None:
+    """What the jobs measured, beside the rows that are in `results` and were not measured anew."""
+    for found, name in (("probe", "probe"), ("inspect", "inspect"), ("layers", "layers")):
+        if (folder / f"{found}.json").exists():
+            shutil.copyfile(folder / f"{found}.json", results / f"{name}-{MODEL}.json")
+    made = {job.name: job for round_ in jobs() for job in round_}
+    rows = [row for path in sorted(folder.glob("curve-*.json")) for row in _curve(path, str(made[path.stem]))]
+    _merge(results / f"start-layer-{MODEL}.jsonl", rows, _of_curve)
+    ruler: dict[str, list[dict[str, Any]]] = {gains.RULER: [], **{name: [] for name in gains.RULER_DYNAMIC}}
+    for row in _read(folder / "ruler.jsonl"):
+        if row["status"] == "ok":
+            ruler[_file_of(row)].append({key: row[key] for key in KEPT if key in row})
+    for name, measured in ruler.items():
+        _merge(results / f"{name}.jsonl", measured, _of_ruler)
+
+
+def _curve(path: Path, command: str) -> Iterator[dict[str, Any]]:
+    said = json.loads(path.read_text())
+    for row in said.pop("rows"):
+        yield {**said, **row, "command": command}
+
+
+def _of_curve(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    name = row["pattern"].split("(")[0]
+    return row["prompts"]["tokens"], [*patterns()].index(name), -row["start"]
+
+
+def _of_ruler(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["tokens"], row["seed"], *gains.mixture_of(row), row["task"]
+
+
+def _file_of(row: Mapping[str, Any]) -> str:
+    below, *_ = gains.mixture_of(row)
+    if below in ("dense", "triangle", "a_shape"):
+        return gains.RULER
+    return gains.RULER_DYNAMIC[row["tokens"] > 8192]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _merge(path: Path, measured: Sequence[dict[str, Any]], identity: Any) -> None:
+    rows = {identity(row): row for row in (*_read(path), *measured)}
+    path.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cuda:0", help="the GPUs, comma-separated; default cuda:0")
+    parser.add_argument("--workers", type=int, default=6, help="jobs at once on each GPU, of 18 GiB each; default 6")
+    parser.add_argument("--seeds", default="0", help="of RULER's prompts, comma-separated; default 0")
+    parser.add_argument("--list", action="store_true", help="print the commands, run none")
+    parser.add_argument("--collect", action="store_true", help="put what is finished into docs/results, run none")
+    given = parser.parse_args(arguments)
+    devices = given.device.split(",")
+    last = sweep(devices, given.workers, [int(seed) for seed in given.seeds.split(",")])
+    if given.list:
+        print(*(job for round_ in [*jobs(), [last]] for job in round_), sep="\n")
+        return 0
+    if given.collect:
+        collect(given.folder, ROOT / "docs" / "results")
+        return 0
+    given.folder.mkdir(parents=True, exist_ok=True)
+    failed = [name for round_ in jobs() for name in run(given.folder, round_, devices * given.workers)]
+    failed += run(given.folder, [last], ["all"])
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
