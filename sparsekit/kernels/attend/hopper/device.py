@@ -430,6 +430,55 @@ def _load_step(
 
 
 @gluon.jit
+def _load_queries(d_q, sample, head, row, slot, phase, qs, full, free):
+    """A tile's queries, in two halves, into place `slot` of `qs`."""
+    HALF: gl.constexpr = d_q.block_type.shape[2]
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), 2 * d_q.block_type.nbytes)
+    _tma_load(d_q, [sample, head, row, 0], full.index(slot), qs.index(slot * 2))
+    _tma_load(d_q, [sample, head, row + HALF, 0], full.index(slot), qs.index(slot * 2 + 1))
+
+
+@gluon.jit
+def _send_item(mail, slot, row, sample_head, start, count, kv_start, kind, e, e1):
+    """An item and its first two entries, to the consumers."""
+    _send(mail, slot * MAIL + ROW, row)
+    _send(mail, slot * MAIL + HEAD, sample_head)
+    _send(mail, slot * MAIL + START, start)
+    _send(mail, slot * MAIL + COUNT, count)
+    _send(mail, slot * MAIL + KV, kv_start)
+    _send(mail, slot * MAIL + KIND, kind)
+    _send(mail, slot * MAIL + STEP_0, e)
+    _send(mail, slot * MAIL + STEP_1, e1)
+
+
+@gluon.jit
+def _send_rule(mail, slot, p_rule):
+    _send(mail, slot * MAIL + SINK, gl.load(p_rule))
+    _send(mail, slot * MAIL + WINDOW, gl.load(p_rule + 1))
+    _send(mail, slot * MAIL + DENSE_FROM, gl.load(p_rule + 2))
+
+
+@gluon.jit
+def _receive_rule(mail, slot, query):
+    """(sinks, first key of the window) of each query; -1 where it sees all."""
+    sink = _receive(mail, slot * MAIL + SINK)
+    window = _receive(mail, slot * MAIL + WINDOW)
+    return sink, gl.where(query >= _receive(mail, slot * MAIL + DENSE_FROM), -1, query - window)
+
+
+@gluon.jit
+def _close(mail, slot, phase, full, free, p_counters):
+    """No further item. The last block leaves the counters ready for the next launch."""
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    _send(mail, slot * MAIL + COUNT, 0)
+    mbarrier.arrive(full.index(slot), count=1)
+    if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(p_counters, 0)
+        gl.store(p_counters + 1, 0)
+
+
+@gluon.jit
 def _produce(
     d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, qs, ks, vs, q_full, q_free, k_full, k_free,
     v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items, heads, group,
@@ -439,7 +488,6 @@ def _produce(
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
-    HALF: gl.constexpr = d_q.block_type.shape[2]
     BN: gl.constexpr = d_k.block_type.shape[2]
     NARROW_BYTES: gl.constexpr = d_k.block_type.nbytes // BN * NARROW_KEYS
     slot = 0
@@ -466,10 +514,7 @@ def _produce(
             p_pages = p_table
             if PAGE > 0:
                 p_pages = p_table + sample.to(gl.int64) * table_sample
-            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
-            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
-            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
-            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
+            _load_queries(d_q, sample, head, row, q_slot, q_phase, qs, q_full, q_free)
             q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
             if PARTS > 1:
                 e = _parts_flags(p_entries, start, 0, listed, kind, BN, PARTS)
@@ -478,19 +523,9 @@ def _produce(
                 e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
                 e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-            _send(mail, m_slot * MAIL + ROW, row)
-            _send(mail, m_slot * MAIL + HEAD, sample_head)
-            _send(mail, m_slot * MAIL + START, start)
-            _send(mail, m_slot * MAIL + COUNT, count)
-            _send(mail, m_slot * MAIL + KV, kv_start)
-            _send(mail, m_slot * MAIL + KIND, kind)
-            _send(mail, m_slot * MAIL + STEP_0, e)
-            _send(mail, m_slot * MAIL + STEP_1, e1)
+            _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
             if RULE:
-                p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
-                _send(mail, m_slot * MAIL + SINK, gl.load(p_my_rule))
-                _send(mail, m_slot * MAIL + WINDOW, gl.load(p_my_rule + 1))
-                _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
+                _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
             if SPLIT or HALVES:
                 _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
             if COLUMNS:
@@ -534,13 +569,7 @@ def _produce(
             kind = kind1
         else:
             t = items + t * 0  # items without steps are the last ones
-    mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-    _send(mail, m_slot * MAIL + COUNT, 0)
-    mbarrier.arrive(m_full.index(m_slot), count=1)
-    # The last block leaves the counters ready for the next launch.
-    if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(p_counters, 0)
-        gl.store(p_counters + 1, 0)
+    _close(mail, m_slot, m_phase, m_full, m_free, p_counters)
 
 
 @gluon.jit
@@ -622,6 +651,26 @@ def _hide(s, hidden):
 
 
 @gluon.jit
+def _with_sink(total, top, z):
+    """(sum of weights, factor of the output, maximum) of rows, in powers of 2, with a sink's logit z beside them."""
+    highest = gl.maximum(top, z)
+    shrink = gl.exp2(top - highest)
+    total = total * shrink + gl.exp2(z - highest)
+    return total, shrink / total, highest
+
+
+@gluon.jit
+def _store_part(p_part, p_part_lse, part, lane, lse2, result, LO: gl.constexpr):
+    """A piece of a row that is split: its output, and the logarithm of its weights to base 2."""
+    HALF: gl.constexpr = result.shape[0]
+    D: gl.constexpr = result.shape[1]
+    row = part.to(gl.int64) * (2 * HALF) + lane
+    gl.store(p_part_lse + row, lse2)
+    d = gl.arange(0, D, gl.SliceLayout(0, LO))
+    gl.store(p_part + gl.expand_dims(row * D, 1) + gl.expand_dims(d, 0), result)
+
+
+@gluon.jit
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
     p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
@@ -693,9 +742,7 @@ def _consume(
         sink = 0
         low = query
         if RULE:
-            sink = _receive(mail, m_slot * MAIL + SINK)
-            window = _receive(mail, m_slot * MAIL + WINDOW)
-            low = gl.where(query >= _receive(mail, m_slot * MAIL + DENSE_FROM), -1, query - window)
+            sink, low = _receive_rule(mail, m_slot, query)
         acc = gl.zeros([HALF, D], gl.float32, LO)
         q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
         mbarrier.wait(q_full.index(q_slot), q_phase)
@@ -810,11 +857,7 @@ def _consume(
             z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
             if SPLIT:  # partial results leave the sink to the merge
                 z = gl.where(part >= 0, float("-inf"), z)
-            highest = gl.maximum(top, z)
-            shrink = gl.exp2(top - highest)
-            total = total * shrink + gl.exp2(z - highest)
-            factor = shrink / total
-            top = highest
+            total, factor, top = _with_sink(total, top, z)
         if not OUT_IN_Q:
             tma.store_wait(0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -841,11 +884,8 @@ def _consume(
             staging = os.index(WHO)
         if SPLIT:
             if part >= 0:
-                o_row = part.to(gl.int64) * (2 * HALF) + lane_o  # type: ignore[attr-defined]
                 lse2 = gl.where(kept, top + gl.log2(total), float("-inf"))
-                gl.store(p_part_lse + o_row, lse2)
-                o_d = gl.arange(0, D, gl.SliceLayout(0, LO))
-                gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
+                _store_part(p_part, p_part_lse, part, lane_o, lse2, result, LO)
             else:
                 _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
         elif HALVES:

@@ -37,7 +37,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparsekit.kernels.attend.hopper.device import (
     COUNT,
-    DENSE_FROM,
     EMPTY,
     FLOOR,
     HEAD,
@@ -50,23 +49,28 @@ from sparsekit.kernels.attend.hopper.device import (
     NARROW,
     REINTERPRET,
     ROW,
-    SINK,
     SLOT,
     START,
     STEP_0,
     STEP_1,
-    WINDOW,
     _by_eight,
+    _close,
     _item,
+    _load_queries,
     _mask,
     _next,
     _receive,
+    _receive_rule,
     _rescale,
     _row_max,
     _send,
+    _send_item,
+    _send_rule,
     _step,
     _store,
+    _store_part,
     _tma_load,
+    _with_sink,
 )
 from sparsekit.kernels.primitives import _in_pages
 
@@ -182,7 +186,6 @@ def _produce(
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
-    HALF: gl.constexpr = d_q.block_type.shape[2]
     BN: gl.constexpr = d_k.block_type.shape[2]
     slot = 0
     phase = 0
@@ -201,28 +204,15 @@ def _produce(
             key_head = head // group
             # Query heads of a sample lie as its key heads do, `group` to each.
             p_my_scales = p_scales + (sample_head // group) * blocks * 2
-            mbarrier.wait(q_free.index(q_slot), q_phase ^ 1)
-            mbarrier.expect(q_full.index(q_slot), 2 * d_q.block_type.nbytes)
-            _tma_load(d_q, [sample, head, row, 0], q_full.index(q_slot), qs.index(q_slot * 2))
-            _tma_load(d_q, [sample, head, row + HALF, 0], q_full.index(q_slot), qs.index(q_slot * 2 + 1))
+            _load_queries(d_q, sample, head, row, q_slot, q_phase, qs, q_full, q_free)
             q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
             e = _step(p_entries, start, 0, count, kind, BN, 1, LISTED, 1)
             e1 = _step(p_entries, start, 1, count, kind, BN, 1, LISTED, 1)
             k_scale, v_log = _scales_of(p_my_scales, e)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-            _send(mail, m_slot * MAIL + ROW, row)
-            _send(mail, m_slot * MAIL + HEAD, sample_head)
-            _send(mail, m_slot * MAIL + START, start)
-            _send(mail, m_slot * MAIL + COUNT, count)
-            _send(mail, m_slot * MAIL + KV, kv_start)
-            _send(mail, m_slot * MAIL + KIND, kind)
-            _send(mail, m_slot * MAIL + STEP_0, e)
-            _send(mail, m_slot * MAIL + STEP_1, e1)
+            _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
             if RULE:
-                p_my_rule = p_rule + sample * rule_sample + head // heads_per_plan * rule_head
-                _send(mail, m_slot * MAIL + SINK, gl.load(p_my_rule))
-                _send(mail, m_slot * MAIL + WINDOW, gl.load(p_my_rule + 1))
-                _send(mail, m_slot * MAIL + DENSE_FROM, gl.load(p_my_rule + 2))
+                _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
             if SPLIT:
                 _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
             if SHIFT:
@@ -261,13 +251,7 @@ def _produce(
             kind = kind1
         else:
             t = items + t * 0  # items without steps are the last ones
-    mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-    _send(mail, m_slot * MAIL + COUNT, 0)
-    mbarrier.arrive(m_full.index(m_slot), count=1)
-    # The last block leaves the counters ready for the next launch.
-    if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(p_counters, 0)
-        gl.store(p_counters + 1, 0)
+    _close(mail, m_slot, m_phase, m_full, m_free, p_counters)
 
 
 @gluon.jit
@@ -428,9 +412,7 @@ def _consume(
         sink = 0
         low = query
         if RULE:
-            sink = _receive(mail, m_slot * MAIL + SINK)
-            window = _receive(mail, m_slot * MAIL + WINDOW)
-            low = gl.where(query >= _receive(mail, m_slot * MAIL + DENSE_FROM), -1, query - window)
+            sink, low = _receive_rule(mail, m_slot, query)
         acc = gl.zeros([HALF, D], gl.float32, LO)
         m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
         l = gl.sum(_by_eight(zero), 1)
@@ -542,11 +524,7 @@ def _consume(
             z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
             if SPLIT:  # partial results leave the sink to the merge
                 z = gl.where(part >= 0, float("-inf"), z)
-            highest = gl.maximum(top, z)
-            shrink = gl.exp2(top - highest)
-            total = total * shrink + gl.exp2(z - highest)
-            factor = shrink / total
-            top = highest
+            total, factor, top = _with_sink(total, top, z)
         tma.store_wait(0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(free.index(before), count=1)
@@ -561,10 +539,8 @@ def _consume(
         staging = _staging(kept, d_o)
         if SPLIT:
             if part >= 0:
-                o_row = part.to(gl.int64) * (2 * HALF) + lane_o  # type: ignore[attr-defined]
-                gl.store(p_part_lse + o_row, gl.where(seen, top + gl.log2(total), float("-inf")))
-                o_d = gl.arange(0, D, gl.SliceLayout(0, LO))
-                gl.store(p_part + gl.expand_dims(o_row * D, 1) + gl.expand_dims(o_d, 0), result)
+                lse2 = gl.where(seen, top + gl.log2(total), float("-inf"))
+                _store_part(p_part, p_part_lse, part, lane_o, lse2, result, LO)
             else:
                 _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
         else:
