@@ -167,6 +167,7 @@ def test_long_rows(columns: int) -> None:
         *((g, 64) for g in SHORT),
         *((g, 128) for g in SHORT if g.batch < 3),
         *((g, 16) for g in SHORT if g.batch == 2 or g.q_len < g.kv_len),
+        (Geometry.of(70, 16500), 16),  # 33 words of bits, of which 32 are read at once
     ],
     ids=lambda x: name_of(x) if isinstance(x, Geometry) else str(x),
 )
