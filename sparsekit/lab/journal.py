@@ -100,7 +100,8 @@ class Journal:
         `FILE.lock` stays: were it removed, one process could lock the old file and another a new one of its name.
         """
         lock = FileLock(f"{self.path}.lock", timeout=0)
-        with writable(self.path, self.what):
+        refused = lock.lock_file if os.path.exists(lock.lock_file) else self.path  # another user's may be there
+        with writable(refused, self.what):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()

@@ -101,11 +101,18 @@ def test_nothing_is_left_but_the_rows_of_a_block_that_did_not_end(tmp_path: Path
 def test_one_writer_at_a_time_however_often_it_was_held(tmp_path: Path) -> None:
     """The lock's file is never removed: who opened it before its holder let it go has the same one."""
     with journal(tmp_path / "x").held():
-        lock = (tmp_path / "x.lock").stat()
+        lock = (tmp_path / "x.lock").open()
         with pytest.raises(SparsekitError, match="being written by another process"), journal(tmp_path / "x").held():
             pass
-    with journal(tmp_path / "x").held():
-        assert os.path.samestat((tmp_path / "x.lock").stat(), lock)
+    with lock, journal(tmp_path / "x").held():  # open, lest a file in its place get its number
+        assert os.path.samestat((tmp_path / "x.lock").stat(), os.fstat(lock.fileno()))
+
+
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    """As one that another user left; the rows' own file may be fit to be written."""
+    (tmp_path / "x.lock").mkdir()
+    with pytest.raises(SparsekitError, match=r"rows '.*x\.lock' cannot be written: "), journal(tmp_path / "x").held():
+        pass
 
 
 def test_the_demo_reads_what_a_kill_left(tmp_path: Path) -> None:
