@@ -52,7 +52,7 @@ def put_on(
     facts = facts_of(model, text_config, modules)
     resolved = settle(config.resolve(facts), facts, lambda: machine_of(model))
     own, windows = resolved.own_layers(facts), resolved.window_layers(facts)
-    check_precision(resolved, modules, own, facts)
+    check_precision(resolved, modules, facts)
     name, original = name_for(model, text_config), original_of(text_config)
     applied = Applied(config, resolved, weakref.ref(text_config), bool(windows))
     for module in modules:

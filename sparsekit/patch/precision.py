@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,7 @@ def refused(layer: LayerPatterns, why: str) -> SparsekitError:
     )
 
 
-def check_precision(
-    resolved: ResolvedConfig, modules: Iterable[nn.Module], own: Container[int], facts: ModelFacts
-) -> None:
+def check_precision(resolved: ResolvedConfig, modules: Iterable[nn.Module], facts: ModelFacts) -> None:
     """Refuse what is known before a call: of the device, the head size, and the correction of rows.
 
     Raises:
@@ -38,7 +36,7 @@ def check_precision(
     for module in modules:
         layer: LayerPatterns = resolved.layers[module.layer_idx]  # type: ignore[index]
         device = next((weight.device for weight in module.parameters()), torch.device("meta"))
-        if layer.impl is None or layer.layer in own or device.type == "meta":  # weights that come with the call
+        if layer.impl is None or device.type == "meta":  # weights that come with the call
             continue
         size = key_size(module) or facts.head_dim
         try:
