@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -94,6 +95,22 @@ def test_batches_chunks_and_turns_are_as_before(
         sparse = sum(impl == "hopper_fp8" for impl in _impls(handle))
     assert sparse == (3 if rules is SPARSE else 4)
     assert len(ran) == 4 * sparse  # the whole and three chunks; one token is decoding
+    assert _tiles(ran) == {(128, 128)}
+
+
+def test_rows_are_as_wide_as_its_own(
+    model: PreTrainedModel, ran: list[BlockPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card the preferred form has the same tile, and one of narrow rows for columns and diagonals beside it."""
+    table: Any = sys.modules["sparsekit.kernels.choose"]
+    tiles = {"tile": lambda q, narrow: (64, 64) if narrow else (128, 128)}
+    rows = (row._replace(**tiles) if row.name == "torch" else row for row in table.TABLE)
+    monkeypatch.setattr(table, "TABLE", tuple(rows))
+    short = {"name": "vertical_slash", "dense_below_tokens": TOKENS + 1}  # dense there, which the FP8 form covers
+    with sparsekit.apply(model, {"layers": {"1": short, "3": short}, "precision": {"3": "fp8"}}) as handle:
+        logits(model, ids())
+        assert _impls(handle)[1::2] == ["torch", "hopper_fp8"]
+        assert handle._applied.layers[1].plan.block_q == 64
     assert _tiles(ran) == {(128, 128)}
 
 
