@@ -81,6 +81,21 @@ def test_what_keys_have_in_common_is_taken_off(geometry: Geometry, page: int) ->
     assert not found[rest.abs().sum(-1) == 0].any()
 
 
+def test_what_is_not_finite_is_taken_for_nothing_in_common() -> None:
+    """Where it is among the 32; and a sample without keys has nothing, whatever lies there."""
+    geometry = Geometry.of(300, batch=2, kv_end=(300, 0), block_q=128, block_kv=128)
+    k = torch.randn(2, 2, 300, 128, generator=torch.Generator().manual_seed(0)).half()
+    k[1] = 7
+    at = torch.arange(32) * 300 // 32
+    expected = k[0, :, at].float()
+    expected[:, 3, 5] = expected[:, 4, 5] = expected[:, 5, 6] = 0
+    k[0, :, at[3], 5], k[0, :, at[4], 5], k[0, :, at[5], 6] = torch.inf, -torch.inf, torch.nan
+    _, _, scales, shift = host._quantised(Keys(k, k), geometry, True)
+    torch.testing.assert_close(shift[0], expected.mean(1))
+    assert not shift[1].any()
+    assert bool(scales.isfinite().all())
+
+
 @triton.jit
 def _scaled(p_x, p_y, p_scale, D: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, 16)[:, None] * D + tl.arange(0, D)[None]
