@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_row import change_row, runs_here
+from fp8_row import change_row, half, runs_here
 from tiny import TOKENS, TRIANGLE, close, ids, logits
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import sparsekit
 from sparsekit import SparsekitError
-from sparsekit.kernels.attend.torch_blocks import attend_torch
 from sparsekit.models import tiny
 from sparsekit.plan import BlockPlan
 
@@ -133,11 +132,6 @@ def test_the_report_has_a_column_for_its_name(model: PreTrainedModel, ran: list[
 
 def test_a_layer_given_back_leaves_it(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check blames the layers whose rounding it is; here their output is half of what it should be."""
-
-    def half(*call: Any) -> Any:
-        out, lse = attend_torch(*call)
-        return out / 2, lse
-
     runs_here(monkeypatch, half)
     wide = {**TRIANGLE, "last_tokens": 150}
     config = {"layers": {"0-3": wide}, "dense_impl": "kernel", "budget": {"kl": 1e-3}}

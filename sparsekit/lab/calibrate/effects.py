@@ -105,13 +105,14 @@ class Judge:
         config = mixture if isinstance(mixture, SparseConfig) else _of_layers(mixture)
         config = config.model_copy(update={"dense_below_tokens": 0})
         resolved = settle(config.resolve(self.facts), self.facts, lambda: machine_of(self.model))
-        sparse = {p.layer: p for p in resolved.layers if not p.dense and p.layer not in resolved.own_layers(self.facts)}
-        for pattern in dict.fromkeys(pattern for layer in sparse.values() for pattern in layer.patterns):
+        own = resolved.own_layers(self.facts)
+        changed = {p.layer: p for p in resolved.layers if p.layer not in own and (not p.dense or p.impl is not None)}
+        for pattern in dict.fromkeys(pattern for layer in changed.values() for pattern in layer.patterns):
             self._check_length(pattern)
-        rows = [self._row(config, sparse, prompt) for prompt in self.prompts]
+        rows = [self._row(config, changed, prompt) for prompt in self.prompts]
         longest = max(prompt.tokens for prompt in self.prompts)
         at_longest = [row for row, prompt in zip(rows, self.prompts, strict=True) if prompt.tokens == longest]
-        tiles = {layer: mean(row["tile_density"][str(layer)] for row in at_longest) for layer in sparse}
+        tiles = {layer: mean(row["tile_density"][str(layer)] for row in at_longest) for layer in changed}
         return Effect(
             tuple(row["kl"] for row in rows),
             tuple(row["score"] for row in rows),
@@ -129,25 +130,25 @@ class Judge:
                 "nothing of it: take longer ones, or write `dense_below_tokens: 0` into the pattern."
             )
 
-    def _row(self, config: SparseConfig, sparse: Mapping[int, LayerPatterns], prompt: Prompt) -> dict[str, Any]:
+    def _row(self, config: SparseConfig, changed: Mapping[int, LayerPatterns], prompt: Prompt) -> dict[str, Any]:
         place = {"kind": "effect", "model": self._content, "device": self.model.device.type}
         code = content_of_code([prompt.task, *patterns_of(config)])
-        layers = {str(number): str(layer) for number, layer in sparse.items()}
+        layers = {str(number): layer.in_words for number, layer in changed.items()}
         key = {**place, "code": code, "prompt": prompt.key, "layers": layers}
-        maps = {str(number): list(layer.reused.heads) for number, layer in sparse.items() if layer.reused is not None}
+        maps = {str(number): list(layer.reused.heads) for number, layer in changed.items() if layer.reused is not None}
         key |= {"of_head": maps} if maps else {}
         row: dict[str, Any] | None = self.records.get(key)
-        return row if row is not None else self.records.add(key, self._measure(config, sparse, prompt))
+        return row if row is not None else self.records.add(key, self._measure(config, changed, prompt))
 
-    def _measure(self, config: SparseConfig, sparse: Mapping[int, LayerPatterns], prompt: Prompt) -> dict[str, Any]:
+    def _measure(self, config: SparseConfig, changed: Mapping[int, LayerPatterns], prompt: Prompt) -> dict[str, Any]:
         dense = self._dense_answer(prompt)
-        if not sparse:
+        if not changed:
             score = self._exact(dense, prompt)
             return {"kl": 0.0, "score": score, "dense_score": score, "same": 1.0, "tile_density": {}}
-        with apply(self.model, config) as handle, self._shared.from_layer(min(sparse), content_key(prompt.key)):
+        with apply(self.model, config) as handle, self._shared.from_layer(min(changed), content_key(prompt.key)):
             got = self._read(prompt, handle)
             rows = {row.layer: row for row in got.layers}
-        idle = [layer for layer in sparse if rows[layer].ran == "own"]
+        idle = [layer for layer in changed if rows[layer].ran == "own"]
         if idle:
             raise SparsekitError(f"layer {idle[0]} keeps its own attention ({rows[idle[0]].why}): it cannot be sparse.")
         self.measured += 1
@@ -156,8 +157,8 @@ class Judge:
             "score": self._exact(got, prompt),
             "dense_score": self._exact(dense, prompt),
             "same": float(torch.equal(got.logprobs.argmax(-1), dense.logprobs.argmax(-1))),
-            "tile_density": {str(layer): rows[layer].tile_density for layer in sparse},
-            "ms": {str(layer): rows[layer].ms for layer in sparse},
+            "tile_density": {str(layer): rows[layer].tile_density for layer in changed},
+            "ms": {str(layer): rows[layer].ms for layer in changed},
         }
 
     def _dense_answer(self, prompt: Prompt) -> Answer:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_row import half, runs_here
 
+from sparsekit import load
 from sparsekit.lab.calibrate.effects import Judge
 from sparsekit.lab.calibrate.probe import own_layers
 from sparsekit.lab.calibrate.prompts import make_prompts
@@ -83,6 +85,19 @@ def test_lower_layers_do_not_run() -> None:
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
     judge.effect({0: TRIANGLE})
     assert sum(n > 2 for n in lowest) == 2 * dense
+
+
+def test_another_precision_is_another_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its records are its own; here its output is half of what it should be."""
+    runs_here(monkeypatch, half)
+    judge = _judge(tiny("llama", initializer_range=0.1, head_dim=128))
+    rules = {"layers": {"2-3": TRIANGLE.to_yaml()}}
+    found = [judge.effect(load({**rules, "precision": word})).kl for word in ("model", "fp8", {"2": "fp8"}, {})]
+    assert len(set(found)) == 3 and found[3] == found[0]
+    found = [
+        judge.effect(load({**rules, "dense_impl": "kernel", "precision": {"0": word}})).kl for word in ("model", "fp8")
+    ]
+    assert found[0] != found[1]
 
 
 def test_no_more_than_there_is_room_for() -> None:
