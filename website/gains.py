@@ -304,6 +304,20 @@ def start_patterns() -> str:
     return _table(["tokens", "pattern", *(f"from {start}" for start in firsts)], lines)
 
 
+def real() -> str:
+    """Dynamic patterns on the q, k and v of some of that model's layers: error, density, and the least possible one."""
+    of: dict[str, dict[int, Row]] = {}
+    for row in rows("real-qwen2.5-coder-1.5b"):
+        of.setdefault(row["method"], {})[row["layer"]] = row
+    layers = sorted({layer for found in of.values() for layer in found})
+    cells = {
+        name: [f"{found[at]['error_l1']:.3f} ({found[at]['tile_density']:.2f}, {found[at]['oracle_tile_density']:.2f})"
+               for at in layers]
+        for name, found in of.items()
+    }  # fmt: skip
+    return _table(["pattern", *(f"layer {at}" for at in layers)], [[name, *line] for name, line in cells.items()])
+
+
 def starts() -> str:
     """Qwen2.5-Coder-1.5B: triangle in the last layers, as the paper chooses them."""
     lines = []
@@ -388,7 +402,8 @@ def published() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "ruler-seeds": ruler_seeds,
-    "ruler-dynamic": ruler_dynamic, "starts": starts, "start-patterns": start_patterns, "published": published,
+    "ruler-dynamic": ruler_dynamic, "starts": starts, "start-patterns": start_patterns, "real": real,
+    "published": published,
 }  # fmt: skip
 
 
