@@ -88,6 +88,11 @@ class LayerPatterns:
     def dense(self) -> bool:
         return all(pattern.name == "dense" for pattern in self.patterns)
 
+    @property
+    def exact(self) -> bool:
+        """Whether its output is dense attention's, in the model's precision."""
+        return self.dense and self.impl is None
+
     def within(self, window: int | None) -> bool:
         """Whether all heads keep a window of at most so many tokens and nothing else: what a sliding layer may run."""
         windows = [p.window_tokens for p in self.patterns if isinstance(p, AShape) and p.slides]

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsekit.config import SparseConfig, format_range
-from sparsekit.config.precision import asked_precision
 from sparsekit.patch.divergence import mean_interval
 
 __all__ = ["CheckReport", "Divergence"]
@@ -98,7 +97,6 @@ class CheckReport:
         said = f"KL from dense {self.before} nats a token exceeds the budget of {self.budget}"
         if not self.kept:
             by = ", by dense_impl: kernel" if self.config.dense_impl == "kernel" else ""
-            by += " and precision" if by and asked_precision(self.config.precision) is not None else ""
             return f"{said}, and still does with every sparse layer dense ({self.after}): that is rounding{by}."
         if self.nothing_left:
             return f"{said}, and holds only with every sparse layer dense: {format_range(self.given_back)}."

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.config import MeasuredOn, ResolvedConfig, SparseConfig, give_back, load
+from sparsekit.config.layers import IMPLS
 from sparsekit.errors import SparsekitError
 from sparsekit.patch.caches import cache_of
 from sparsekit.patch.check_report import CheckReport, Divergence
@@ -115,7 +116,7 @@ def _check(
     with left_alone(model), torch.inference_mode():
         with put_on(model, config) as handle:
             sparse = [
-                layer.patterns.layer for layer in handle._applied.layers if not (layer.own or layer.patterns.dense)
+                layer.patterns.layer for layer in handle._applied.layers if not (layer.own or layer.patterns.exact)
             ]
             embeddings: Any = model.get_input_embeddings()
             if config.dense_below_tokens == AUTO:  # with layers given back it is another config, of which no table is
@@ -130,9 +131,9 @@ def _check(
 def _check_prompts(
     model: PreTrainedModel, resolved: ResolvedConfig, sparse: Sequence[int], prompts: Sequence[UserPrompt], after: int
 ) -> None:
-    """Refuse what would say nothing: no sparse layer, dropout, prompts that run dense or leave the positions."""
+    """Refuse what would say nothing: no layer to check, dropout, prompts that run dense or leave the positions."""
     if not sparse:
-        raise SparsekitError("the config runs no layer of this model sparse, so there is nothing to check.")
+        raise SparsekitError("the config runs no layer of this model sparse or in FP8, so there is nothing to check.")
     if model.training:
         raise SparsekitError("the model is in training mode, where dropout changes its answers: model.eval() first.")
     config = resolved.config
@@ -140,12 +141,11 @@ def _check_prompts(
     least = {
         pattern: pattern.dense_below(model.device) if isinstance(pattern, DynamicPattern) else 0 for pattern in patterns
     }
-    first = min(patterns, key=lambda pattern: (least[pattern], str(pattern)))
-    needed, why = max(
-        (config.min_queries, "min_queries"),
-        (config.dense_below, "dense_below_tokens"),
-        (least[first], f"{first.name} runs dense below that on {model.device.type}"),
-    )
+    needs = [(config.min_queries, "min_queries"), (config.dense_below, "dense_below_tokens")]
+    if least and all(resolved.layers[layer].impl is None for layer in sparse):
+        first = min(patterns, key=lambda pattern: (least[pattern], str(pattern)))
+        needs.append((least[first], f"{first.name} runs dense below that on {model.device.type}"))
+    needed, why = max(needs)
     short = [prompt for prompt in prompts if len(prompt.ids) < needed]
     if short:
         named = ", ".join(f"{prompt.name} ({len(prompt.ids)} tokens)" for prompt in short[:8])
@@ -270,7 +270,7 @@ class _Measured:
 
     def _check_sparse(self, handle: Handle, i: int) -> None:
         rows = [row for row in handle.report().layers if row.layer in self.sparse]
-        if not any(row.sparse for row in rows):
+        if not any(row.sparse or row.impl in IMPLS.values() for row in rows):
             prompt = self.prompts[i]
             raise SparsekitError(
                 f"{prompt.name} ({len(prompt.ids)} tokens) is too short to run sparse: {rows[0].pattern} in layer "

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_row import change_row, half
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsekit
@@ -103,12 +104,20 @@ def test_a_gate_that_checked_nothing(small: Smol) -> None:
         ({"layers": {"1": TRIANGLE}}, {"tasks": []}, "tasks: at least one"),
         ({"layers": {"1": TRIANGLE}}, {"samples": 0}, "samples = 0"),
         ({"layers": {"1": TRIANGLE}}, {"tokens": []}, "tokens = 0"),
-        ({"layers": {"1": "dense"}}, {}, "no layer of this model sparse, so there is nothing to check"),
+        ({"layers": {"1": "dense"}}, {}, "no layer of this model sparse or in FP8, so there is nothing to check"),
     ):
         with pytest.raises(SparsekitError, match=says):
             gate(*small, config, **{"tokens": [300], "samples": 1, "quiet": True, **options})
     empty = GateReport(sparsekit.load({}), 0.1, (), (), False, {})
     assert not empty.passed and empty.why() == "nothing was checked."
+
+
+def test_a_gate_of_dense_layers_in_fp8(small: Smol, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They answer otherwise than the model's own, so there is something to check; and something to blame."""
+    change_row(monkeypatch, run=half, covers=lambda *call: [], selects_in_triton=False)
+    config = {"dense_impl": "kernel", "precision": "fp8", "dense_below_tokens": 0}
+    found = gate(*small, config, tokens=[300], samples=1, quiet=True)
+    assert found.checks and all(check.kl > 1e-4 for check in found.checks)
 
 
 def test_a_tuning_that_measured_no_mixture(small: Smol) -> None:

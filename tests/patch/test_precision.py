@@ -144,9 +144,11 @@ def test_a_layer_given_back_leaves_it(model: PreTrainedModel, monkeypatch: pytes
     rounded = {layer.layer for layer in found.config.resolve(sparsekit.models.facts(model)).layers if layer.impl}
     assert found.held is False and found.given_back and rounded == {0, 1, 2, 3} - set(found.given_back)
     dense = {"layers": {"3": wide}, "dense_impl": "kernel", "precision": "fp8", "budget": {"kl": budget}}
-    found = sparsekit.check(model, dense, prompts)
-    assert found.given_back == (3,) and not found.kept and found.config.precision == {"0-2": "fp8"}
-    assert found.verdict().endswith("that is rounding, by dense_impl: kernel and precision.")
+    for layers in ({"3": wide}, {}):
+        found = sparsekit.check(model, {**dense, "layers": layers}, prompts)
+        assert found.held is False and found.kept and set(found.alone) == {0, 1, 2, 3}
+    with pytest.raises(SparsekitError, match=r"too short to run sparse.*at least 300 tokens \(dense_below_tokens\)"):
+        sparsekit.check(model, {**dense, "dense_below_tokens": 300}, prompts)
 
 
 # ---- where it cannot run

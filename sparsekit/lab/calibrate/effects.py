@@ -106,7 +106,7 @@ class Judge:
         config = config.model_copy(update={"dense_below_tokens": 0})
         resolved = settle(config.resolve(self.facts), self.facts, lambda: machine_of(self.model))
         own = resolved.own_layers(self.facts)
-        changed = {p.layer: p for p in resolved.layers if p.layer not in own and (not p.dense or p.impl is not None)}
+        changed = {p.layer: p for p in resolved.layers if p.layer not in own and not p.exact}
         for pattern in dict.fromkeys(pattern for layer in changed.values() for pattern in layer.patterns):
             self._check_length(pattern)
         rows = [self._row(config, changed, prompt) for prompt in self.prompts]

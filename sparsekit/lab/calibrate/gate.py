@@ -173,8 +173,8 @@ def gate(
         for kind in tasks
         for prompt in make_prompts(model, tokenizer, tasks=[kind], tokens=[length], count=samples, seeds=[seed])
     ]
-    if all(layer.dense or layer.layer in own for layer in resolved.layers):
-        raise SparsekitError("the config runs no layer of this model sparse, so there is nothing to check.")
+    if all(layer.exact or layer.layer in own for layer in resolved.layers):
+        raise SparsekitError("the config runs no layer of this model sparse or in FP8, so there is nothing to check.")
     run = _Gate(model, tokenizer, Records(records))
     with progress("gate", len(prompts), quiet=quiet) as step:
         rows = []
@@ -244,7 +244,7 @@ class _Gate:
         """(layers whose return to dense brings the lost answers back, whether it brings all back)."""
         resolved = config.resolve(facts(self.model))
         own = resolved.own_layers(facts(self.model))
-        sparse = [layer.layer for layer in resolved.layers if not layer.dense and layer.layer not in own]
+        sparse = [layer.layer for layer in resolved.layers if not layer.exact and layer.layer not in own]
 
         def worth(back: list[int]) -> tuple[bool, float, float]:
             return self._worth(give_back(config, back, facts=facts(self.model)), lost)
