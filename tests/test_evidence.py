@@ -66,9 +66,15 @@ def test_it_goes_on_where_it_was(
     assert evidence.run(tmp_path, todo, ["cuda:3"]) == ["break"]
     assert len(ran) == 4  # what has its file is not run again
 
+    ran.clear()
+    monkeypatch.setattr(evidence, "jobs", list)
+    assert not evidence.main([str(tmp_path), "--device", "cuda", "--workers", "1"])
+    assert [words[words.index("--device") + 1] for words in ran] == ["cuda"]
+
 
 def test_what_is_finished_is_collected(evidence: Any, tmp_path: Path) -> None:
-    """New rows beside old ones, and in place of those of the same work; failed ones are left out."""
+    """New rows beside old ones, and in place of those of the same work; failed ones and other numbers of prompts are
+    left out, and so is the line that a kill cut short."""
     results, folder = tmp_path / "results", tmp_path / "folder"
     results.mkdir()
     folder.mkdir()
@@ -84,14 +90,18 @@ def test_what_is_finished_is_collected(evidence: Any, tmp_path: Path) -> None:
     static, long = (json.loads(before[name].splitlines()[0]) for name in (names[0], names[2]))
     rows = [
         {**static, "score": 0.125, "ttft_s": 1.0}, {**long, "seed": 7}, {**static, "seed": 8, "status": "failed"},
+        {**static, "samples": 2, "score": 0.25},
     ]  # fmt: skip
-    (folder / "ruler.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished = json.dumps({**static, "seed": 9})[:-9]
+    (folder / "ruler.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + unfinished)
     curve = json.loads(before[names[3]].splitlines()[0])
     kept = ("pattern", "start", "kl", "kl_half_width", "score", "dense_score", "same", "tile_density", "samples")
     said = {key: value for key, value in curve.items() if key not in (*kept, "command")}
     said |= {"prompts": {**said["prompts"], "tokens": 16384}, "rows": [{key: curve[key] for key in kept}]}
     (folder / "curve-16384-triangle.json").write_text(json.dumps(said))
     evidence.collect(folder, results)
+    with pytest.raises(SystemExit):
+        evidence.main([str(tmp_path / "no-such"), "--collect"])
     after = {
         name: [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()] for name in names
     }

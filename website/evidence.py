@@ -6,7 +6,8 @@
     python website/gains.py
 
 Each job is a `sparsekit` command that runs in FOLDER, where its records and its log are; `--list` prints them.
-Killed at any point, the same call goes on. `--collect` puts what is finished into docs/results.
+Killed at any point, the same call goes on; what failed is tried again. `--collect` puts what is finished into
+docs/results.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 
 import gains
 import yaml
+
+from sparsekit.lab.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "qwen2.5-coder-1.5b"
@@ -91,7 +94,7 @@ def sweep(devices: Sequence[str], workers: int, seeds: Sequence[int]) -> Job:
     """Never done: it finds out itself what is missing."""
     at = ",".join(device for device in devices for _ in range(workers))
     where = f"seed in {list(seeds)}"
-    told = ("--executor", "processes", "--device", at, "--where", where, "-o", "ruler.jsonl")
+    told = ("--executor", "processes", "--device", at, "--where", where, "--retry-failed", "-o", "ruler.jsonl")
     return Job("ruler", ("sweep", str(SWEEP), *told))
 
 
@@ -106,11 +109,13 @@ def run(folder: Path, todo: Iterable[Job], devices: Sequence[str]) -> list[str]:
             return None
         device = free.get()
         command = [device if word == "cuda" else word for word in job.command]
-        with (folder / f"{job.name}.log").open("a") as log:
-            code = subprocess.run(
-                [sys.executable, "-m", "sparsekit", *command], cwd=folder, stdout=log, stderr=log
-            ).returncode
-        free.put(device)
+        try:
+            with (folder / f"{job.name}.log").open("a") as log:
+                code = subprocess.run(
+                    [sys.executable, "-m", "sparsekit", *command], cwd=folder, stdout=log, stderr=log
+                ).returncode
+        finally:
+            free.put(device)
         print(f"{job.name}: {'done' if not code else f'failed, see {job.name}.log'}", flush=True)
         return job.name if code else None
 
@@ -122,7 +127,10 @@ def run(folder: Path, todo: Iterable[Job], devices: Sequence[str]) -> list[str]:
 
 
 def collect(folder: Path, results: Path) -> None:
-    """What the jobs measured, beside the rows that are in `results` and were not measured anew."""
+    """What the jobs measured, beside the rows that are in `results` and were not measured anew.
+
+    Of the sweep's file not: runs that failed, runs of other numbers of prompts, and a last line that is unfinished.
+    """
     for found, name in (("probe", "probe"), ("inspect", "inspect"), ("layers", "layers")):
         if (folder / f"{found}.json").exists():
             shutil.copyfile(folder / f"{found}.json", results / f"{name}-{MODEL}.json")
@@ -130,8 +138,9 @@ def collect(folder: Path, results: Path) -> None:
     rows = [row for path in sorted(folder.glob("curve-*.json")) for row in _curve(path, str(made[path.stem]))]
     _merge(results / f"start-layer-{MODEL}.jsonl", rows, _of_curve)
     ruler: dict[str, list[dict[str, Any]]] = {gains.RULER: [], **{name: [] for name in gains.RULER_DYNAMIC}}
-    for row in _read(folder / "ruler.jsonl"):
-        if row["status"] == "ok":
+    samples = yaml.safe_load(SWEEP.read_text())["samples"]
+    for row in Journal(folder / "ruler.jsonl", "results", "`sparsekit sweep`").read()[0]:
+        if row["status"] == "ok" and row["samples"] == samples:
             ruler[_file_of(row)].append({key: row[key] for key in KEPT if key in row})
     for name, measured in ruler.items():
         _merge(results / f"{name}.jsonl", measured, _of_ruler)
@@ -183,11 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*(job for round_ in [*jobs(), [last]] for job in round_), sep="\n")
         return 0
     if given.collect:
+        if not given.folder.is_dir():
+            parser.error(f"folder {str(given.folder)!r}: there is none; give the one that the jobs ran in")
         collect(given.folder, ROOT / "docs" / "results")
         return 0
     given.folder.mkdir(parents=True, exist_ok=True)
     failed = [name for round_ in jobs() for name in run(given.folder, round_, devices * given.workers)]
-    failed += run(given.folder, [last], ["all"])
+    failed += run(given.folder, [last], ["cuda"])  # it has its devices
     return 1 if failed else 0
 
 
