@@ -351,8 +351,13 @@ def test_what_gains_says_of_ruler_beside_its_tables_is_in_the_records(monkeypatc
         config = DOCS.parent / "configs" / "qwen2.5-coder-1.5b" / f"trianglemix-{name}.yaml"
         if config.exists():
             here, dense = (f"{gains._average(found):.1f}" for found in (row, of[gains.DENSE]))
-            told = f"# RULER at 32K, eleven tasks: {here} with this config, {dense} with dense attention"
+            below = pattern_class(name).pays_from_tokens["cuda"]
+            how = "this config" if below < 32768 else f"dense_below_tokens: 0 in {name}"  # prompts leave room to answer
+            told = f"# RULER at 32K, eleven tasks: {here} with {how}, {dense} with dense attention"
             assert told in config.read_text()
+            assert (f"# without it {name} runs dense below {below:,} tokens on a GPU." in config.read_text()) == (
+                below >= 32768
+            )
     later = [share for at in gains.LENGTHS[1:] for share in off[at].values()]
     assert f"From 8K on it takes {min(later):.0%} to {max(later):.0%} off its pairs;" in page
     assert f"at 4K up to {max(off[4096].values()):.0%}, and none of `prism`'s." in page and off[4096]["prism"] <= 0
