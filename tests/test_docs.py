@@ -483,3 +483,33 @@ def test_our_figures_beside_the_papers_are_of_the_records(page: str, row: list[s
 
     ratios = {f"{b / a:.{len(ratio) - 2}f}" for a in times(dense, "dense") for b in times(sparse, "sparse")}
     assert ratio in ratios, f"{page}: {row}"
+
+
+def test_what_the_pages_say_of_real_layers_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import gains
+
+    of = {(row["method"], row["layer"]): row for row in gains.rows("real-qwen2.5-coder-1.5b")}
+    names, layers = {name for name, _ in of}, sorted({layer for _, layer in of})
+    more = {key: row["tile_density"] / row["oracle_tile_density"] for key, row in of.items()}
+    assert max(more[name, at] for name in ("flexprefill", "xattention") for at in layers) < 1.4
+    assert 4 < max(more[name, at] for name in ("block_topk", "vertical_slash") for at in layers) < 4.2
+    assert [at for at in layers if more["s2o", at] > 1] == [1]
+    worst = {at: max(names, key=lambda name: of[name, at]["error_l1"]) for at in layers}
+    assert [at for at in layers if worst[at] != "prism"] == [6]
+    assert all(min(names, key=lambda name: of[name, at]["tile_density"]) == "prism" for at in layers)
+    assert {(row["method"] == "s2o", row["block_q"], row["block_kv"]) for row in of.values()} == {
+        (False, 128, 64), (True, 64, 64),
+    }  # fmt: skip
+    probe = json.loads((DOCS / "results" / "probe-qwen2.5-coder-1.5b.json").read_text())
+    middle = [layer["gradient"]["middle"] for layer in probe["layers"]]
+    assert "stays below 0.06 of its maximum" in (DOCS / "gains.md").read_text()
+    assert 0.05 < max(middle[21:]) / max(middle) < 0.06
+    curves: dict[str, list[float]] = {}
+    for row in gains.rows("start-layer-qwen2.5-coder-1.5b"):
+        curves.setdefault(row["pattern"].split("(")[0], []).append(row["kl"])
+    assert {name for name, kls in curves.items() if max(kls) < 10 * min(kls)} == {"vertical_slash"}
+    swept = {(row["method"], row["parameters"].get("top_k"), row["parameters"].get("top_p")): row["error_l1"]
+             for row in gains.rows("dynamic-sweep-h200") if row["case"] == "dynamic"}  # fmt: skip
+    for top_k, top_p in ((64, 0.3), (200, 0.5)):  # of about as many tiles
+        assert 0.4 < swept["block_topk", top_k, None] / swept["prism", None, top_p] < 0.67
