@@ -485,7 +485,7 @@ def test_our_figures_beside_the_papers_are_of_the_records(page: str, row: list[s
     assert ratio in ratios, f"{page}: {row}"
 
 
-def test_what_the_pages_say_of_real_layers_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_of_real_layers_is_in_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS.parent / "website")
     import gains
 
