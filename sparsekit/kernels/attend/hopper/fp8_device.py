@@ -105,7 +105,7 @@ def quantise(
     """K and V (B, G, K, D), or pages of them -> e4m3 K (B, G, blocks * BN, D) and V (B, G, D, blocks * BN), and scales.
 
     What SAMPLED keys of a head, spread evenly, have in common is taken off all of them: their mean, into p_shift
-    (B, G, D) float32. SAMPLED = 0: nothing is.
+    (B, G, D) float32, of what is finite. SAMPLED = 0: nothing is.
 
     Program: BN keys of one head. Key 0 is a sample's first valid one; behind its last come zeros, whatever lies there.
     What is not finite becomes NaN where it is, and scales know nothing of it.
@@ -120,26 +120,20 @@ def quantise(
     last = tl.load(p_bounds + i_sample * 2 + 1)
     t = i_block * BN + tl.arange(0, BN)
     d = tl.arange(0, D)
-    inside = t <= last
-    key = (kv_start + t).to(tl.int64)
-    batch = i_sample.to(tl.int64)
-    if PAGE > 0:
-        batch, key = _in_pages(p_table + batch * table_sample, key, inside, 0, PAGE)
-        batch = batch.to(tl.int64)
-    at_k = p_k + (batch * k_batch + i_head * k_head + key * k_token) * 8
-    k = tl.load(at_k[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
+    batch, key = _places(p_table, t, i_sample, kv_start, last, table_sample, PAGE)
+    k = _rows(p_k + i_head * k_head * 8, batch, key, t <= last, k_batch, k_token, D)
     if SAMPLED > 0:
-        shift = _mean_key(p_k, p_table, i_sample, i_head, kv_start, last, k_batch, k_head, k_token, table_sample,
-                          D, PAGE, SAMPLED)  # fmt: skip
-        k = tl.where(inside[:, None], k - shift[None], 0.0)
+        some = (tl.arange(0, SAMPLED).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
+        of, at = _places(p_table, some, i_sample, kv_start, last, table_sample, PAGE)
+        few = _rows(p_k + i_head * k_head * 8, of, at, some <= last, k_batch, k_token, D)
+        shift = tl.sum(tl.where(tl.abs(few) < float("inf"), few, 0.0), 0) * (1.0 / SAMPLED)
+        k = tl.where((t <= last)[:, None], k - shift[None], 0.0)
         if i_block == 0:
             tl.store(p_shift + i_pair * D + d, shift)
     k, k_scale = _scaled(k)
     o_pair = i_pair.to(tl.int64) * blocks * BN
     tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], k.to(tl.float8e4nv))
-    at_v = p_v + (batch * v_batch + i_head * v_head + key * v_token) * 8
-    v = tl.load(at_v[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
-    v, v_scale = _scaled(v)
+    v, v_scale = _scaled(_rows(p_v + i_head * v_head * 8, batch, key, t <= last, v_batch, v_token, D))
     v8 = v.to(tl.float8e4nv)
     v8 = tl.permute(tl.reshape(v8, (BN // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))  # key 8 h + 2 c + b: to 4 c + 2 h + b
     v8 = tl.trans(tl.reshape(v8, (BN, D)))
@@ -150,22 +144,21 @@ def quantise(
 
 
 @triton.jit
-def _mean_key(
-    p_k, p_table, i_sample, i_head, kv_start, last, k_batch, k_head, k_token, table_sample,
-    D: tl.constexpr, PAGE: tl.constexpr, SAMPLED: tl.constexpr,
-):  # fmt: skip
-    """The mean of SAMPLED of a sample's keys, spread evenly, fp32 (D,); of what is finite."""
-    t = (tl.arange(0, SAMPLED).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
-    d = tl.arange(0, D)
-    inside = t <= last
+def _places(p_table, t, i_sample, kv_start, last, table_sample, PAGE: tl.constexpr):
+    """Where a sample's valid keys `t` lie, int64: the sample and their position in it, or page and place."""
     key = (kv_start + t).to(tl.int64)
     batch = i_sample.to(tl.int64)
     if PAGE > 0:
-        batch, key = _in_pages(p_table + batch * table_sample, key, inside, 0, PAGE)
+        batch, key = _in_pages(p_table + batch * table_sample, key, t <= last, 0, PAGE)
         batch = batch.to(tl.int64)
-    at = p_k + (batch * k_batch + i_head * k_head + key * k_token) * 8
-    k = tl.load(at[:, None] + d[None], mask=inside[:, None], other=0.0).to(tl.float32)
-    return tl.sum(tl.where(tl.abs(k) < float("inf"), k, 0.0), 0) * (1.0 / SAMPLED)
+    return batch, key
+
+
+@triton.jit
+def _rows(p_head, batch, key, inside, of_batch, of_token, D: tl.constexpr):
+    """Keys or values of a head at `_places`, fp32 (n, D); zeros where not `inside`."""
+    at = p_head + (batch * of_batch + key * of_token) * 8
+    return tl.load(at[:, None] + tl.arange(0, D)[None], mask=inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
