@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekit.config import LayerPatterns, SparseConfig, format_range, load
+from sparsekit.config.precision import MODEL
 from sparsekit.errors import SparsekitError
 from sparsekit.lab.answers import Answer, Reading, answer, answer_together, kl_divergence, read_on
 from sparsekit.lab.provenance import content_of_model, measured_on
@@ -286,7 +287,7 @@ def spelled_out(layers: Sequence[LayerPatterns]) -> list[dict[str, Any]]:
     return [
         {
             "layers": format_range(numbers),
-            **({} if precision == "model" else {"precision": precision}),
+            **({} if precision == MODEL else {"precision": precision}),
             "patterns": [{**pattern.model_dump(mode="json"), "heads": format_range(heads)} for pattern, heads in run],
         }
         for (precision, *run), numbers in runs.items()

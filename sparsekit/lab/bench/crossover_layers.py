@@ -13,7 +13,6 @@ from torch import Tensor
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns, ModelFacts, ResolvedConfig
-from sparsekit.config.precision import MODEL
 from sparsekit.kernels import choose_call, geometry_for, prepare
 from sparsekit.lab.bench.inputs import Inputs
 from sparsekit.patterns import Pattern, parse_pattern
@@ -58,9 +57,8 @@ def layers_of(resolved: ResolvedConfig, facts: ModelFacts) -> Layers:
     """Those of a config; layers with a window, or of another kind, are left out."""
     out = resolved.own_layers(facts).keys() | resolved.window_layers(facts)
     there = [layer for layer in resolved.layers if layer.layer not in out]
-    plain = [layer.dense and layer.precision == MODEL for layer in there]
-    sparse = Counter(_kind(layer, resolved) for layer, is_plain in zip(there, plain, strict=True) if not is_plain)
-    dense = sum(plain)
+    sparse = Counter(_kind(layer, resolved) for layer in there if not layer.exact)
+    dense = sum(layer.exact for layer in there)
     in_kernel = resolved.config.dense_impl == "kernel"
     return Layers(sparse, own=0 if in_kernel else dense, kernel=dense if in_kernel else 0)
 
