@@ -103,9 +103,10 @@ def _is_device_code(path: Path) -> bool:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_host_files_are_short(path: Path) -> None:
-    """Device code is exempt: a kernel is one function."""
+    """Device code is exempt: a kernel is one function. The Hopper forms' starters stand in files of their own."""
     lines = len(path.read_text().splitlines())
-    assert lines <= HOST_LINES or _is_device_code(path), f"{path} has {lines} lines, more than {HOST_LINES}"
+    exempt = _is_device_code(path) and ("hopper" not in path.parts or path.stem.endswith("device"))
+    assert lines <= HOST_LINES or exempt, f"{path} has {lines} lines, more than {HOST_LINES}"
 
 
 def test_the_root_is_small() -> None:

@@ -19,6 +19,7 @@ from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.hopper import host as hopper
+from sparsekit.kernels.attend.hopper.descriptors import box, layout, put_descriptors
 from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _merge, _Pair, _Work, _works, _workspace
 from sparsekit.plan import BlockPlan
 from sparsekit.plan.memo import FP8_LAUNCHES
@@ -158,7 +159,7 @@ class _Launch:
         """The call's arguments, and its workspace."""
         k8, v8, scales, shift = quantised
         arguments = list(self.arguments)
-        hopper.put_descriptors(arguments, self.descriptor, self.boxes, (q, k8, v8, out, k8, v8))
+        put_descriptors(arguments, self.descriptor, self.boxes, (q, k8, v8, out, k8, v8))
         partial = _workspace(self.work, q)
         arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 7] = (scales, shift, out, lse, sinks, *partial)
         return arguments, partial
@@ -185,9 +186,9 @@ def _launch(
     k_shape, v_shape = (batch, key_heads, blocks * BLOCK_KV, dim), (batch, key_heads, dim, blocks * BLOCK_KV)
     few = int(_device_code().FEW.value)
     boxes = (
-        hopper._box(q.shape, q.stride(), q_len, half, q.dtype),
+        box(q.shape, q.stride(), q_len, half, q.dtype),
         *_key_boxes(k_shape, v_shape, BLOCK_KV),
-        hopper._box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
+        box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
         *_key_boxes(k_shape, v_shape, few),
     )
     rule_sample = rule_head = 0
@@ -206,7 +207,7 @@ def _launch(
         len(work.items), heads, heads // key_heads, blocks, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, *flags,
     )  # fmt: skip
-    launch = _Launch(None, work, arguments, hopper._layout(half, dim, q.dtype)[0], boxes)
+    launch = _Launch(None, work, arguments, layout(half, dim, q.dtype)[0], boxes)
     form = (q.device, q.dtype, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
@@ -225,7 +226,7 @@ def _key_boxes(
     """What the descriptors of K (B, G, N, D) and V (B, G, D, N) in e4m3 hold, in boxes of so many keys."""
     e4m3, (_, heads, tokens, dim) = torch.float8_e4m3fn, k_shape
     k_steps, v_steps = ((heads * tokens * dim, tokens * dim, last, 1) for last in (dim, tokens))
-    return hopper._box(k_shape, k_steps, tokens, keys, e4m3), hopper._box(v_shape, v_steps, dim, dim, e4m3, keys)
+    return box(k_shape, k_steps, tokens, keys, e4m3), box(v_shape, v_steps, dim, dim, e4m3, keys)
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ launch. Nothing here synchronises with the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
+from sparsekit.kernels.attend.hopper.descriptors import box, layout, put_descriptors
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
 from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
 from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
@@ -290,10 +291,10 @@ def _launch(
     rule, cap, sinks = plan.rule, softmax.softcap, softmax.sink_logits
     width, pool_heads = 0, heads if plan.heads == heads else key_heads
     boxes = [
-        _box(q.shape, q.stride(), q_len, half, q.dtype),
-        _box(k.shape, k.stride(), keys.page or work.kv_end, step, q.dtype),
-        _box(v.shape, v.stride(), keys.page or work.kv_end, step, q.dtype),
-        _box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
+        box(q.shape, q.stride(), q_len, half, q.dtype),
+        box(k.shape, k.stride(), keys.page or work.kv_end, step, q.dtype),
+        box(v.shape, v.stride(), keys.page or work.kv_end, step, q.dtype),
+        box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
         None,
         None,
         None,
@@ -305,16 +306,16 @@ def _launch(
     rows = NARROW_KEYS if narrow else piece or step // parts
     if rows < step:
         for i, x in enumerate((k, v)):
-            boxes[6 + i] = _box(x.shape, x.stride(), keys.page or work.kv_end, rows, q.dtype, chunk)
+            boxes[6 + i] = box(x.shape, x.stride(), keys.page or work.kv_end, rows, q.dtype, chunk)
     if keys.page:
         last = (work.kv_end - 1) % keys.page + 1
-        boxes[8] = _box(v.shape, v.stride(), last, piece, q.dtype, None if piece == step else chunk)
+        boxes[8] = box(v.shape, v.stride(), last, piece, q.dtype, None if piece == step else chunk)
     columns = plan.tokens is not None and plan.token_bits is not None
     if columns:
         assert plan.tokens is not None
         width = plan.tokens.shape[2]
         shape = (batch, pool_heads, width, dim)
-        boxes[4] = boxes[5] = _box(shape, (pool_heads * width * dim, width * dim, dim, 1), width, step, q.dtype)
+        boxes[4] = boxes[5] = box(shape, (pool_heads * width * dim, width * dim, dim, 1), width, step, q.dtype)
     rule_sample = rule_head = 0
     if rule is not None:
         rule_sample = rule.shape[1] * 3 if rule.shape[0] > 1 else 0
@@ -338,7 +339,7 @@ def _launch(
         None if table is None else table.stride(0), None if table is None else work.kv_end,
         None if dense is None else dense.shape[2], *flags,
     )  # fmt: skip
-    launch = _Launch(None, work, arguments, _layout(half, dim, q.dtype)[0], tuple(boxes))
+    launch = _Launch(None, work, arguments, layout(half, dim, q.dtype)[0], tuple(boxes))
     form = (q.device, q.dtype, dim, step, plan.block_kv, piece, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
@@ -348,18 +349,6 @@ def _launch(
         # 168 registers x 384 threads fill the register file; `warp_specialize` gives consumers 232, the producer 40.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])
-
-
-def put_descriptors(
-    arguments: list[Any], descriptor: type, boxes: Sequence[dict[str, Any] | None], tensors: Sequence[Tensor | None]
-) -> None:
-    """A launch's first arguments: the descriptors of these tensors, one for each box."""
-    for i, (box, x) in enumerate(zip(boxes, tensors, strict=True)):
-        if box is not None:
-            # Past the constructor, whose checks cost 5 us each and were made by `covers`.
-            made: Any = object.__new__(descriptor)
-            made.__dict__.update(box, base=x)
-            arguments[i] = made
 
 
 def starts_early(g: Geometry) -> bool:
@@ -400,27 +389,6 @@ def compile_form(
 def _counters(device: torch.device, stream: int) -> Tensor:
     """Two int32 zeros that the kernel itself puts back to zero; a pair a stream, since launches of two may overlap."""
     return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=64)
-def _layout(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int], Any]:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}[dtype]
-    block = [1, 1, rows, dim]
-    return TensorDescriptor, block, gl.NVMMASharedLayout.get_default_for(block, element)
-
-
-def _box(
-    shape: Sequence[int], strides: Sequence[int], tokens: int, rows: int, dtype: torch.dtype, width: int | None = None
-) -> dict[str, Any]:
-    """What a TMA descriptor of a tensor (B, heads, N, D) holds: tokens end at `tokens`, boxes are `rows` x `width`."""
-    batch, heads, _, dim = shape
-    _, block, layout = _layout(rows, width or dim, dtype)
-    steps = [s if n > 1 else dim for s, n in zip(strides[:3], shape[:3], strict=True)]
-    contents = {"shape": [batch, heads, tokens, dim], "strides": [*steps, 1], "block_shape": block, "layout": layout}
-    return {**contents, "padding": "zero", "round_f32_to_tf32": False}
 
 
 @per_geometry
