@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +38,16 @@ def test_every_command_is_one_of_ours(evidence: Any, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(ROOT / "docs" / "results" / f"probe-{evidence.MODEL}.json", "probe.json")
     other = {evidence.MODEL: "no-such-model", "cuda": "cpu"}
-    todo = [job for round_ in evidence.jobs() for job in round_]
+    todo = evidence.jobs()
     assert len({job.name for job in todo}) == len(todo)
     for job in todo:
         said = CliRunner().invoke(app, [other.get(word, word) for word in job.command])
         assert said.exit_code == 1 and "no-such-model" in said.output, (str(job), said.output)
     said = CliRunner().invoke(app, [*evidence.sweep(["cuda:0", "cuda:1"], 2, [0]).command, "--dry-run"])
     assert said.exit_code == 0 and "924 runs of 8 prompts" in said.output
+    names = [job.name for job in todo]
+    assert all(names.index(job.after) < names.index(job.name) for job in todo if job.after)
+    assert [job.after for job in todo if "probe.json" in job.command and job.name != "probe"] == ["probe"]
 
 
 def test_the_patterns_are_the_sweeps(evidence: Any) -> None:
@@ -53,10 +62,10 @@ def test_it_goes_on_where_it_was(
     ran: list[list[str]] = []
 
     def fake(command: list[str], cwd: Path, **streams: Any) -> Any:
-        ran.append(command[3:])
-        if command[3] != "break":
-            (cwd / f"{command[3]}.json").write_text("{}")
-        return subprocess.CompletedProcess(command, command[3] == "break")
+        ran.append(command[4:])
+        if command[4] != "break":
+            (cwd / f"{command[4]}.json").write_text("{}")
+        return subprocess.CompletedProcess(command, command[4] == "break")
 
     monkeypatch.setattr(subprocess, "run", fake)
     todo = [evidence.Job(f"{name}.json", (name, "--device", "cuda")) for name in ("one", "break", "two")]
@@ -65,11 +74,93 @@ def test_it_goes_on_where_it_was(
     assert "break: failed, see break.log" in capsys.readouterr().out
     assert evidence.run(tmp_path, todo, ["cuda:3"]) == ["break"]
     assert len(ran) == 4  # what has its file is not run again
+    told = [(row["name"], row["device"], row["code"]) for row in evidence.Times(tmp_path).journal.read()[0]]
+    assert told == [(name, "cuda:3", int(name == "break")) for name in ("one", "break", "two", "break")]
+
+    ran.clear()
+    todo = [evidence.Job("break.json", ("break",)), evidence.Job("four.json", ("four",), after="break")]
+    assert evidence.run(tmp_path, todo, ["cuda:3"]) == ["break", "four"]
+    assert ran == [["break"]]
+    assert "four: not run, for break failed" in capsys.readouterr().out
 
     ran.clear()
     monkeypatch.setattr(evidence, "jobs", list)
     assert not evidence.main([str(tmp_path), "--device", "cuda", "--workers", "1"])
     assert [words[words.index("--device") + 1] for words in ran] == ["cuda"]
+    assert capsys.readouterr().out.endswith(" GPU-minutes in all\n")
+
+
+def test_gpu_minutes_are_of_a_gpu_not_of_its_jobs(evidence: Any) -> None:
+    """Two jobs at once on one GPU count once, a job on two GPUs twice; of one that was killed what it last said."""
+    rows = [
+        {"name": "one", "device": "cuda:0", "started": 1000.0, "seconds": 60.0, "code": 0},
+        {"name": "two", "device": "cuda:0", "started": 1030.0, "seconds": 10.0, "code": None},
+        {"name": "two", "device": "cuda:0", "started": 1030.0, "seconds": 60.0, "code": None},
+        {"name": "two", "device": "cuda:0", "started": 2000.0, "seconds": 30.0, "code": 0},
+        {"name": "ruler", "device": "cuda:0,cuda:1", "started": 2015.0, "seconds": 60.0, "code": 1},
+    ]
+    assert evidence.gpu_minutes(rows) == pytest.approx((90 + 75 + 60) / 60)
+    assert evidence.gpu_minutes([]) == 0
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {website!r})
+import evidence
+evidence.BEAT = 0.1
+evidence.run(evidence.Path({folder!r}), [evidence.Job("never.json", ("never",))], ["cuda:0"])
+"""
+PACKAGE = """
+import multiprocessing, os, time
+
+def work(name):
+    open(f"{name}.pid", "w").write(str(os.getpid()))
+    time.sleep(600)
+
+def main():
+    multiprocessing.get_context("spawn").Process(target=work, args=("worker",)).start()
+    work("job")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgid"), reason="groups of processes are POSIX's")
+def test_killed_it_takes_its_jobs_along_and_their_time_is_known(evidence: Any, tmp_path: Path) -> None:
+    """A job and the process that the job started, as a sweep starts its workers."""
+    (tmp_path / "sparsekit").mkdir()
+    (tmp_path / "sparsekit" / "__init__.py").write_text(PACKAGE)
+    (tmp_path / "sparsekit" / "__main__.py").write_text("from sparsekit import main\nif __name__ == '__main__': main()")
+    code = DRIVER.format(website=str(ROOT / "website"), folder=str(tmp_path))
+    ours = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    files, times = [tmp_path / f"{name}.pid" for name in ("job", "worker")], tmp_path / "times.jsonl"
+    pids: list[int] = []
+    try:
+        _until(lambda: all(path.exists() and path.read_text() for path in files))
+        pids = [int(path.read_text()) for path in files]
+        _until(lambda: times.exists() and times.read_text().count("\n") > 1)
+        ours.send_signal(signal.SIGKILL)
+        ours.wait()
+        _until(lambda: not any(_runs(pid) for pid in pids))
+    finally:
+        ours.kill()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    rows = evidence.Times(tmp_path).journal.read()[0]
+    assert {(row["name"], row["code"]) for row in rows} == {("never", None)}
+    assert evidence.gpu_minutes(rows) == pytest.approx(rows[-1]["seconds"] / 60) and rows[-1]["seconds"] > 0.1
+
+
+def _until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended; an ended one may wait for a parent that asks for it."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return bool(state.strip()) and not state.startswith("Z")
 
 
 def test_what_is_finished_is_collected(evidence: Any, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@
     python website/gains.py
 
 Each job is a `sparsekit` command that runs in FOLDER, where its records and its log are; `--list` prints them.
-Killed at any point, the same call goes on; what failed is tried again. `--collect` puts what is finished into
-docs/results.
+Killed at any point, its jobs end with it, and the same call goes on; what failed is tried again. FOLDER/times.jsonl
+says what the GPUs were busy with, over all calls. `--collect` puts what is finished into docs/results.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import gains
@@ -33,6 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "qwen2.5-coder-1.5b"
 SWEEP = ROOT / "configs" / MODEL / "sweeps" / "ruler.yaml"
 STARTS, LENGTHS, SAMPLES = "0,7,14,18,21,25", (8192, 16384), 96
+BEAT = 10.0  # seconds between two rows of a job that runs
+# In the group of processes that its first argument names, which sparsekit's own workers are then in too.
+IN_GROUP = """
+import os, runpy, sys
+os.setpgid(0, int(sys.argv.pop(1)))
+runpy.run_module("sparsekit", run_name="__main__", alter_sys=True)
+"""
+GROUP = "import os, signal, sys; os.setpgid(0, 0); print(flush=True); sys.stdin.read(); os.killpg(0, signal.SIGKILL)"
 # Of a sweep's records: what does not depend on who else was on the GPU.
 KEPT = (
     "key", "label", "axes", "config_key", "model", "task", "tokens", "seed", "samples", "status", "metric", "score",
@@ -42,10 +53,11 @@ KEPT = (
 
 
 class Job(NamedTuple):
-    """A command and the file that is there when it is done."""
+    """A command, the file that is there when it is done, and the name of the job whose file it reads."""
 
     result: str
     command: tuple[str, ...]
+    after: str = ""
 
     @property
     def name(self) -> str:
@@ -66,8 +78,8 @@ def patterns() -> dict[str, str]:
     }
 
 
-def jobs() -> list[list[Job]]:
-    """In two rounds: the second reads what the first made."""
+def jobs() -> list[Job]:
+    """In the order in which they start: what another one reads, then the longest."""
     of_all = ("--device", "cuda", "--dtype", "bfloat16")
     probe = Job("probe.json", (
         "calibrate", "probe", MODEL, "--samples", "8", "--tokens", "2048", "--seeds", "10,11", "--corpus", "pydoc",
@@ -76,13 +88,16 @@ def jobs() -> list[list[Job]]:
     sinks = Job(
         "inspect.json", ("inspect", MODEL, "--tokens", "32768", "--samples", "4", *of_all, "-o", "inspect.json")
     )
-    curves = [
-        _recorded(f"curve-{tokens}-{name}", of_all, "calibrate", "curve", MODEL, "--patterns", text, "--starts", STARTS,
-                  "--tokens", str(tokens))
-        for tokens in LENGTHS for name, text in patterns().items()
-    ]  # fmt: skip
+    short, long = (
+        [
+            _recorded(f"curve-{tokens}-{name}", of_all, "calibrate", "curve", MODEL, "--patterns", text, "--starts",
+                      STARTS, "--tokens", str(tokens))
+            for name, text in patterns().items()
+        ]
+        for tokens in LENGTHS
+    )  # fmt: skip
     layers = _recorded("layers", of_all, "calibrate", "layers", MODEL, "--probe", "probe.json", "--tokens", "8192")
-    return [[probe], [sinks, *curves, layers]]
+    return [probe, *long, layers._replace(after="probe"), *short, sinks]
 
 
 def _recorded(name: str, of_all: Sequence[str], *command: str) -> Job:
@@ -98,29 +113,110 @@ def sweep(devices: Sequence[str], workers: int, seeds: Sequence[int]) -> Job:
     return Job("ruler", ("sweep", str(SWEEP), *told))
 
 
+class Times:
+    """What the GPUs were busy with, in FOLDER/times.jsonl: a row when a job ends, and one every `BEAT` seconds before.
+
+    A row has the job's `name`, its `device` or devices, when it `started` (Unix time), the `seconds` since, and its
+    exit `code`, null while it runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.journal = Journal(folder / "times.jsonl", "times", "`website/evidence.py`")
+        self.journal.mended()
+        self.running: dict[str, tuple[str, float]] = {}  # name -> device, since when
+        self._lock = Lock()
+
+    def start(self, name: str, device: str) -> None:
+        with self._lock:
+            self.running[name] = device, time.time()
+
+    def beat(self) -> None:
+        with self._lock:
+            for name in self.running:
+                self._add(name, None)
+
+    def end(self, name: str, code: int | None) -> None:
+        with self._lock:
+            self._add(name, code)
+            del self.running[name]
+
+    def _add(self, name: str, code: int | None) -> None:
+        device, started = self.running[name]
+        seconds = round(time.time() - started, 3)
+        self.journal.append({"name": name, "device": device, "started": started, "seconds": seconds, "code": code})
+
+
+def gpu_minutes(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Minutes in which at least one job ran on a GPU, added over the GPUs; of the rows of `Times`."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for device in row["device"].split(","):
+            spans.setdefault(device, []).append((row["started"], row["started"] + row["seconds"]))
+    busy = 0.0
+    for of_device in spans.values():
+        until = 0.0
+        for start, end in sorted(of_device):
+            busy += max(end - max(start, until), 0.0)
+            until = max(until, end)
+    return busy / 60
+
+
+@contextmanager
+def group_of_processes() -> Iterator[int]:
+    """The id of a group that is killed when this block ends, or this process in whatever way.
+
+    Its leader reads a pipe that ends with the only process that can write to it, this one.
+    """
+    leader = subprocess.Popen([sys.executable, "-c", GROUP], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert leader.stdout is not None
+    leader.stdout.readline()  # the group is there
+    try:
+        yield leader.pid
+    finally:
+        leader.communicate()
+
+
 def run(folder: Path, todo: Iterable[Job], devices: Sequence[str]) -> list[str]:
     """Each job on the next free of the devices, one of which may stand there several times -> names that failed."""
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
         free.put(device)
+    times = Times(folder)
 
-    def do(job: Job) -> str | None:
+    def do(job: Job, before: Future[str | None] | None, group: int) -> str | None:
         if (folder / job.result).exists():
             return None
+        if before is not None and before.result() is not None:
+            print(f"{job.name}: not run, for {job.after} failed", flush=True)
+            return job.name
         device = free.get()
         command = [device if word == "cuda" else word for word in job.command]
+        code = None
+        times.start(job.name, device)
         try:
             with (folder / f"{job.name}.log").open("a") as log:
                 code = subprocess.run(
-                    [sys.executable, "-m", "sparsekit", *command], cwd=folder, stdout=log, stderr=log
-                ).returncode
+                    [sys.executable, "-c", IN_GROUP, str(group), *command],
+                    cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                ).returncode  # fmt: skip
         finally:
+            times.end(job.name, code)
             free.put(device)
         print(f"{job.name}: {'done' if not code else f'failed, see {job.name}.log'}", flush=True)
         return job.name if code else None
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        return [name for name in pool.map(do, todo) if name is not None]
+    futures: dict[str, Future[str | None]] = {}
+    with ThreadPoolExecutor(len(devices)) as pool, group_of_processes() as group:
+        try:
+            for job in todo:
+                futures[job.name] = pool.submit(do, job, futures.get(job.after), group)
+            while wait(futures.values(), BEAT).not_done:
+                times.beat()
+        except BaseException:
+            for future in futures.values():
+                future.cancel()
+            raise
+    return [name for future in futures.values() if (name := future.result()) is not None]
 
 
 # ---- into docs/results
@@ -134,7 +230,7 @@ def collect(folder: Path, results: Path) -> None:
     for found, name in (("probe", "probe"), ("inspect", "inspect"), ("layers", "layers")):
         if (folder / f"{found}.json").exists():
             shutil.copyfile(folder / f"{found}.json", results / f"{name}-{MODEL}.json")
-    made = {job.name: job for round_ in jobs() for job in round_}
+    made = {job.name: job for job in jobs()}
     rows = [row for path in sorted(folder.glob("curve-*.json")) for row in _curve(path, str(made[path.stem]))]
     _merge(results / f"start-layer-{MODEL}.jsonl", rows, _of_curve)
     ruler: dict[str, list[dict[str, Any]]] = {gains.RULER: [], **{name: [] for name in gains.RULER_DYNAMIC}}
@@ -189,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = given.device.split(",")
     last = sweep(devices, given.workers, [int(seed) for seed in given.seeds.split(",")])
     if given.list:
-        print(*(job for round_ in [*jobs(), [last]] for job in round_), sep="\n")
+        print(*jobs(), last, sep="\n")
         return 0
     if given.collect:
         if not given.folder.is_dir():
@@ -197,8 +293,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         collect(given.folder, ROOT / "docs" / "results")
         return 0
     given.folder.mkdir(parents=True, exist_ok=True)
-    failed = [name for round_ in jobs() for name in run(given.folder, round_, devices * given.workers)]
-    failed += run(given.folder, [last], ["cuda"])  # it has its devices
+    try:
+        failed = run(given.folder, jobs(), devices * given.workers)
+        failed += run(given.folder, [last], [given.device])
+    finally:
+        print(f"{gpu_minutes(Times(given.folder).journal.read()[0]):.1f} GPU-minutes in all", flush=True)
     return 1 if failed else 0
 
 
