@@ -49,6 +49,14 @@ def test_no_pattern_beats_it() -> None:
         assert best.tile_density(got) <= plan.tile_density() + 1e-9
 
 
+def test_low_precision_is_that_of_q_and_k_alone() -> None:
+    """Logits of up to a hundred, as real models have them: rounded to 16 bits they would be off by a quarter."""
+    torch.manual_seed(0)
+    q, k = (5 * torch.randn(1, heads, 700, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    low, exact = oracle(q, k), oracle(q.float(), k.float())
+    assert float((low.recall - exact.recall).abs().max()) < 1e-9
+
+
 def test_bench_dynamic_tells_it_beside_each_pattern() -> None:
     rows = bench_dynamic(
         methods=["block_topk"], lengths=[700], heads=2, key_heads=1, dim=16, device="cpu", repeat_ms=0, with_oracle=True
