@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -312,8 +313,10 @@ def test_the_tables_of_gains_are_those_of_the_records(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(DOCS.parent / "website")
     import gains
 
+    for name in gains.TABLES:
+        page = (DOCS / name).read_text()
+        assert page == gains.with_tables(page, name)
     page = (DOCS / "gains.md").read_text()
-    assert page == gains.with_tables(page)
     wrong = page.replace("| 53% |", "| 54% |")
     assert wrong != page == gains.with_tables(wrong)
     gains.draw(tmp_path / "gains.png")
@@ -435,13 +438,70 @@ def test_what_head_choice_says_beside_its_table_is_in_the_records() -> None:
     assert bound is not None and max(found.values()) <= float(bound[1])
 
 
-def test_what_is_said_of_single_layers_is_in_the_record() -> None:
-    rows = json.loads((DOCS / "results" / "layers-qwen2.5-coder-1.5b.json").read_text())["rows"]
-    place = {by: [row["layer"] for row in sorted(rows, key=lambda row: -row[by])] for by in ("gradient", "kl")}
-    page = " ".join((DOCS / "calibrate.md").read_text().split())
-    by_gradient, by_kl = (place[by].index(15) + 1 for by in ("gradient", "kl"))
-    assert f"layer 15, place {by_gradient} of 28 by Grad(Middle) and {by_kl} by KL" in page
-    assert place["kl"][0] == 12 and all(row["score"][0] == 1 for row in rows)
+def test_what_is_said_of_single_layers_is_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import gains
+
+    record = gains.single_layers()
+    value, low, high = record["correlation"]
+    above, below = gains.misjudged(record["rows"])
+    page = " ".join((DOCS / "gains.md").read_text().split())
+    assert f"by Spearman's correlation {value:.2f} ({low:.2f} to {high:.2f}) with the KL" in page
+    assert f"too well of layer {above}, and too ill of {below[0]} and {below[1]}." in page
+    samples, tokens = record["rows"][0]["samples"], record["prompts"]["tokens"]
+    assert (
+        f"Qwen2.5-Coder-1.5B, {samples} four-key prompts of {tokens // 1024}K, {record['dtype']}, H200; one object"
+        in (DOCS / "results" / "README.md").read_text()
+    )
+
+
+def test_what_is_said_of_start_layers_is_in_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Qwen2.5-Coder-1.5B. When the records grow, each of these sentences changes or goes."""
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import evidence
+    import gains
+
+    of, page = gains.start_layers(), " ".join((DOCS / "gains.md").read_text().split())
+    names, starts = [*evidence.patterns()], [int(start) for start in evidence.STARTS.split(",")]
+    missing = [
+        (tokens, name, start)
+        for tokens in evidence.LENGTHS for name in names for start in starts
+        if start not in of.get(tokens, {}).get(name, {})
+    ]  # fmt: skip
+    long = {name for tokens, name, _ in missing if tokens == 16384}
+    assert ("The start layer at 16K, but for `triangle`." in page) == (long >= {*names} - {"triangle"})
+    assert ("The start layer at 16K" in page) == bool(long)
+    shown = {(tokens, name, start) for tokens, name, start in missing if tokens in of}
+    assert ("An empty cell was not measured" in page) == bool(shown)
+    samples = {row["samples"] for row in gains.rows(gains.STARTS)}
+    lengths = " and ".join(f"{tokens // 1024}K" for tokens in of)
+    told = f"Qwen2.5-Coder-1.5B, {max(samples)} four-key prompts of {lengths}, bfloat16, H200"
+    assert len(samples) == 1 and told in (DOCS / "results" / "README.md").read_text()
+    assert f"with the settings of the sweep, {max(samples)} four-key prompts: dense attention's score" in page
+    row = of[8192]["triangle"][7]
+    lost = row["dense_score"][0] - row["score"][0]
+    assert f"the same model loses answers early: from layer 7 on {100 * lost:.0f}% of them at 8K." in page
+    kls = {name: [row["kl"] for row in found.values()] for name, found in of[gains.DRAWN].items()}
+    assert {name for name, of_name in kls.items() if max(of_name) < 10 * min(of_name)} == {"vertical_slash"}
+    assert max(row["kl"] for start, row in of[gains.DRAWN]["vertical_slash"].items() if start >= 14) < 1e-4
+    assert "Each curve but `vertical_slash`'s, which is low from layer 14 on, falls by a factor of ten" in page
+    probe = json.loads((DOCS / "results" / "probe-qwen2.5-coder-1.5b.json").read_text())
+    middle = [layer["gradient"]["middle"] for layer in probe["layers"]]
+    bound = math.ceil(100 * max(middle[21:]) / max(middle)) / 100
+    assert f"From layer 21 on the probe's Grad(Middle) stays below {bound:.2f} of its maximum." in page
+    assert f"# below {bound:.2f} of its maximum." in evidence.SWEEP.read_text()
+
+
+def test_which_seeds_of_ruler_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import gains
+
+    page = " ".join((DOCS / "gains.md").read_text().split())
+    rows = [row for name in (gains.RULER, *gains.RULER_DYNAMIC) for row in gains.rows(name)]
+    further = {(row["seed"], row["tokens"], gains.mixture_of(row)) for row in rows if row["seed"] > 0}
+    here = further == {(seed, 8192, mixture) for seed in (1, 2) for mixture in (gains.DENSE, gains.MIXED)}
+    assert ("The second and third seed of RULER, but for dense attention and TriangleMix at 8K." in page) == here
+    assert ("at 8K three, 24 prompts a task, elsewhere the first:" in page) == here
 
 
 def test_a_page_can_fail() -> None:
@@ -489,8 +549,20 @@ def test_what_is_said_of_real_layers_is_in_the_records(monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(DOCS.parent / "website")
     import gains
 
-    of = {(row["method"], row["layer"]): row for row in gains.rows("real-qwen2.5-coder-1.5b")}
+    of = {(name, at): row for name, found in gains.real_layers().items() for at, row in found.items()}
     names, layers = {name for name, _ in of}, sorted({layer for _, layer in of})
+    count = {6: "six", 28: "all 28"}[len(layers)]
+    first = of["prism", layers[0]]
+    where = "a CPU core" if first["cuda"] is None else "H200"
+    told = f"{count} layers of Qwen2.5-Coder-1.5B, {round(first['tokens'] / 1024)}K tokens, with the least density"
+    assert f"{told} possible; {first['dtype']}, {where} |" in (DOCS / "results" / "README.md").read_text()
+    errors, shares = (
+        sorted(f"{row[key]:.2f}" for (name, _), row in of.items() if name == "prism")
+        for key in ("error_l1", "tile_density")
+    )
+    page = " ".join((DOCS / "patterns" / "prism.md").read_text().split())
+    assert f"q, k and v of {count} layers of a 1.5B model `top_p: 0.7` errs by {errors[0]} to {errors[-1]}" in page
+    assert f"with {shares[0]} to {shares[-1]} of the tiles" in page
     more = {key: row["tile_density"] / row["oracle_tile_density"] for key, row in of.items()}
     assert max(more[name, at] for name in ("flexprefill", "xattention") for at in layers) < 1.4
     assert 4 < max(more[name, at] for name in ("block_topk", "vertical_slash") for at in layers) < 4.2
@@ -501,14 +573,6 @@ def test_what_is_said_of_real_layers_is_in_the_records(monkeypatch: pytest.Monke
     assert {(row["method"] == "s2o", row["block_q"], row["block_kv"]) for row in of.values()} == {
         (False, 128, 64), (True, 64, 64),
     }  # fmt: skip
-    probe = json.loads((DOCS / "results" / "probe-qwen2.5-coder-1.5b.json").read_text())
-    middle = [layer["gradient"]["middle"] for layer in probe["layers"]]
-    assert "stays below 0.06 of its maximum" in (DOCS / "gains.md").read_text()
-    assert 0.05 < max(middle[21:]) / max(middle) < 0.06
-    curves: dict[str, list[float]] = {}
-    for row in gains.rows("start-layer-qwen2.5-coder-1.5b"):
-        curves.setdefault(row["pattern"].split("(")[0], []).append(row["kl"])
-    assert {name for name, kls in curves.items() if max(kls) < 10 * min(kls)} == {"vertical_slash"}
     swept = {(row["method"], row["parameters"].get("top_k"), row["parameters"].get("top_p")): row["error_l1"]
              for row in gains.rows("dynamic-sweep-h200") if row["case"] == "dynamic"}  # fmt: skip
     for top_k, top_p in ((64, 0.3), (200, 0.5)):  # of about as many tiles

@@ -90,7 +90,9 @@ def test_it_goes_on_where_it_was(
     assert capsys.readouterr().out.endswith(" GPU-minutes in all\n")
 
 
-def test_gpu_minutes_are_of_a_gpu_not_of_its_jobs(evidence: Any) -> None:
+def test_gpu_minutes_are_of_a_gpu_not_of_its_jobs(
+    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two jobs at once on one GPU count once, a job on two GPUs twice; of one that was killed what it last said."""
     rows = [
         {"name": "one", "device": "cuda:0", "started": 1000.0, "seconds": 60.0, "code": 0},
@@ -101,6 +103,11 @@ def test_gpu_minutes_are_of_a_gpu_not_of_its_jobs(evidence: Any) -> None:
     ]
     assert evidence.gpu_minutes(rows) == pytest.approx((90 + 75 + 60) / 60)
     assert evidence.gpu_minutes([]) == 0
+    unfinished = json.dumps(rows[0])[:20]
+    (tmp_path / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + unfinished)
+    monkeypatch.setattr(evidence, "collect", lambda *_: None)
+    assert not evidence.main([str(tmp_path), "--collect"])
+    assert capsys.readouterr().out == "3.8 GPU-minutes in all\n"
 
 
 DRIVER = """

@@ -161,6 +161,10 @@ def gpu_minutes(rows: Iterable[Mapping[str, Any]]) -> float:
     return busy / 60
 
 
+def _busy(folder: Path) -> str:
+    return f"{gpu_minutes(Times(folder).journal.read()[0]):.1f} GPU-minutes in all"
+
+
 @contextmanager
 def group_of_processes() -> Iterator[int]:
     """The id of a group that is killed when this block ends, or this process in whatever way.
@@ -291,13 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.folder.is_dir():
             parser.error(f"folder {str(given.folder)!r}: there is none; give the one that the jobs ran in")
         collect(given.folder, ROOT / "docs" / "results")
+        print(_busy(given.folder))
         return 0
     given.folder.mkdir(parents=True, exist_ok=True)
     try:
         failed = run(given.folder, jobs(), devices * given.workers)
         failed += run(given.folder, [last], [given.device])
     finally:
-        print(f"{gpu_minutes(Times(given.folder).journal.read()[0]):.1f} GPU-minutes in all", flush=True)
+        print(_busy(given.folder), flush=True)
     return 1 if failed else 0
 
 

@@ -1,6 +1,6 @@
-"""The tables and the pictures of docs/gains.md, from the records in docs/results.
+"""The tables and the pictures of docs/gains.md, and what docs/calibrate.md says of a real model, from docs/results.
 
-`python website/gains.py` writes them. A test holds the page against the tables.
+`python website/gains.py` writes them. A test holds the pages against the records.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, median
+from textwrap import fill
 from typing import Any
 
-from sparsekit.lab.stats import mean_interval
+from sparsekit.lab.stats import mean_interval, ranks
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PICTURE = DOCS / "images" / "gains.png"
 FINDINGS = DOCS / "images" / "findings.png"
 CURVE = "head-curve-qwen2.5-coder-1.5b"
+STARTS, REAL = "start-layer-qwen2.5-coder-1.5b", "real-qwen2.5-coder-1.5b"
+DRAWN = 8192  # tokens of the start layers that the picture shows
 Row = Mapping[str, Any]
 
 CONFIGS = {
@@ -290,32 +293,125 @@ def _costs(of: Mapping[Prompts, Row]) -> tuple[str, str]:
     return f"{mean(row['kl'] for row in of.values()):.4f}", f"{mean(row['density'] for row in of.values()):.2f}"
 
 
+def start_layers() -> dict[int, dict[str, dict[int, Row]]]:
+    """Qwen2.5-Coder-1.5B, every pattern in the last layers: by length, pattern, and the first layer that runs it."""
+    of: dict[int, dict[str, dict[int, Row]]] = {}
+    for row in rows(STARTS):
+        found = of.setdefault(row["prompts"]["tokens"], {}).setdefault(row["pattern"].split("(")[0], {})
+        found[row["start"]] = row
+    return of
+
+
+def _firsts(of: Mapping[int, Mapping[str, Mapping[int, Row]]]) -> list[int]:
+    return sorted({start for found in of.values() for starts in found.values() for start in starts}, reverse=True)
+
+
 def start_patterns() -> str:
-    """Qwen2.5-Coder-1.5B: every pattern in the last layers, KL and score."""
-    of: dict[tuple[int, str], dict[int, Row]] = {}
-    for row in rows("start-layer-qwen2.5-coder-1.5b"):
-        of.setdefault((row["prompts"]["tokens"], row["pattern"].split("(")[0]), {})[row["start"]] = row
-    firsts = sorted({start for found in of.values() for start in found}, reverse=True)
+    """KL and score of each."""
+    of = start_layers()
+    firsts = _firsts(of)
     lines = [
-        [f"{tokens:,}", name,
+        [f"{tokens:,}", name, f"{next(iter(found.values()))['dense_score'][0]:.2f}",
          *(f"{found[at]['kl']:.4f}, {found[at]['score'][0]:.2f}" if at in found else "" for at in firsts)]
-        for (tokens, name), found in of.items()
+        for tokens, patterns in of.items() for name, found in patterns.items()
     ]  # fmt: skip
-    return _table(["tokens", "pattern", *(f"from {start}" for start in firsts)], lines)
+    return _table(["tokens", "pattern", "dense", *(f"from {start}" for start in firsts)], lines)
+
+
+def start_losses() -> str:
+    """A line for each length: how many answers in a hundred each pattern loses from some layers on."""
+    text = ""
+    for tokens, patterns in start_layers().items():
+        said = []
+        for at, where in ((21, "from layer 21 on"), (14, "from layer 14 on"), (0, "in all layers")):
+            lost = {
+                name: round(100 * (found[at]["dense_score"][0] - found[at]["score"][0]))
+                for name, found in patterns.items() if at in found
+            }  # fmt: skip
+            named = [
+                f"`{name}` {points}" for name, points in sorted(lost.items(), key=lambda item: -item[1]) if points > 0
+            ]
+            missing = [f"`{name}`" for name in patterns if name not in lost]
+            beside = f" (not measured: {', '.join(missing)})" if missing else ""
+            said.append(f"{where} {', '.join(named) or 'none'}{beside}")
+        text += _lines(f"- At {tokens:,} tokens: {'; '.join(said)}.", "  ")
+    return text
+
+
+def _lines(text: str, further: str = "") -> str:
+    """As a page has it: lines of at most 138 characters, which end with whole words."""
+    return fill(text, 138, subsequent_indent=further, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def single_layers() -> dict[str, Any]:
+    """Qwen2.5-Coder-1.5B, `triangle` in one layer at a time: the record."""
+    found: dict[str, Any] = json.loads((DOCS / "results" / "layers-qwen2.5-coder-1.5b.json").read_text())
+    return found
+
+
+def misjudged(layers: Sequence[Row]) -> tuple[int, list[int]]:
+    """The layer whose place by KL is most above its place by Grad(Middle), and the two that are most below."""
+    by_gradient, by_kl = (ranks([row[name] for row in layers]) for name in ("gradient", "kl"))
+    order = sorted(range(len(layers)), key=lambda i: by_kl[i] - by_gradient[i])
+    return layers[order[-1]]["layer"], sorted(layers[i]["layer"] for i in order[:2])
+
+
+def agreement() -> str:
+    """What docs/calibrate.md says of it."""
+    record = single_layers()
+    layers = record["rows"]
+    worst = max(layers, key=lambda row: row["kl"])
+    above, below = misjudged(layers)
+    place = {
+        name: [row["layer"] for row in sorted(layers, key=lambda row: -row[name])].index(above) + 1
+        for name in ("gradient", "kl")
+    }
+    value, low, high = record["correlation"]
+    deep = max(row["kl"] for row in layers if row["layer"] >= 18)
+    lost = max(row["dense_score"][0] - row["score"][0] for row in layers)
+    return _lines(
+        f"On Qwen2.5-Coder-1.5B ({layers[0]['samples']} four-key prompts of {record['prompts']['tokens'] // 1024}K, "
+        f"{record['dtype']}, {record['device'].split()[-1]}, the probe of [which heads](head-choice.md)) the rank "
+        f"correlation over its {len(layers)} layers is {value:.2f} ({low:.2f} to {high:.2f}). One layer alone costs "
+        f"{f'{lost:.2f} of the score at most' if lost > 0 else 'no answer'}: the worst, {worst['layer']}, has KL "
+        f"{worst['kl']:.4f}, and layers 18 to 27 at most {deep:.4f}. The gradient thinks too well of layer {above}, "
+        f"place {place['gradient']} of {len(layers)} by Grad(Middle) and {place['kl']} by KL, and too ill of layers "
+        f"{below[0]} and {below[1]}: [layers-qwen2.5-coder-1.5b.json](results/layers-qwen2.5-coder-1.5b.json)."
+    )
+
+
+def real_layers() -> dict[str, dict[int, Row]]:
+    """Dynamic patterns on that model's own q, k and v, by pattern and layer."""
+    of: dict[str, dict[int, Row]] = {}
+    for row in rows(REAL):
+        if row["case"] == "dynamic":
+            of.setdefault(row["method"], {})[row["layer"]] = row
+    return of
 
 
 def real() -> str:
-    """Dynamic patterns on the q, k and v of some of that model's layers: error, density, and the least possible one."""
-    of: dict[str, dict[int, Row]] = {}
-    for row in rows("real-qwen2.5-coder-1.5b"):
-        of.setdefault(row["method"], {})[row["layer"]] = row
+    """Error, density, and the least possible one; of many layers every fifth, and the mean of all."""
+    of = real_layers()
     layers = sorted({layer for found in of.values() for layer in found})
-    cells = {
-        name: [f"{found[at]['error_l1']:.3f} ({found[at]['tile_density']:.2f}, {found[at]['oracle_tile_density']:.2f})"
-               for at in layers]
-        for name, found in of.items()
-    }  # fmt: skip
-    return _table(["pattern", *(f"layer {at}" for at in layers)], [[name, *line] for name, line in cells.items()])
+    shown = layers if len(layers) <= 8 else layers[1::5]
+    first = next(iter(of.values()))[layers[0]]
+    heads, where = (first["heads"], first["key_heads"]), "a CPU" if first["cuda"] is None else first["device"]
+    head = ["pattern", *(f"layer {at}" for at in shown)]
+    lines = [[name, *(_real_cell([found[at]]) for at in shown)] for name, found in of.items()]
+    if shown != layers:
+        head.append(f"mean of {len(layers)} layers")
+        lines = [[*line, _real_cell([*of[line[0]].values()])] for line in lines]
+    if "index_ms" in first:
+        head += ["index, ms", "attention, ms"]
+        for line in lines:
+            line += [f"{median(row[name] for row in of[line[0]].values()):.2f}" for name in ("index_ms", "attend_ms")]
+    told = f"{first['tokens']:,} tokens of a four-key prompt of 32K, {heads[0]} query heads, {heads[1]} of keys"
+    return f"{told}, {first['dtype']}, {where}:\n\n{_table(head, lines)}"
+
+
+def _real_cell(of: Sequence[Row]) -> str:
+    error, kept, least = (mean(row[key] for row in of) for key in ("error_l1", "tile_density", "oracle_tile_density"))
+    return f"{error:.3f} ({kept:.2f}, {least:.2f})"
 
 
 def starts() -> str:
@@ -400,23 +496,26 @@ def published() -> str:
     )  # fmt: skip
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "ruler-seeds": ruler_seeds,
-    "ruler-dynamic": ruler_dynamic, "starts": starts, "start-patterns": start_patterns, "real": real,
-    "published": published,
+TABLES: dict[str, dict[str, Callable[[], str]]] = {  # by page
+    "gains.md": {
+        "saves": saves, "alone": alone, "load": load, "costs": costs, "ruler": ruler, "ruler-seeds": ruler_seeds,
+        "ruler-dynamic": ruler_dynamic, "starts": starts, "start-patterns": start_patterns,
+        "start-losses": start_losses, "real": real, "published": published,
+    },
+    "calibrate.md": {"agreement": agreement},
 }  # fmt: skip
 
 
-def with_tables(page: str) -> str:
-    """The page with each `<!-- table NAME -->` filled up to its `<!-- end -->`."""
-    for name, table in TABLES.items():
+def with_tables(page: str, name: str = "gains.md") -> str:
+    """The page of that name with each `<!-- table NAME -->` filled up to its `<!-- end -->`."""
+    for which, table in TABLES[name].items():
         page, count = re.subn(
-            rf"(<!-- table {name} -->\n).*?(<!-- end -->)",
+            rf"(<!-- table {which} -->\n).*?(<!-- end -->)",
             lambda at, table=table: at[1] + table() + at[2],
             page,
             flags=re.DOTALL,
         )
-        assert count == 1, name
+        assert count == 1, which
     return page
 
 
@@ -465,10 +564,8 @@ def draw_findings(path: Path) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    ink, many = "#1f2933", "start-layer-qwen2.5-coder-1.5b"
-    probe, alone = (
-        json.loads((DOCS / "results" / f"{name}-qwen2.5-coder-1.5b.json").read_text()) for name in ("probe", "layers")
-    )
+    ink, alone = "#1f2933", single_layers()
+    probe = json.loads((DOCS / "results" / "probe-qwen2.5-coder-1.5b.json").read_text())
     figure = Figure(figsize=(11, 7), facecolor="white", layout="constrained")
     (heads, single), (kls, scores) = figure.subplots(2, 2)
     grid = [[head["middle"] for head in layer["heads"]] for layer in probe["layers"]]
@@ -493,19 +590,18 @@ def draw_findings(path: Path) -> None:
     single.set_xscale("log")
     single.set_xlabel("Grad(Middle), share of the largest layer's")
     single.set_ylabel("KL from dense")
-    of: dict[str, list[Row]] = {}
-    for row in rows(many):
-        of.setdefault(row["pattern"].split("(")[0], []).append(row)
-    for (name, found), marker in zip(of.items(), "osv^D<>Px", strict=True):
-        found = sorted(found, key=lambda row: row["start"])
-        at = [row["start"] for row in found]
+    of = start_layers()[DRAWN]
+    for (name, starts), marker in zip(of.items(), "osv^D<>Px", strict=True):
+        at = sorted(starts)
+        found = [starts[start] for start in at]
         kls.plot(at, [row["kl"] for row in found], marker=marker, markersize=4, linewidth=1.3, label=name)
         score, lowest, highest = zip(*(row["score"] for row in found), strict=True)
         widths = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((score, lowest), (highest, score))]
         scores.errorbar(at, score, widths, marker=marker, markersize=4, linewidth=1.3, elinewidth=0.6)
     kls.legend(frameon=False, fontsize=8, ncols=2)
-    kls.set_title("KL from dense, four keys, 8K", fontsize=11, color=ink)
-    scores.set_title("Answers that are right, of dense attention's 1.00", fontsize=11, color=ink)
+    dense = found[0]["dense_score"][0]
+    kls.set_title(f"KL from dense, four keys, {DRAWN // 1024}K", fontsize=11, color=ink)
+    scores.set_title(f"Answers that are right, of dense attention's {dense:.2f}", fontsize=11, color=ink)
     scores.set_ylim(0, 1.05)
     for axes in (kls, scores, heads):
         axes.set_xlabel("layer" if axes is heads else "first layer that runs the pattern")
@@ -517,6 +613,7 @@ def draw_findings(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    (DOCS / "gains.md").write_text(with_tables((DOCS / "gains.md").read_text()))
+    for name in TABLES:
+        (DOCS / name).write_text(with_tables((DOCS / name).read_text(), name))
     draw(PICTURE)
     draw_findings(FINDINGS)
