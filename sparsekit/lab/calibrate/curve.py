@@ -77,8 +77,7 @@ def start_layer_curve(
 ) -> Curve:
     """KL of the answer's tokens from dense, and scores, with each pattern in all layers from each start on.
 
-    Layers that are not full causal attention stay as they are. The first start is the safest (the deepest), so that an
-    interrupted run has whole rows; `records` makes it go on.
+    Layers that are not full causal attention stay as they are. `records` makes an interrupted run go on.
     """
     arch, own = facts(model), own_layers(model, some=True)
     last = max(layer for layer in range(arch.num_layers) if layer not in own)
@@ -89,25 +88,26 @@ def start_layer_curve(
     candidates = [parse_pattern(pattern) for pattern in patterns]
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
     judge = Judge(model, tokenizer, prompts, records)
+    deepest_first = sorted(starts, reverse=True)
+    points = [(pattern, start) for pattern in candidates for start in deepest_first]
+    mixtures = [{i: p for i in range(start, arch.num_layers) if i not in own} for p, start in points]
+    with progress("start layers", len(points) * len(prompts), quiet=quiet) as step:
+        effects = judge.effects(mixtures, step)
     rows = []
-    with progress("start layers", len(candidates) * len(starts), quiet=quiet) as step:
-        for pattern in candidates:
-            for start in sorted(starts, reverse=True):
-                effect = judge.effect({i: pattern for i in range(start, arch.num_layers) if i not in own})
-                kl, width = mean_interval(effect.kl)
-                rows.append(
-                    {
-                        "pattern": str(pattern),
-                        "start": start,
-                        "kl": kl,
-                        "kl_half_width": width,
-                        "score": share_interval(effect.score),
-                        "dense_score": share_interval(effect.dense_score),
-                        "same": share_interval(effect.same),
-                        "tile_density": mean(effect.tile_density.values()) if effect.tile_density else 1.0,
-                        "samples": len(effect.kl),
-                    }
-                )
-                step(1)
+    for (pattern, start), effect in zip(points, effects, strict=True):
+        kl, width = mean_interval(effect.kl)
+        rows.append(
+            {
+                "pattern": str(pattern),
+                "start": start,
+                "kl": kl,
+                "kl_half_width": width,
+                "score": share_interval(effect.score),
+                "dense_score": share_interval(effect.dense_score),
+                "same": share_interval(effect.same),
+                "tile_density": mean(effect.tile_density.values()) if effect.tile_density else 1.0,
+                "samples": len(effect.kl),
+            }
+        )
     described = {"tasks": sorted({p.task.name for p in prompts}), "tokens": tokens, "seed": seed}
     return Curve(arch.name, described, made_on(model), tuple(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -102,6 +102,29 @@ class Judge:
         Raises:
             SparsekitError: a layer that keeps its own attention, or a pattern that prompts of such a length run dense.
         """
+        [effect] = self.effects([mixture])
+        return effect
+
+    def effects(
+        self, mixtures: Sequence[Mapping[int, Pattern] | SparseConfig], told: Callable[[int], object] = lambda _: None
+    ) -> list[Effect]:
+        """`effect` of each, one prompt after another: so one prompt's dense run is kept at a time, for all of them.
+
+        Args:
+            told: called with 1 after each mixture on each prompt.
+        """
+        settled = [self._settled(mixture) for mixture in mixtures]
+        rows: list[list[dict[str, Any]]] = [[] for _ in settled]
+        for prompt in self.prompts:
+            for (config, changed), of_mixture in zip(settled, rows, strict=True):
+                of_mixture.append(self._row(config, changed, prompt))
+                told(1)
+            if len(settled) > 1:
+                self._shared.drop(content_key(prompt.key))
+        return [self._effect(changed, found) for (_, changed), found in zip(settled, rows, strict=True)]
+
+    def _settled(self, mixture: Mapping[int, Pattern] | SparseConfig) -> tuple[SparseConfig, dict[int, LayerPatterns]]:
+        """The config, and the layers that it makes sparse."""
         config = mixture if isinstance(mixture, SparseConfig) else _of_layers(mixture)
         config = config.model_copy(update={"dense_below_tokens": 0})
         resolved = settle(config.resolve(self.facts), self.facts, lambda: machine_of(self.model))
@@ -109,7 +132,9 @@ class Judge:
         changed = {p.layer: p for p in resolved.layers if p.layer not in own and not p.exact}
         for pattern in dict.fromkeys(pattern for layer in changed.values() for pattern in layer.patterns):
             self._check_length(pattern)
-        rows = [self._row(config, changed, prompt) for prompt in self.prompts]
+        return config, changed
+
+    def _effect(self, changed: Mapping[int, LayerPatterns], rows: Sequence[dict[str, Any]]) -> Effect:
         longest = max(prompt.tokens for prompt in self.prompts)
         at_longest = [row for row, prompt in zip(rows, self.prompts, strict=True) if prompt.tokens == longest]
         tiles = {layer: mean(row["tile_density"][str(layer)] for row in at_longest) for layer in changed}

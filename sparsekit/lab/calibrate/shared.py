@@ -74,6 +74,10 @@ class SharedLayers:
         if whole and sum(other.bytes for other in self._kept.values()) + kept.bytes <= self.room:
             self._kept[prompt] = kept
 
+    def drop(self, prompt: str) -> None:
+        """Its run is kept no longer: there is room for another's."""
+        self._kept.pop(prompt, None)
+
     @contextmanager
     def from_layer(self, first: int, prompt: str) -> Iterator[bool]:
         """Within this block the first forward, a prefill of that prompt, begins at layer `first`; whether it does."""

@@ -110,19 +110,15 @@ def single_layers(
     chosen = parse_pattern(pattern)
     prompts = make_prompts(model, tokenizer, tasks=tasks, tokens=[tokens], count=samples, seeds=[seed])
     judge = Judge(model, tokenizer, prompts, records)
+    with progress("single layers", len(layers) * len(prompts), quiet=quiet) as step:
+        effects = judge.effects([{layer: chosen} for layer in layers], step)
     rows: list[dict[str, Any]] = []
-    kls: list[Sequence[float]] = []
-    with progress("single layers", len(layers), quiet=quiet) as step:
-        for layer in reversed(layers):  # the deepest first: they are the cheapest
-            effect = judge.effect({layer: chosen})
-            kl, width = mean_interval(effect.kl)
-            scores = {name: share_interval(getattr(effect, name)) for name in ("score", "dense_score", "same")}
-            rows.append({"layer": layer, "gradient": gradient[layer], "kl": kl, "kl_half_width": width, **scores,
-                         "samples": len(effect.kl)})  # fmt: skip
-            kls.append(effect.kl)
-            step(1)
-    rows.reverse()
-    kls.reverse()
+    for layer, effect in zip(layers, effects, strict=True):
+        kl, width = mean_interval(effect.kl)
+        scores = {name: share_interval(getattr(effect, name)) for name in ("score", "dense_score", "same")}
+        rows.append({"layer": layer, "gradient": gradient[layer], "kl": kl, "kl_half_width": width, **scores,
+                     "samples": len(effect.kl)})  # fmt: skip
+    kls = [effect.kl for effect in effects]
     found = _correlation([gradient[i] or 0.0 for i in layers], kls, seed)
     described = {"tasks": sorted({p.task.name for p in prompts}), "tokens": tokens, "seed": seed}
     return SingleLayers(arch.name, str(chosen), described, made_on(model), tuple(rows), found)

@@ -109,3 +109,18 @@ def test_no_more_than_there_is_room_for() -> None:
     judge._shared.room = each[0] + each[1]
     assert judge.effect({3: TRIANGLE}).kl == free.effect({3: TRIANGLE}).kl
     assert 1 <= len(judge._shared._kept) < len(each)
+
+
+def test_many_mixtures_need_room_for_one_prompt() -> None:
+    """All of them run on a prompt before the next one."""
+    model = tiny("llama", initializer_range=0.1)
+    judge, apart, told = _judge(model), _judge(model), []
+    apart.effect({3: TRIANGLE})
+    judge._shared.room = max(kept.bytes for kept in apart._shared._kept.values())
+    mixtures = [{3: TRIANGLE}, {2: TRIANGLE}, {1: TRIANGLE, 2: TRIANGLE}]
+    lowest = _runs_of(model.model.layers[0])
+    effects = judge.effects(mixtures, told.append)
+    assert sum(n > 2 for n in lowest) == len(judge.prompts)
+    assert told == [1] * len(judge.prompts) * len(mixtures)
+    assert [effect.kl for effect in effects] == [apart.effect(mixture).kl for mixture in mixtures]
+    assert len({effect.kl for effect in effects}) == len(mixtures)
