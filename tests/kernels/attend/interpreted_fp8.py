@@ -4,6 +4,8 @@ runs this file in a process of its own."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
+from sparsekit.kernels import launch as launches
 from sparsekit.kernels.attend.hopper import fp8 as host
 from sparsekit.kernels.attend.hopper import fp8_device, worklist
 
@@ -42,8 +45,17 @@ def _valid(x: Tensor, geometry: Geometry, tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("geometry", "page"), CASES, ids=str)
-def test_quantised(geometry: Geometry, page: int) -> None:
+def test_quantised(geometry: Geometry, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly the numbers, each where the products look for it, whatever lies behind a sample's last key."""
+    whole = launches.launch
+
+    def nothing_in_common(kernel: Any, blocks: int, args: Sequence[Any], options: dict[str, Any]) -> None:
+        if kernel is fp8_device.in_common:
+            args[4].zero_()
+        else:
+            whole(kernel, blocks, args, options)
+
+    monkeypatch.setattr(launches, "launch", nothing_in_common)
     k, v = _exact(geometry, 0.25, 1), _exact(geometry, 2.0, 2)
     keys = Keys(k, v)
     if page:
@@ -51,48 +63,58 @@ def test_quantised(geometry: Geometry, page: int) -> None:
     else:
         for b, end in enumerate(geometry.kv_end):
             k[b, :, end:] = v[b, :, end:] = float("nan")
-    k8, v8, scales, _ = host._quantised(keys, geometry, False)
+    k8, v8, scales, _ = host._quantised(keys, geometry, True)
     tokens = k8.shape[2]
     longest = max(end - start for start, end in zip(geometry.kv_start, geometry.kv_end, strict=True))
     assert tokens == -(-longest // 128) * 128
     assert scales.shape == (geometry.batch, 2, tokens // 128, 2)
     factor = scales[..., 0].repeat_interleave(128, 2)[..., None]
     assert torch.equal(k8.float() * factor, _valid(k, geometry, tokens))
+    assert torch.equal(_back(v8, scales), _valid(v, geometry, tokens))
+
+
+def _back(v8: Tensor, scales: Tensor) -> Tensor:
+    """V (B, G, N, 128) of what the products read."""
+    tokens = v8.shape[3]
     back = torch.empty_like(v8, dtype=torch.float32)
     back[..., (torch.arange(tokens) // 16 * 16) + ORDER.repeat(tokens // 16)] = v8.float()
-    factor = scales[..., 1].exp2().repeat_interleave(128, 2)[..., None]
-    assert torch.equal(back.transpose(2, 3) * factor, _valid(v, geometry, tokens))
+    return (back * scales[..., 1].exp2().repeat_interleave(128, 2)[:, :, None]).transpose(2, 3)
 
 
+@pytest.mark.parametrize("of_keys", [True, False])
 @pytest.mark.parametrize(("geometry", "page"), CASES, ids=str)
-def test_what_keys_have_in_common_is_taken_off(geometry: Geometry, page: int) -> None:
-    """The mean of 32 of them, of each head of each sample; what lies behind a sample's last key stays 0."""
-    x = torch.randn(geometry.batch, geometry.kv_len, 2, 128, generator=torch.Generator().manual_seed(0))
-    k = (x + 50 * torch.randn(geometry.batch, 1, 2, 128)).half().transpose(1, 2)
-    keys = in_pages(k, k, geometry, page) if page else Keys(k, k)
-    k8, _, scales, shift = host._quantised(keys, geometry, True)
+def test_what_a_head_has_in_common_is_taken_off(geometry: Geometry, page: int, of_keys: bool) -> None:
+    """The mean of some of its keys, and of as many values; what lies behind a sample's last key stays 0."""
+    g = torch.Generator().manual_seed(0)
+    shape, one = (geometry.batch, geometry.kv_len, 2, 128), (geometry.batch, 1, 2, 128)
+    k, v = ((torch.randn(shape, generator=g) + 50 * torch.randn(one, generator=g)).half().transpose(1, 2) for _ in "kv")
+    keys = in_pages(k, v, geometry, page) if page else Keys(k, v)
+    k8, v8, scales, common = host._quantised(keys, geometry, of_keys)
     tokens = k8.shape[2]
+    assert common.shape == (geometry.batch, 2, 2, 128)
     for b, (start, end) in enumerate(zip(geometry.kv_start, geometry.kv_end, strict=True)):
-        sampled = k[b, :, start + torch.arange(32) * (end - start) // 32].float()
-        torch.testing.assert_close(shift[b], sampled.mean(1))
-    rest = _valid(k.float() - shift[:, :, None], geometry, tokens)
-    found = k8.float() * scales[..., 0].repeat_interleave(128, 2)[..., None]
-    assert float((found - rest).norm()) < 0.09 * float(rest.norm())  # the interpreter cuts off what a card rounds
-    assert not found[rest.abs().sum(-1) == 0].any()
+        sampled = start + torch.arange(host.SAMPLED) * (end - start) // host.SAMPLED
+        torch.testing.assert_close(common[b, :, 0], k[b, :, sampled].float().mean(1).bfloat16() * of_keys)
+        torch.testing.assert_close(common[b, :, 1], v[b, :, sampled].float().mean(1).bfloat16())
+    k_found = k8.float() * scales[..., 0].repeat_interleave(128, 2)[..., None]
+    for i, (x, found) in enumerate(((k, k_found), (v, _back(v8, scales)))):
+        rest = _valid(x.float() - common[:, :, i, None].float(), geometry, tokens)
+        assert float((found - rest).norm()) < 0.09 * float(rest.norm())  # the interpreter cuts off what a card rounds
+        assert not found[rest.abs().sum(-1) == 0].any()
 
 
 def test_what_is_not_finite_is_taken_for_nothing_in_common() -> None:
-    """Where it is among the 32; and a sample without keys has nothing, whatever lies there."""
+    """Where it is among the sampled; and a sample without keys has nothing, whatever lies there."""
     geometry = Geometry.of(300, batch=2, kv_end=(300, 0), block_q=128, block_kv=128)
     k = torch.randn(2, 2, 300, 128, generator=torch.Generator().manual_seed(0)).half()
     k[1] = 7
-    at = torch.arange(32) * 300 // 32
-    expected = k[0, :, at].float()
+    expected = k[0].clone()
     expected[:, 3, 5] = expected[:, 4, 5] = expected[:, 5, 6] = 0
-    k[0, :, at[3], 5], k[0, :, at[4], 5], k[0, :, at[5], 6] = torch.inf, -torch.inf, torch.nan
-    _, _, scales, shift = host._quantised(Keys(k, k), geometry, True)
-    torch.testing.assert_close(shift[0], expected.mean(1))
-    assert not shift[1].any()
+    k[0, :, 3, 5], k[0, :, 4, 5], k[0, :, 5, 6] = torch.inf, -torch.inf, torch.nan
+    _, _, scales, common = host._quantised(Keys(k, k), geometry, True)
+    sampled = expected[:, torch.arange(host.SAMPLED) * 300 // host.SAMPLED].float().mean(1)
+    torch.testing.assert_close(common[0], torch.stack((sampled, sampled), 1).bfloat16())
+    assert not common[1].any()
     assert bool(scales.isfinite().all())
 
 

@@ -28,7 +28,7 @@ __all__ = ["attend_fp8", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = 128
 HEAD_SIZE = 128
-SAMPLED = 32  # keys of a head, whose mean is taken off all of them
+SAMPLED = 512  # keys of a head, whose mean is taken off all of them, as their values' mean is off all values
 STAGES, Q_STAGES = 3, 2  # 96 KiB of K and V, 64 of q; and 64 of sums, where the output is staged
 
 
@@ -108,7 +108,7 @@ def _blocks(g: Geometry) -> int:
 
 def _quantised(keys: Keys, g: Geometry, shifted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K (B, G, N, D) and V (B, G, D, N) in e4m3, scales (B, G, N / 128, 2), N up to 127 more than keys, and what was
-    taken off K's heads, (B, G, D): where `shifted`, which a soft-cap would see.
+    taken off the heads of both, (B, G, 2, D) bfloat16: off K's where `shifted`, which a soft-cap would see.
     """
     from sparsekit.kernels.launch import launch, steps_of
 
@@ -119,14 +119,17 @@ def _quantised(keys: Keys, g: Geometry, shifted: bool) -> tuple[Tensor, Tensor, 
         for shape in ((blocks * BLOCK_KV, dim), (dim, blocks * BLOCK_KV))
     )
     scales = k.new_empty((g.batch, k.shape[1], blocks, 2), dtype=torch.float32)
-    shift = k.new_empty((g.batch, k.shape[1], dim), dtype=torch.float32)
-    args = (
-        k, v, table, hopper._key_bounds(g, k.device), k8, v8, scales, shift, k.shape[1], blocks,
-        *(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0),
-    )  # fmt: skip
-    options = {"D": dim, "PAGE": keys.page, "BN": BLOCK_KV, "SAMPLED": SAMPLED if shifted else 0, "num_warps": 8}
-    launch(_device_code().quantise, blocks * pairs, args, options)
-    return k8, v8, scales, shift
+    common = k.new_empty((g.batch, k.shape[1], 2, dim), dtype=torch.bfloat16)
+    given = (k, v, table, hopper._key_bounds(g, k.device), common)
+    steps = (*(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0))
+    options = {"D": dim, "PAGE": keys.page, "num_warps": 8}
+    code = _device_code()
+    sampled = {"SAMPLED": SAMPLED, "STEP": BLOCK_KV, "OF_KEYS": shifted}
+    launch(code.in_common, 2 * pairs, (*given, k.shape[1], *steps), options | sampled)
+    launch(
+        code.quantise, blocks * pairs, (*given, k8, v8, scales, k.shape[1], blocks, *steps), options | {"BN": BLOCK_KV}
+    )
+    return k8, v8, scales, common
 
 
 # ---- the launch
@@ -157,15 +160,15 @@ class _Launch:
         sinks: Tensor | None,
     ) -> tuple[list[Any], _Pair]:  # fmt: skip
         """The call's arguments, and its workspace."""
-        k8, v8, scales, shift = quantised
+        k8, v8, scales, common = quantised
         arguments = list(self.arguments)
         put_descriptors(arguments, self.descriptor, self.boxes, (q, k8, v8, out, k8, v8))
         partial = _workspace(self.work, q)
-        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 7] = (scales, shift, out, lse, sinks, *partial)
+        arguments[SCALES_ARGUMENT : SCALES_ARGUMENT + 7] = (scales, common, out, lse, sinks, *partial)
         return arguments, partial
 
 
-SCALES_ARGUMENT = 10  # place of p_scales, which p_shift, p_out, p_lse, p_sinks, p_part and p_part_lse follow
+SCALES_ARGUMENT = 10  # place of p_scales, which p_common, p_out, p_lse, p_sinks, p_part and p_part_lse follow
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -214,7 +217,7 @@ def _launch(
         lse = q.new_empty((1,), dtype=torch.float32) if return_lse else None
         k8, v8 = (q.new_empty(shape, dtype=e4m3) for shape in (k_shape, v_shape))
         floats = q.new_empty((1,), dtype=torch.float32)
-        filled, _ = launch.fill(q, (k8, v8, floats, floats), out, lse, sinks)
+        filled, _ = launch.fill(q, (k8, v8, floats, floats.bfloat16()), out, lse, sinks)
         # Compiled once, then launched directly, as host.py does and with the same registers.
         _FORMS[form] = _device_code().attention.warmup(*filled, grid=(1,), num_warps=4, maxnreg=168)
     return replace(launch, kernel=_FORMS[form])

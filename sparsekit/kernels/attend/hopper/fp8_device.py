@@ -1,4 +1,5 @@
-"""Device code of the FP8 form (sm_90): `quantise` in Triton, `attention` in Gluon. `fp8.py` says what it covers.
+"""Device code of the FP8 form (sm_90): `in_common` and `quantise` in Triton, `attention` in Gluon. `fp8.py` says what it
+covers.
 
 Roles, work items, mail and masks are those of device.py; what differs is the arithmetic.
 
@@ -17,6 +18,8 @@ Roles, work items, mail and masks are those of device.py; what differs is the ar
   shared memory, where the output is staged later.
 - What a head's keys have in common is taken off them first (SageAttention, arXiv 2410.02367): all logits of a row lose
   the same, and the softmax nothing. Keys of Qwen2.5's first layer are nearly all of that; the rest was rounded away.
+- What its values have in common is taken off them too, and comes back to every output: weights sum to 1, less the
+  sink's. So neither rounding nor the accumulator loses any of it.
 """
 
 # See device.py.
@@ -74,7 +77,7 @@ from sparsekit.kernels.attend.hopper.device import (
 )
 from sparsekit.kernels.primitives import _in_pages
 
-__all__ = ["attention", "quantise"]
+__all__ = ["attention", "in_common", "quantise"]
 
 LARGEST = gl.constexpr(448.0)  # of e4m3
 HEADROOM = gl.constexpr(8.0)  # P is at most 2^(HEADROOM + LAG), which e4m3 holds
@@ -82,7 +85,7 @@ LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accum
 # What a scale is made of where everything is zero. Logits are multiplied by a row's scale times a block's, masked ones,
 # of -inf, too: they would be NaN were that 0, as 1e-20 twice makes it.
 SMALLEST = gl.constexpr(1.0e-12)
-FLUSH = gl.constexpr(8)  # steps
+FLUSH = gl.constexpr(16)  # steps
 FEW = gl.constexpr(32)  # keys of a step for sinks: one FP8 product is 32 deep
 BLOCK = gl.constexpr(128)  # keys that share a scale
 
@@ -97,15 +100,43 @@ QUANTISE_NUMBERS = ["heads", "blocks", "k_batch", "k_head", "k_token", "v_batch"
 
 
 @triton.jit(do_not_specialize=QUANTISE_NUMBERS)
-def quantise(
-    p_k, p_v, p_table, p_bounds, p_k8, p_v8, p_scales, p_shift, heads, blocks,
+def in_common(
+    p_k, p_v, p_table, p_bounds, p_common, heads,
     k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
-    D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, SAMPLED: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, SAMPLED: tl.constexpr, STEP: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """K and V (B, G, K, D), or pages of them -> e4m3 K (B, G, blocks * BN, D) and V (B, G, D, blocks * BN), and scales.
+    """What SAMPLED keys of a head, spread evenly, have in common, and what their values have -> (B, G, 2, D) bfloat16.
 
-    What SAMPLED keys of a head, spread evenly, have in common is taken off all of them: their mean, into p_shift
-    (B, G, D) float32, of what is finite. SAMPLED = 0: nothing is.
+    That is their mean, of what is finite, rounded, as any vector would do; without OF_KEYS it is 0 for keys. Program:
+    keys or values of one head. Arguments are those of `quantise`.
+    """
+    of_values = tl.program_id(0) % 2
+    i_pair = tl.program_id(0) // 2
+    i_sample = i_pair // heads
+    i_head = (i_pair % heads).to(tl.int64)
+    kv_start = tl.load(p_bounds + i_sample * 2)
+    last = tl.load(p_bounds + i_sample * 2 + 1)
+    total = tl.zeros((D,), tl.float32)
+    for i in tl.static_range(0, SAMPLED, STEP):
+        some = ((i + tl.arange(0, STEP)).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
+        batch, key = _places(p_table, some, i_sample, kv_start, last, table_sample, PAGE)
+        if of_values:
+            x = _rows(p_v + i_head * v_head * 8, batch, key, some <= last, v_batch, v_token, D)
+        else:
+            x = _rows(p_k + i_head * k_head * 8, batch, key, (some <= last) & OF_KEYS, k_batch, k_token, D)
+        total += tl.sum(tl.where(tl.abs(x) < float("inf"), x, 0.0), 0)
+    mean = (total * (1.0 / SAMPLED)).to(tl.bfloat16)
+    tl.store(p_common + (i_pair * 2 + of_values) * D + tl.arange(0, D), mean)
+
+
+@triton.jit(do_not_specialize=QUANTISE_NUMBERS)
+def quantise(
+    p_k, p_v, p_table, p_bounds, p_common, p_k8, p_v8, p_scales, heads, blocks,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
+    D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """K and V (B, G, K, D), or pages of them, less p_common (B, G, 2, D) -> e4m3 K (B, G, blocks * BN, D) and V
+    (B, G, D, blocks * BN), and scales.
 
     Program: BN keys of one head. Key 0 is a sample's first valid one; behind its last come zeros, whatever lies there.
     What is not finite becomes NaN where it is, and scales know nothing of it.
@@ -122,18 +153,13 @@ def quantise(
     d = tl.arange(0, D)
     batch, key = _places(p_table, t, i_sample, kv_start, last, table_sample, PAGE)
     k = _rows(p_k + i_head * k_head * 8, batch, key, t <= last, k_batch, k_token, D)
-    if SAMPLED > 0:
-        some = (tl.arange(0, SAMPLED).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
-        of, at = _places(p_table, some, i_sample, kv_start, last, table_sample, PAGE)
-        few = _rows(p_k + i_head * k_head * 8, of, at, some <= last, k_batch, k_token, D)
-        shift = tl.sum(tl.where(tl.abs(few) < float("inf"), few, 0.0), 0) * (1.0 / SAMPLED)
-        k = tl.where((t <= last)[:, None], k - shift[None], 0.0)
-        if i_block == 0:
-            tl.store(p_shift + i_pair * D + d, shift)
+    k = tl.where((t <= last)[:, None], k - tl.load(p_common + i_pair * 2 * D + d).to(tl.float32)[None], 0.0)
     k, k_scale = _scaled(k)
     o_pair = i_pair.to(tl.int64) * blocks * BN
     tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], k.to(tl.float8e4nv))
-    v, v_scale = _scaled(_rows(p_v + i_head * v_head * 8, batch, key, t <= last, v_batch, v_token, D))
+    v = _rows(p_v + i_head * v_head * 8, batch, key, t <= last, v_batch, v_token, D)
+    v = tl.where((t <= last)[:, None], v - tl.load(p_common + (i_pair * 2 + 1) * D + d).to(tl.float32)[None], 0.0)
+    v, v_scale = _scaled(v)
     v8 = v.to(tl.float8e4nv)
     v8 = tl.permute(tl.reshape(v8, (BN // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))  # key 8 h + 2 c + b: to 4 c + 2 h + b
     v8 = tl.trans(tl.reshape(v8, (BN, D)))
@@ -173,13 +199,14 @@ def _scaled(x):
 @gluon.jit
 def _produce(
     d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, taken, q_full, q_free, full, free, mail, m_full, m_free,
-    p_items, p_entries, p_counters, p_rule, p_scales, p_shift, items, heads, group, blocks, rule_sample, rule_head,
+    p_items, p_entries, p_counters, p_rule, p_scales, p_common, items, heads, group, blocks, rule_sample, rule_head,
     heads_per_plan, LISTED: gl.constexpr, RULE: gl.constexpr, SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
     SHIFT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
     BN: gl.constexpr = d_k.block_type.shape[2]
+    D: gl.constexpr = d_q.block_type.shape[3]
     slot = 0
     phase = 0
     q_slot = 0
@@ -208,10 +235,11 @@ def _produce(
                 _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
             if SPLIT:
                 _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+            d = gl.arange(0, D, gl.BlockedLayout([D // 32], [32], [1], [0]))
+            p_mine = p_common + sample_head // group * 2 * D + d
             if SHIFT:
-                D: gl.constexpr = d_q.block_type.shape[3]
-                d = gl.arange(0, D, gl.BlockedLayout([D // 32], [32], [1], [0]))
-                taken.index(m_slot).store(gl.load(p_shift + sample_head // group * D + d))
+                taken.index(2 * m_slot).store(gl.load(p_mine))
+            taken.index(2 * m_slot + 1).store(gl.load(p_mine + D))
             mbarrier.arrive(m_full.index(m_slot), count=1)
             m_slot, m_phase = _next(m_slot, m_phase, 2)
             if NARROW_FORM:
@@ -416,7 +444,7 @@ def _consume(
         if (LSE or SINKS or SPLIT) and not CAP:
             # What was taken off the keys is taken off all logits of a row. Weights know nothing of it; the logarithm of
             # their sum does, and what is merged by that.
-            shift = taken.index(m_slot).load(gl.SliceLayout(0, LQ))
+            shift = taken.index(2 * m_slot).load(gl.SliceLayout(0, LQ)).to(gl.float32)
             shifts.index(WHO).store(gl.sum(x * gl.expand_dims(shift, 0), 1) * scale2)
         largest = gl.maximum(gl.max(gl.abs(x), 1), SMALLEST)
         x = x * gl.expand_dims(LARGEST / largest, 1)
@@ -501,8 +529,6 @@ def _consume(
         part = -1
         if SPLIT:
             part = _receive(mail, m_slot * MAIL + SLOT)
-        mbarrier.arrive(m_free.index(m_slot), count=1)
-        m_slot, m_phase = _next(m_slot, m_phase, 2)
         sample = sample_head // heads
         head = sample_head - sample * heads
         lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
@@ -512,6 +538,7 @@ def _consume(
             top = top + shifts.index(WHO).load(gl.SliceLayout(1, LO))
         # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
         seen = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+        weights = total
         factor = 1.0 / total
         if SINKS:
             z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
@@ -523,7 +550,11 @@ def _consume(
         mbarrier.arrive(free.index(before), count=1)
         if count > FLUSH:
             acc = _add_kept(acc, kept, m_kept, m, LO)
-        result = gl.where(gl.expand_dims(seen, 1), acc * gl.expand_dims(factor, 1), 0.0)
+        common = taken.index(2 * m_slot + 1).load(gl.SliceLayout(0, LO)).to(gl.float32)
+        mbarrier.arrive(m_free.index(m_slot), count=1)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
+        result = acc * gl.expand_dims(factor, 1) + gl.expand_dims(common, 0) * gl.expand_dims(weights * factor, 1)
+        result = gl.where(gl.expand_dims(seen, 1), result, 0.0)
         whole = part < 0
         if LSE:
             lse = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
@@ -558,7 +589,7 @@ RUN_TIME_NUMBERS = [
     "heads_per_plan",
 ]  # fmt: skip
 POINTERS = [
-    "p_items", "p_entries", "p_counters", "p_rule", "p_scales", "p_shift", "p_out", "p_lse", "p_sinks", "p_part",
+    "p_items", "p_entries", "p_counters", "p_rule", "p_scales", "p_common", "p_out", "p_lse", "p_sinks", "p_part",
     "p_part_lse",
 ]  # fmt: skip
 
@@ -568,14 +599,14 @@ POINTERS = [
 @gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def attention(
     d_q, d_k, d_v, d_o, d_few_k, d_few_v,
-    p_items, p_entries, p_counters, p_rule, p_scales, p_shift, p_out, p_lse, p_sinks, p_part, p_part_lse,
+    p_items, p_entries, p_counters, p_rule, p_scales, p_common, p_out, p_lse, p_sinks, p_part, p_part_lse,
     scale, cap_scale, items, heads, group, blocks, queries, q_offset, rule_sample, rule_head, heads_per_plan,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
     LSE: gl.constexpr, SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
     """q (B, H, Q, D) in 16 bits, K and V as `quantise` wrote them -> out, in q's type, and lse.
 
-    p_scales: (B * G, blocks, 2). p_shift: (B * G, D).
+    p_scales: (B * G, blocks, 2). p_common: (B * G, 2, D), what keys and values had in common.
     """
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -586,7 +617,7 @@ def attention(
     vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
     kept = gl.allocate_shared_memory(gl.float32, [2, HALF, D], gl.NVMMASharedLayout(128, 32, 2))
     scales = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], ONE)
-    taken = gl.allocate_shared_memory(gl.float32, [2, D], ONE)
+    taken = gl.allocate_shared_memory(gl.bfloat16, [4, D], ONE)  # of keys and values, each of two items
     shifts = gl.allocate_shared_memory(gl.float32, [2, HALF], ONE)
     mail = gl.allocate_shared_memory(gl.int32, [2 * MAIL, 1], ONE)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
@@ -619,7 +650,7 @@ def attention(
             )),
             (_produce, (
                 d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, taken, q_full, q_free, full, free, mail, m_full,
-                m_free, p_items, p_entries, p_counters, p_rule, p_scales, p_shift, items, heads, group, blocks,
+                m_free, p_items, p_entries, p_counters, p_rule, p_scales, p_common, items, heads, group, blocks,
                 rule_sample, rule_head, heads_per_plan, LISTED, RULE, SPLIT, NARROW_FORM,
                 (LSE or SINKS or SPLIT) and not CAP,
             )),
