@@ -28,7 +28,8 @@ __all__ = ["attend_fp8", "compile_form", "covers", "missing", "tile"]
 
 BLOCK_KV = 128
 HEAD_SIZE = 128
-SAMPLED = 512  # keys of a head, whose mean is taken off all of them, as their values' mean is off all values
+SAMPLED = 4096  # keys of a head at most, whose mean is taken off all of them, as their values' is off all values
+COLUMNS = 16  # dimensions of a program that finds the mean: 32 bytes of a row
 STAGES, Q_STAGES = 3, 2  # 96 KiB of K and V, 64 of q; and 64 of sums, where the output is staged
 
 
@@ -123,12 +124,12 @@ def _quantised(keys: Keys, g: Geometry, shifted: bool) -> tuple[Tensor, Tensor, 
     given = (k, v, table, hopper._key_bounds(g, k.device), common)
     steps = (*(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0))
     options = {"D": dim, "PAGE": keys.page, "num_warps": 8}
+    few = min(1 << (blocks * BLOCK_KV - 1).bit_length(), SAMPLED)
+    sampled = {"SAMPLED": few, "STEP": min(few, 256), "COLUMNS": COLUMNS, "OF_KEYS": shifted}
     code = _device_code()
-    sampled = {"SAMPLED": SAMPLED, "STEP": BLOCK_KV, "OF_KEYS": shifted}
-    launch(code.in_common, 2 * pairs, (*given, k.shape[1], *steps), options | sampled)
-    launch(
-        code.quantise, blocks * pairs, (*given, k8, v8, scales, k.shape[1], blocks, *steps), options | {"BN": BLOCK_KV}
-    )
+    launch(code.in_common, 2 * pairs * (dim // COLUMNS), (*given, k.shape[1], *steps), options | sampled)
+    written = (k8, v8, scales, k.shape[1], blocks)
+    launch(code.quantise, blocks * pairs, (*given, *written, *steps), options | {"BN": BLOCK_KV})
     return k8, v8, scales, common
 
 

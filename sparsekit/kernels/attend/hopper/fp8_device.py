@@ -1,5 +1,5 @@
-"""Device code of the FP8 form (sm_90): `in_common` and `quantise` in Triton, `attention` in Gluon. `fp8.py` says what it
-covers.
+"""Device code of the FP8 form (sm_90), of which fp8.py says what it covers: `in_common` and `quantise` in Triton,
+`attention` in Gluon.
 
 Roles, work items, mail and masks are those of device.py; what differs is the arithmetic.
 
@@ -103,30 +103,33 @@ QUANTISE_NUMBERS = ["heads", "blocks", "k_batch", "k_head", "k_token", "v_batch"
 def in_common(
     p_k, p_v, p_table, p_bounds, p_common, heads,
     k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
-    D: tl.constexpr, PAGE: tl.constexpr, SAMPLED: tl.constexpr, STEP: tl.constexpr, OF_KEYS: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, SAMPLED: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """What SAMPLED keys of a head, spread evenly, have in common, and what their values have -> (B, G, 2, D) bfloat16.
 
     That is their mean, of what is finite, rounded, as any vector would do; without OF_KEYS it is 0 for keys. Program:
-    keys or values of one head. Arguments are those of `quantise`.
+    COLUMNS dimensions of the keys or values of one head. Arguments are those of `quantise`.
     """
-    of_values = tl.program_id(0) % 2
-    i_pair = tl.program_id(0) // 2
-    i_sample = i_pair // heads
-    i_head = (i_pair % heads).to(tl.int64)
+    first = tl.program_id(0) % (D // COLUMNS) * COLUMNS
+    i_common = tl.program_id(0) // (D // COLUMNS)
+    of_values = i_common % 2
+    i_sample = i_common // 2 // heads
+    i_head = (i_common // 2 % heads).to(tl.int64)
     kv_start = tl.load(p_bounds + i_sample * 2)
     last = tl.load(p_bounds + i_sample * 2 + 1)
-    total = tl.zeros((D,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
     for i in tl.static_range(0, SAMPLED, STEP):
         some = ((i + tl.arange(0, STEP)).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
         batch, key = _places(p_table, some, i_sample, kv_start, last, table_sample, PAGE)
         if of_values:
-            x = _rows(p_v + i_head * v_head * 8, batch, key, some <= last, v_batch, v_token, D)
+            x = _rows(p_v + i_head * v_head * 8 + first, batch, key, some <= last, v_batch, v_token, COLUMNS)
         else:
-            x = _rows(p_k + i_head * k_head * 8, batch, key, (some <= last) & OF_KEYS, k_batch, k_token, D)
+            inside = (some <= last) & OF_KEYS
+            x = _rows(p_k + i_head * k_head * 8 + first, batch, key, inside, k_batch, k_token, COLUMNS)
         total += tl.sum(tl.where(tl.abs(x) < float("inf"), x, 0.0), 0)
     mean = (total * (1.0 / SAMPLED)).to(tl.bfloat16)
-    tl.store(p_common + (i_pair * 2 + of_values) * D + tl.arange(0, D), mean)
+    tl.store(p_common + i_common * D + first + tl.arange(0, COLUMNS), mean)
 
 
 @triton.jit(do_not_specialize=QUANTISE_NUMBERS)
