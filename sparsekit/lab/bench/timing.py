@@ -19,7 +19,10 @@ ROUNDS = 3
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repeat_ms: float) -> list[float]:
-    """Times of a third of the repeats, after a warm-up; on a CUDA device by events, caches flushed before each."""
+    """Times of a third of the repeats, after a warm-up; on a CUDA device by events, caches flushed before each.
+
+    Events and flushed caches are of the current device, so `device` is that meanwhile.
+    """
     call()
     synchronize(device)
     start = time.perf_counter()
@@ -30,7 +33,8 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeat_ms: float
         return [once, *(_clocked(call, device) for _ in range(int(repeat_ms / ROUNDS / max(once, 1e-3))))]
     from triton.testing import do_bench
 
-    found: list[float] = do_bench(call, warmup=20, rep=max(repeat_ms / ROUNDS, 2 * once), return_mode="all")
+    with torch.cuda.device(device):
+        found: list[float] = do_bench(call, warmup=20, rep=max(repeat_ms / ROUNDS, 2 * once), return_mode="all")
     return found
 
 
