@@ -20,7 +20,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.kernels import attend, choose_call, geometry_for
 from sparsekit.lab.bench.inputs import Inputs, structured
 from sparsekit.lab.bench.peers import PeerRun, Prepare, prepare
-from sparsekit.lab.bench.quality import dense_lse, output_error, recall, sampled_rows
+from sparsekit.lab.bench.quality import RECALL_SLACK, dense_lse, output_error, recall, recall_bound, sampled_rows
 from sparsekit.lab.bench.timing import ROUNDS, milliseconds, spread, synchronize
 from sparsekit.patterns import Pattern
 from sparsekit.patterns.attention import tiled_for
@@ -31,7 +31,6 @@ __all__ = ["Row", "Setting", "check_size", "checked", "given_of", "input_facts",
 
 CHECK_TOKENS = (333, 1000)
 HOST_REPEATS = 21
-RECALL_SLACK = 1e-3  # of a plan's recall, read off two softmax sums of which one is a kernel's
 
 
 @dataclass(frozen=True)
@@ -327,7 +326,7 @@ def _method_row(pattern: Pattern, x: Inputs, dense: Tensor, at: Tensor, dense_su
     l1, l2 = output_error(attention(), dense)
     _, lse = _attend_lse(q, k, v, plan.corrected(0), setting.impl)
     share = recall(lse[:, :, at.to(lse.device)], dense_sum)
-    if bool((share > 1 + RECALL_SLACK).any()):
+    if bool((share > recall_bound(dense_sum)).any()):
         raise SparsekitError(f"{pattern}: recall {float(share.max()):.4f} of a row: a pair is counted twice.")
     kept = _kept(plan)
     if kept["pair_density"] > 1:

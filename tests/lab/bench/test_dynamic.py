@@ -19,7 +19,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.cli import app
 from sparsekit.kernels import attend, geometry_for
 from sparsekit.lab.bench import bench_dynamic, captured, dynamic, dynamic_rows, output_error, quality, structured
-from sparsekit.lab.bench.inputs import load_inputs, save_inputs
+from sparsekit.lab.bench.inputs import Inputs, load_inputs, save_inputs
 from sparsekit.lab.bench.peers import load_peers
 from sparsekit.patch.capture import capture_attention
 from sparsekit.patterns import Pattern
@@ -78,7 +78,7 @@ def test_recall_is_the_share_of_the_softmax_on_kept_pairs() -> None:
     key = x.k.repeat_interleave(2, 1)
     scores = (x.q @ key.transpose(2, 3)) * 32**-0.5
     weights = scores.masked_fill(~torch.ones(333, 333, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
-    expected = (weights * plan.to_mask()).sum(-1)[:, :, rows]
+    expected = (weights * plan.to_mask()).sum(-1)[:, :, rows].double()
     assert torch.allclose(found, expected, atol=1e-5)
     assert float(expected.min()) < 0.9 < float(expected.max())
 
@@ -254,6 +254,38 @@ def test_a_wrong_sum_is_found(loudest: type[DynamicPattern], monkeypatch: pytest
     monkeypatch.setattr(dynamic_rows, "attend", off)
     rows = bench_dynamic(methods=["loudest"], lengths=[300], **SMALL)
     assert rows[0]["case"] == "failed" and "off the share of the mask" in rows[0]["why"]
+
+
+def test_logits_of_ten_thousand_are_no_pair_counted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first layer of Qwen2.5-Coder-1.5B has them: a kernel sums in float32, which has steps of 0.001 there."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 300, 32, generator=g) for heads in (2, 1, 1))
+    q[..., 0], k[..., 0] = 260 + 0.1 * q[..., 0], 261 + 0.01 * k[..., 0]
+    save_inputs(tmp_path / "large.safetensors", [Inputs("large", q, k, v)])
+
+    def rows() -> list[dict[str, Any]]:
+        return bench_dynamic(methods=["triangle"], inputs=[str(tmp_path / "large.safetensors")], **SMALL)
+
+    *_, row = rows()
+    assert row["pair_density"] == 1 and row["recall"] == pytest.approx(1, abs=0.01), row
+    at = quality.sampled_rows(300)
+    dense = quality.dense_lse(q, k, at, 32**-0.5)
+    scores = q[0, 0].double() @ k[0, 0].double().T * 32**-0.5
+    exact = scores.masked_fill(~torch.ones(300, 300, dtype=torch.bool).tril(), float("-inf")).logsumexp(-1)[at]
+    assert float(exact.min()) > 11_000
+    assert torch.allclose(dense[0, 0], exact, rtol=1e-12)
+    _, lse = attend(q, k, v, dense_plan(geometry_for(q, k)), return_lse=True)
+    off = (quality.recall(lse[:, :, at], dense) - 1).abs()
+    assert float(off.max()) > quality.RECALL_SLACK  # so one for logits of all sizes is too small
+    real = dynamic_rows._attend_lse
+
+    def doubled(*given: Any) -> tuple[Tensor, Tensor]:
+        out, lse = real(*given)
+        return out, lse + 0.02 * (lse > 1000)
+
+    monkeypatch.setattr(dynamic_rows, "_attend_lse", doubled)
+    *_, row = rows()
+    assert row["case"] == "failed" and "a pair is counted twice" in row["why"]
 
 
 def test_a_sweep_turns_the_main_knob(loudest: type[DynamicPattern]) -> None:
