@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,6 +56,17 @@ def test_the_patterns_are_the_sweeps(evidence: Any) -> None:
     values = load_question(evidence.SWEEP).axes["below"]["values"][1:]
     told = [parse_pattern(yaml.safe_load(text)) for text in evidence.patterns().values()]
     assert told == [parse_pattern(value) for value in values]
+
+
+def test_the_command_of_a_row_is_the_one_that_makes_it(evidence: Any) -> None:
+    for row in evidence.gains.rows(f"start-layer-{evidence.MODEL}"):
+        words = shlex.split(row["command"])
+        of = {name: value for name, value in itertools.pairwise(words) if name.startswith("-")}
+        assert words[:4] == ["sparsekit", "calibrate", "curve", row["model"]]
+        assert str(parse_pattern(yaml.safe_load(of["--patterns"]))) == row["pattern"]
+        assert str(row["start"]) in of["--starts"].split(",")
+        assert (int(of["--tokens"]), int(of["--samples"])) == (row["prompts"]["tokens"], row["samples"])
+        assert of["--dtype"] == row["dtype"] and row["device"] == "NVIDIA H200" and of["--device"] == "cuda"
 
 
 def test_it_goes_on_where_it_was(
@@ -207,7 +220,8 @@ def test_what_is_finished_is_collected(evidence: Any, tmp_path: Path) -> None:
     assert len(after[names[0]]) == len(before[names[0]].splitlines())
     assert [row["seed"] for row in after[names[2]]].count(7) == 1
     assert after[names[1]] == [json.loads(line) for line in before[names[1]].splitlines()]
-    new = after[names[3]][-1]
-    assert new["prompts"]["tokens"] == 16384
+    told = (16384, curve["pattern"], curve["start"])
+    [new] = [row for row in after[names[3]] if (row["prompts"]["tokens"], row["pattern"], row["start"]) == told]
+    assert len(after[names[3]]) == len(before[names[3]].splitlines())
     assert "--tokens 16384" in new["command"]
     assert {**new, "prompts": curve["prompts"], "command": curve["command"]} == curve

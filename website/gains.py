@@ -575,11 +575,17 @@ def draw_findings(path: Path) -> None:
     figure.colorbar(shown, ax=heads, label="share of the largest")
     heads.set_title("Grad(Middle) by layer and head, prompts of 2K", fontsize=11, color=ink)
     heads.set_ylabel("head")
+    above, below = misjudged(alone["rows"])
+    named = {above, *below, 2, 12, 20, 26}
     for row in alone["rows"]:
         single.plot(row["gradient"], row["kl"], "o", color="#2a78b8", markersize=5)
-        if row["layer"] in (0, 1, 2, 12, 15, 20, 26):
+        if row["layer"] in named:
             single.annotate(
-                str(row["layer"]), (row["gradient"], row["kl"]), (4, 3), textcoords="offset points", fontsize=8
+                str(row["layer"]),
+                (row["gradient"], row["kl"]),
+                (-9 if row["layer"] in below[:1] else 4, 3),
+                textcoords="offset points",
+                fontsize=8,
             )
     value, low, high = alone["correlation"]
     single.set_title(
@@ -594,11 +600,11 @@ def draw_findings(path: Path) -> None:
     for (name, starts), marker in zip(of.items(), "osv^D<>Px", strict=True):
         at = sorted(starts)
         found = [starts[start] for start in at]
-        kls.plot(at, [row["kl"] for row in found], marker=marker, markersize=4, linewidth=1.3, label=name)
+        kls.plot(at, [row["kl"] for row in found], marker=marker, markersize=4, linewidth=1.3)
         score, lowest, highest = zip(*(row["score"] for row in found), strict=True)
         widths = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((score, lowest), (highest, score))]
-        scores.errorbar(at, score, widths, marker=marker, markersize=4, linewidth=1.3, elinewidth=0.6)
-    kls.legend(frameon=False, fontsize=8, ncols=2)
+        scores.errorbar(at, score, widths, marker=marker, markersize=4, linewidth=1.3, elinewidth=0.6, label=name)
+    scores.legend(frameon=False, fontsize=8, loc="lower right")
     dense = found[0]["dense_score"][0]
     kls.set_title(f"KL from dense, four keys, {DRAWN // 1024}K", fontsize=11, color=ink)
     scores.set_title(f"Answers that are right, of dense attention's {dense:.2f}", fontsize=11, color=ink)
