@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from sparsekit import SparsekitError
 from sparsekit.cli import app
 from sparsekit.lab.sweep import load_question
 from sparsekit.patterns import parse_pattern
@@ -101,6 +103,32 @@ def test_it_goes_on_where_it_was(
     assert not evidence.main([str(tmp_path), "--device", "cuda", "--workers", "1"])
     assert [words[words.index("--device") + 1] for words in ran] == ["cuda"]
     assert capsys.readouterr().out.endswith(" GPU-minutes in all\n")
+
+
+def test_without_room_for_times_it_ends(evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of a job whose end cannot be written is free for the next, and the job runs no longer."""
+    ran: list[str] = []
+    running: list[int] = []
+
+    class Soon(SimpleQueue[str]):
+        def get(self, block: bool = True, timeout: float | None = 10.0) -> str:
+            return super().get(block, timeout)
+
+    def full(times: Any, name: str, code: int | None) -> None:
+        running.append(len(times.running))
+        raise SparsekitError(f"{name}: no space left")
+
+    def fake(command: list[str], **streams: Any) -> Any:
+        ran.append(command[4])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(evidence, "SimpleQueue", Soon)
+    monkeypatch.setattr(evidence.Times, "_add", full)
+    monkeypatch.setattr(subprocess, "run", fake)
+    with pytest.raises(SparsekitError, match="one: no space left"):
+        evidence.run(tmp_path, [evidence.Job(f"{name}.json", (name,)) for name in ("one", "two")], ["cuda:3"])
+    assert ran == ["one", "two"]
+    assert running == [1, 1]
 
 
 def test_gpu_minutes_are_of_a_gpu_not_of_its_jobs(

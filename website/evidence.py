@@ -137,8 +137,10 @@ class Times:
 
     def end(self, name: str, code: int | None) -> None:
         with self._lock:
-            self._add(name, code)
-            del self.running[name]
+            try:
+                self._add(name, code)
+            finally:
+                del self.running[name]
 
     def _add(self, name: str, code: int | None) -> None:
         device, started = self.running[name]
@@ -204,8 +206,8 @@ def run(folder: Path, todo: Iterable[Job], devices: Sequence[str]) -> list[str]:
                     cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 ).returncode  # fmt: skip
         finally:
-            times.end(job.name, code)
             free.put(device)
+            times.end(job.name, code)
         print(f"{job.name}: {'done' if not code else f'failed, see {job.name}.log'}", flush=True)
         return job.name if code else None
 
