@@ -121,7 +121,7 @@ class Times:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.journal = Journal(folder / "times.jsonl", "times", "`website/evidence.py`")
+        self.journal = _times(folder)
         self.journal.mended()
         self.running: dict[str, tuple[str, float]] = {}  # name -> device, since when
         self._lock = Lock()
@@ -148,6 +148,10 @@ class Times:
         self.journal.append({"name": name, "device": device, "started": started, "seconds": seconds, "code": code})
 
 
+def _times(folder: Path) -> Journal:
+    return Journal(folder / "times.jsonl", "times", "`website/evidence.py`")
+
+
 def gpu_minutes(rows: Iterable[Mapping[str, Any]]) -> float:
     """Minutes in which at least one job ran on a GPU, added over the GPUs; of the rows of `Times`."""
     spans: dict[str, list[tuple[float, float]]] = {}
@@ -164,7 +168,7 @@ def gpu_minutes(rows: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _busy(folder: Path) -> str:
-    return f"{gpu_minutes(Times(folder).journal.read()[0]):.1f} GPU-minutes in all"
+    return f"{gpu_minutes(_times(folder).read()[0]):.1f} GPU-minutes in all"
 
 
 @contextmanager
