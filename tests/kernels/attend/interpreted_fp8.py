@@ -119,6 +119,26 @@ def test_what_is_not_finite_is_taken_for_nothing_in_common() -> None:
     assert bool(scales.isfinite().all())
 
 
+def test_of_many_keys_some_are_sampled() -> None:
+    """4,096 of the longest sample's, and as many of one that is short: its own again and again."""
+    geometry = Geometry.of(5000, batch=2, kv_end=(5000, 3), block_q=128, block_kv=128)
+    k, v = torch.randn(2, 2, 5000, 1, 128, generator=torch.Generator().manual_seed(0)).half().transpose(2, 3)
+    common = host._quantised(Keys(k, v), geometry, True)[3]
+    for b, there in enumerate(geometry.kv_end):
+        sampled = torch.arange(4096) * there // 4096
+        for i, x in enumerate((k, v)):
+            torch.testing.assert_close(common[b, 0, i], x[b, 0, sampled].float().mean(0).bfloat16())
+
+
+def test_the_mean_of_large_numbers_is_finite() -> None:
+    """As bfloat16 has them, whose sum is not: all outputs of the head would be NaN. In float32, for the interpreter."""
+    x = 1e38 * (1 + torch.rand(1, 1, 300, 128, generator=torch.Generator().manual_seed(0)))
+    _, _, scales, common = host._quantised(Keys(x, x), WHOLE, True)
+    expected = x[0, 0, torch.arange(512) * 300 // 512].double().mean(0)
+    torch.testing.assert_close(common[0, 0].double(), expected.expand(2, -1), rtol=0.01, atol=0.0)
+    assert bool(scales.isfinite().all())
+
+
 @triton.jit
 def _scaled(p_x, p_y, p_scale, D: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, 16)[:, None] * D + tl.arange(0, D)[None]

@@ -127,9 +127,9 @@ def in_common(
         else:
             inside = (some <= last) & OF_KEYS
             x = _rows(p_k + i_head * k_head * 8 + first, batch, key, inside, k_batch, k_token, COLUMNS)
-        total += tl.sum(tl.where(tl.abs(x) < float("inf"), x, 0.0), 0)
-    mean = (total * (1.0 / SAMPLED)).to(tl.bfloat16)
-    tl.store(p_common + i_common * D + first + tl.arange(0, COLUMNS), mean)
+        # Shared out before they are added: the sum of large ones is not finite.
+        total += tl.sum(tl.where(tl.abs(x) < float("inf"), x * (1.0 / SAMPLED), 0.0), 0)
+    tl.store(p_common + i_common * D + first + tl.arange(0, COLUMNS), total.to(tl.bfloat16))
 
 
 @triton.jit(do_not_specialize=QUANTISE_NUMBERS)
