@@ -397,6 +397,78 @@ def test_the_table_of_fp8_on_a_real_model_is_that_of_the_records() -> None:
     assert f"the untouched model takes {ms[0]} and {ms[3]} " in said
 
 
+def test_what_is_said_of_the_speed_of_fp8_is_in_the_records() -> None:
+    page = (DOCS / "kernels.md").read_text()
+    said = " ".join(page.split())
+    rows = _records("fp8-h200")
+    of = {(row["run"], row["case"], row["tokens"], row["impl"]): row for row in rows if "ms" in row}
+    names = {"dense": "dense", "random tiles, 10% a head": "random", "Triangle (8, 512, 128)": "triangle"}
+    for name, case in names.items():
+        for tokens in (32768, 131072):
+            line = rf"^\| {re.escape(name)}, {tokens // 1024}K \| (.*?) \| (.*?) \| (.*?) *\|$"
+            [cells] = re.findall(line, page, re.MULTILINE)
+            for cell, impl in zip(cells, ("hopper", "hopper_fp8"), strict=False):
+                row = of[4, case, tokens, impl]
+                ms, beside = re.findall(r"[\d.]+", cell)
+                _rounds_to(row["ms"], ms)
+                _rounds_to(row["tflops" if case == "dense" else "ms_best"], beside)
+            if case == "dense":
+                _rounds_to(of[4, "rounding", tokens, "hopper_fp8"]["ms"], cells[2])
+
+    def faster(case: str, tokens: int, by: str) -> float:
+        return float(of[4, case, tokens, "hopper"][by] / of[4, case, tokens, "hopper_fp8"][by])
+
+    random, triangle = (
+        [f"{faster(case, 131072, by):.2f}" for by in ("ms", "ms_best")] for case in ("random", "triangle")
+    )
+    assert (
+        f"At 128K random tiles are {random[0]} times as fast by medians and {random[1]} times by the best launches, "
+        f"Triangle {triangle[0]} and {triangle[1]} times." in said
+    )
+    dense = [f"{faster('dense', tokens, 'ms'):.2f}" for tokens in (32768, 131072)]
+    assert f"dense plans are {dense[0]} times as fast at 32K and {dense[1]} times at 128K, by medians." in said
+    assert "At 32K random tiles gain nothing, and Triangle takes a sixth longer" in said
+    assert all(0.97 < faster("random", 32768, by) < 1.01 for by in ("ms", "ms_best"))
+    assert all(1.15 < 1 / faster("triangle", 32768, by) < 1.18 for by in ("ms", "ms_best"))
+    for run, impl, told in (
+        (5, "hopper_fp8", "made {} and {}, in that of the polynomials"),
+        (6, "hopper_fp8", "in that of the polynomials {} and {})"),
+        (5, "hopper_fp8, kept every 32 steps", "The sum kept every 32 steps: {} and {}, faster by 2%."),
+        (5, "hopper_fp8, q in shared memory", "q in shared memory: {} and {}. "),
+        (6, "hopper_fp8, a quarter of the exponentials in arithmetic", "exponentials as polynomials: {} and {},"),
+        (7, "hopper_fp8, steps in halves of 64 keys, q in shared memory", "in shared memory: {} and {}, in a run"),
+        (7, "hopper_fp8, values as they are, kept every 8 steps", "as they are, kept every 8 steps, made {} and {}."),
+    ):
+        assert told.format(*(of[run, "dense", tokens, impl]["tflops"] for tokens in (32768, 131072))) in said
+
+
+def _rounds_to(value: float, text: str) -> None:
+    digits = len(text.partition(".")[2])
+    assert abs(value - float(text)) <= 0.5 * 10**-digits + 1e-9, (value, text)
+
+
+def test_the_error_of_fp8_is_that_of_the_records() -> None:
+    said = " ".join((DOCS / "kernels.md").read_text().split())
+    inputs = ("scale", "values_plus", "values_plus_and_minus_1_in_turn_every")
+    of = {
+        (row["tokens"], *(row.get(key) for key in inputs)): row
+        for row in _records("fp8-h200")
+        if row["run"] == 4 and "error_last_rows" in row
+    }
+    short, long = ({key[1:]: row for key, row in of.items() if key[0] == tokens} for tokens in (32768, 131072))
+
+    def both(key: tuple[Any, ...], form: str) -> list[str]:
+        return [format(found[key]["error_last_rows"], form) for found in (short, long)]
+
+    plain, scaled = both((None, None, None), ".1%"), both((0.3, None, None), ".0%")
+    assert "off by {} and {}, with that scale by {} and {}.".format(*plain, *scaled) in said
+    assert "made {} at 32K and {} at 128K with the mean of 512 keys".format(*both((None, None, None), ".3f")) in said
+    taken = both((None, 1, None), ".4f")
+    kept = long[None, 1, None]["mean_of_wanted"]
+    assert f"as `hopper_fp8` does | {taken[0]} | {taken[1]} | {kept:.4f} |" in said
+    assert "The error of that little is {} at 32K and {} at 128K.".format(*both((None, None, 8192), ".2f")) in said
+
+
 def test_the_table_of_shared_plans_on_a_larger_model_is_that_of_the_records() -> None:
     page = (DOCS / "reuse.md").read_text()
     for row, chosen in zip(_records("reuse-qwen2.5-coder-1.5b"), (28, 9), strict=True):
