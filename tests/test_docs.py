@@ -460,6 +460,8 @@ def test_the_error_of_fp8_is_that_of_the_records() -> None:
     def both(key: tuple[Any, ...], form: str) -> list[str]:
         return [format(found[key]["error_last_rows"], form) for found in (short, long)]
 
+    forms = {row["note"] for row in _records("fp8-h200") if row["run"] > 3 and row["impl"] == "hopper_fp8"}
+    assert forms == {"with the mean of 512 keys and values taken off"}  # other than the rows of earlier runs
     plain, scaled = both((None, None, None), ".1%"), both((0.3, None, None), ".0%")
     assert "off by {} and {}, with that scale by {} and {}.".format(*plain, *scaled) in said
     assert "made {} at 32K and {} at 128K with the mean of 512 keys".format(*both((None, None, None), ".3f")) in said
