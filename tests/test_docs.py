@@ -588,6 +588,25 @@ def test_what_is_said_of_start_layers_is_in_the_records(monkeypatch: pytest.Monk
     assert f"# below {bound:.2f} of its maximum." in evidence.SWEEP.read_text()
 
 
+def test_a_pattern_without_a_row_at_a_length_is_named_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one that is not named loses no answer."""
+    monkeypatch.syspath_prepend(DOCS.parent / "website")
+    import gains
+
+    def row(tokens: int, pattern: str, start: int, score: float) -> dict[str, Any]:
+        prompts = {"tokens": tokens}
+        return {"prompts": prompts, "pattern": pattern, "start": start, "score": [score], "dense_score": [1.0]}
+
+    found = [row(8192, name, start, 0.9) for name in ("triangle", "s2o") for start in (21, 14, 0)]
+    found += [row(16384, "triangle", start, 1.0) for start in (21, 14)]
+    monkeypatch.setattr(gains, "rows", lambda _: found)
+    said = " ".join(gains.start_losses().split())
+    assert said.endswith(
+        "At 16,384 tokens: from layer 21 on none (not measured: `s2o`); from layer 14 on none (not measured: `s2o`); "
+        "in all layers not measured."
+    )
+
+
 def test_which_seeds_of_ruler_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS.parent / "website")
     import gains

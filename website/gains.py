@@ -320,8 +320,9 @@ def start_patterns() -> str:
 
 def start_losses() -> str:
     """A line for each length: how many answers in a hundred each pattern loses from some layers on."""
-    text = ""
-    for tokens, patterns in start_layers().items():
+    text, of = "", start_layers()
+    names = dict.fromkeys(name for patterns in of.values() for name in patterns)
+    for tokens, patterns in of.items():
         said = []
         for at, where in ((21, "from layer 21 on"), (14, "from layer 14 on"), (0, "in all layers")):
             lost = {
@@ -331,9 +332,9 @@ def start_losses() -> str:
             named = [
                 f"`{name}` {points}" for name, points in sorted(lost.items(), key=lambda item: -item[1]) if points > 0
             ]
-            missing = [f"`{name}`" for name in patterns if name not in lost]
+            missing = [f"`{name}`" for name in names if name not in lost]
             beside = f" (not measured: {', '.join(missing)})" if missing else ""
-            said.append(f"{where} {', '.join(named) or 'none'}{beside}")
+            said.append(f"{where} {', '.join(named) or 'none'}{beside}" if lost else f"{where} not measured")
         text += _lines(f"- At {tokens:,} tokens: {'; '.join(said)}.", "  ")
     return text
 
