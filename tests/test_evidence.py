@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import pytest
@@ -52,6 +53,8 @@ def test_every_command_is_one_of_ours(evidence: Any, tmp_path: Path, monkeypatch
     names = [job.name for job in todo]
     assert all(names.index(job.after) < names.index(job.name) for job in todo if job.after)
     assert [job.after for job in todo if "probe.json" in job.command and job.name != "probe"] == ["probe"]
+    lengths = [int(name.split("-")[1]) for name in names if name.startswith("curve")]
+    assert lengths == sorted(lengths, reverse=True)  # the longest first, lest one of them runs alone at the end
 
 
 def test_the_patterns_are_the_sweeps(evidence: Any) -> None:
@@ -129,6 +132,28 @@ def test_without_room_for_times_it_ends(evidence: Any, tmp_path: Path, monkeypat
         evidence.run(tmp_path, [evidence.Job(f"{name}.json", (name,)) for name in ("one", "two")], ["cuda:3"])
     assert ran == ["one", "two"]
     assert running == [1, 1]
+
+
+def test_interrupted_it_starts_no_further_job(evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    interrupted = Event()
+
+    def fake(command: list[str], **streams: Any) -> Any:
+        ran.append(command[4])
+        interrupted.wait(10)
+        time.sleep(0.2)
+        return subprocess.CompletedProcess(command, -signal.SIGKILL)
+
+    def beat(times: Any) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(evidence, "BEAT", 0.1)
+    monkeypatch.setattr(evidence.Times, "beat", beat)
+    with pytest.raises(KeyboardInterrupt):
+        evidence.run(tmp_path, [evidence.Job(f"{name}.json", (name,)) for name in ("one", "two")], ["cuda:3"])
+    assert ran == ["one"]
 
 
 def test_gpu_minutes_are_of_a_gpu_not_of_its_jobs(
