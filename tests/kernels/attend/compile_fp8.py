@@ -17,6 +17,7 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper import fp8 as host
+from sparsekit.kernels.attend.hopper import fp8_device
 from sparsekit.plan import TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
 QGMMA_A_STEP = 8  # 32 deep each: 4 for Q K^T at head size 128, 4 for P V over 128 keys
@@ -50,6 +51,23 @@ def _compile(kind: str, more: str) -> dict[str, Any]:
     }
 
 
+def _compile_before(name: str, page: int) -> dict[str, Any]:
+    """`in_common` or `quantise`, over keys in one piece or in pages."""
+    heads, blocks = 8, 64
+    k = torch.empty(1, heads, blocks * 128, 128, dtype=torch.bfloat16)
+    bounds, table = torch.empty(1, 2, dtype=torch.int32), torch.empty(1, 2, dtype=torch.int32) if page else None
+    common, scales = torch.empty(1, heads, 2, 128, dtype=torch.bfloat16), torch.empty(1, heads, blocks, 2)
+    given, steps = (k, k, table, bounds, common), (1, 1, 1, 1, 1, 1, 1 if page else None)
+    options = {"D": 128, "PAGE": page, "num_warps": 8, "grid": (1,)}
+    if name == "in_common":
+        sampled = {"SAMPLED": host.SAMPLED, "STEP": 256, "COLUMNS": host.COLUMNS, "OF_KEYS": True}
+        kernel = fp8_device.in_common.warmup(*given, heads, *steps, **options, **sampled)
+    else:
+        written = (k.to(torch.float8_e4m3fn), k.to(torch.float8_e4m3fn), scales)
+        kernel = fp8_device.quantise.warmup(*given, *written, heads, blocks, *steps, **options, BN=128)
+    return {"shared": kernel.metadata.shared, "said": ptxas(kernel.asm["ptx"], 90)[0]}
+
+
 def _exponentials_behind_the_wait(loop: list[str]) -> int:
     """How many of a step's come when P V of the step before must be done."""
     wait = next(i for i, what in enumerate(loop) if re.search(r"DEPBAR\.LE gsb0, 0x0", what))
@@ -59,7 +77,8 @@ def _exponentials_behind_the_wait(loop: list[str]) -> int:
 def main() -> None:
     warnings.simplefilter("ignore")
     offline()
-    print(json.dumps([_compile(*case) for case in json.loads(sys.argv[1])]))
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([_compile_before(*case) if isinstance(case[1], int) else _compile(*case) for case in cases]))
 
 
 if __name__ == "__main__":

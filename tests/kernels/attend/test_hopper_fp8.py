@@ -76,12 +76,13 @@ def test_quantised() -> None:
 # ---- the device code compiles for sm_90, without a card
 
 COMPILED = [("dense", ""), ("triangle", ""), ("tiles", "lse"), ("triangle", "cap sinks lse")]
+BEFORE = [("in_common", 0), ("in_common", 64), ("quantise", 0), ("quantise", 64)]
 
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of them takes; one child process compiles them all."""
-    return compiled("attend/compile_fp8.py", tmp_path_factory.mktemp("triton"), json.dumps(COMPILED))
+    return compiled("attend/compile_fp8.py", tmp_path_factory.mktemp("triton"), json.dumps([*COMPILED, *BEFORE]))
 
 
 @pytest.mark.slow
@@ -96,6 +97,14 @@ def test_compiles_for_sm_90(case: tuple[str, str], offline: list[dict[str, Any]]
     assert "C75" not in made["said"]  # ptxas: wgmma serialised, or register reallocation ignored
     if "cap" not in case[1]:
         assert "0 bytes spill stores, 0 bytes spill loads" in made["said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BEFORE, ids=str)
+def test_what_runs_before_compiles_for_sm_90(case: tuple[str, int], offline: list[dict[str, Any]]) -> None:
+    made = offline[len(COMPILED) + BEFORE.index(case)]
+    assert made["shared"] <= SHARED_MEMORY
+    assert "0 bytes spill stores, 0 bytes spill loads" in made["said"]
 
 
 # ---- on a card
@@ -234,7 +243,7 @@ def test_card_keeps_the_mean_of_the_values(options: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 def test_card_keeps_most_of_the_mean_of_some_values() -> None:
-    """What one half of the values has in common and the other half has not is lost by less than a fortieth."""
+    """What half of the values have in common and the other half have not is cut by a fortieth, kept every 16 steps."""
     geometry = _tiled(128, 32768)
     q, k, v = _inputs(geometry)
     v = torch.cat((v[:, :, :16384] + 1, v[:, :, 16384:] - 1), 2)
@@ -243,4 +252,4 @@ def test_card_keeps_most_of_the_mean_of_some_values() -> None:
     wide: Any = attend(q.double(), k.double(), v.double(), dense_plan(geometry).to("cuda"), impl="reference")
     expected = float(wide[:, ::2, -1].mean())
     assert expected > 0.5
-    assert abs(float(out[:, ::2, -1].double().mean()) - expected) < expected / 40
+    assert abs(float(out[:, ::2, -1].double().mean()) - expected) < expected / 25

@@ -118,8 +118,8 @@ def in_common(
     i_head = (i_common // 2 % heads).to(tl.int64)
     kv_start = tl.load(p_bounds + i_sample * 2)
     last = tl.load(p_bounds + i_sample * 2 + 1)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for i in tl.static_range(0, SAMPLED, STEP):
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for i in tl.range(0, SAMPLED, STEP, loop_unroll_factor=4):
         some = ((i + tl.arange(0, STEP)).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
         batch, key = _places(p_table, some, i_sample, kv_start, last, table_sample, PAGE)
         if of_values:
@@ -128,8 +128,9 @@ def in_common(
             inside = (some <= last) & OF_KEYS
             x = _rows(p_k + i_head * k_head * 8 + first, batch, key, inside, k_batch, k_token, COLUMNS)
         # Shared out before they are added: the sum of large ones is not finite.
-        total += tl.sum(tl.where(tl.abs(x) < float("inf"), x * (1.0 / SAMPLED), 0.0), 0)
-    tl.store(p_common + i_common * D + first + tl.arange(0, COLUMNS), total.to(tl.bfloat16))
+        total += tl.where(tl.abs(x) < float("inf"), x * (1.0 / SAMPLED), 0.0)
+    mean = tl.sum(total, 0).to(tl.bfloat16)
+    tl.store(p_common + i_common * D + first + tl.arange(0, COLUMNS), mean)
 
 
 @triton.jit(do_not_specialize=QUANTISE_NUMBERS)
