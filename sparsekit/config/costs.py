@@ -99,7 +99,10 @@ def _machine() -> Machine:
 
 
 def _drawn(resolved: ResolvedConfig, facts: ModelFacts) -> list[str]:
-    layers = [(str(at.layer), [(str(pattern), heads) for pattern, heads in at.groups()]) for at in resolved.layers]
+    # Layers share patterns, of which one may hold thousands of numbers.
+    distinct = {id(pattern): pattern for at in resolved.layers for pattern in at.patterns}
+    said = {number: str(pattern) for number, pattern in distinct.items()}
+    layers = [(str(at.layer), [(said[id(one)], heads) for one, heads in at.groups()]) for at in resolved.layers]
     return draw_heads(layers, (facts.num_heads or 0) // (facts.num_key_heads or facts.num_heads or 1))
 
 
