@@ -1,5 +1,4 @@
-"""A limit of CPU time that a busy machine does not break: best of three, of this thread, without the collector, and in
-seconds of a machine that adds a million numbers in `MILLION`, where this one is slower at the moment.
+"""A limit of CPU time that a busy machine does not break: best of three, of this thread, without the collector.
 
 A worker of the tests has threads that others started, and a heap that takes seconds to walk; neither is the call's.
 """
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-MILLION = 0.06
 
 
 def seconds_of(call: Callable[[], T], enough: float) -> tuple[T, float]:
@@ -23,22 +21,13 @@ def seconds_of(call: Callable[[], T], enough: float) -> tuple[T, float]:
         for _ in range(3):
             start = time.thread_time()
             given = call()
-            took = time.thread_time() - start
-            quickest = min(quickest, took if took <= enough else took / _slowness())
+            quickest = min(quickest, time.thread_time() - start)
             if quickest <= enough:
                 break
     finally:
         if collects:
             gc.enable()
     return given, quickest
-
-
-def _slowness() -> float:
-    """How many times as long as `MILLION` this machine takes now; 1 where it is quicker."""
-    start, total = time.thread_time(), 0
-    for i in range(1_000_000):
-        total += i
-    return max(1.0, (time.thread_time() - start) / MILLION)
 
 
 def soon(call: Callable[[], T], seconds: float) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,8 +62,12 @@ def validate(config: str | Path, model: ArchFacts | None = None) -> tuple[str, .
     resolved = loaded.resolve(facts_for(loaded, model))
     own = resolved.own_layers(model)
     runs: list[tuple[str, list[int]]] = []
+    before, words = None, ""
     for layer in resolved.layers:
-        what = f"its own attention ({own[layer.layer]})" if layer.layer in own else layer.in_words
+        # Words may hold thousands of numbers: those of layers that are alike are made once.
+        if before is None or replace(layer, layer=before.layer) != before:
+            before, words = layer, layer.in_words
+        what = f"its own attention ({own[layer.layer]})" if layer.layer in own else words
         if not runs or runs[-1][0] != what:
             runs.append((what, []))
         runs[-1][1].append(layer.layer)
