@@ -22,6 +22,7 @@ from sparsekit.lab.tasks import Sample, Task, prompt_ids
 from sparsekit.models import can_shorten
 from sparsekit.patch import Handle, LayerReport
 from sparsekit.patch.caches import cache_argument, cache_of
+from sparsekit.patch.capture import wrap_attention
 from sparsekit.patch.divergence import divergence, ends, greedy, logprobs, read_truth
 
 if TYPE_CHECKING:
@@ -243,32 +244,63 @@ def _greedy_together(
     """Greedy tokens of prompts that were read one by one, each until it ends or its answers are found."""
     stop = ends(model)
     found: list[list[int]] = [[] for _ in rows]
-    lengths = torch.tensor([one.tokens for _, one, _, _ in rows], device=model.device)
-    cache, longest = _stacked([cache for *_, cache in rows]), int(lengths.max())
+    lengths = [one.tokens for _, one, _, _ in rows]
+    cache, longest = _stacked([cache for *_, cache in rows]), max(lengths)
     logits = torch.cat([first for _, _, first, _ in rows])
-    places = torch.arange(longest + task.max_new_tokens, device=model.device)
-    seen = places >= longest - lengths[:, None]  # padding is on the left
-    open_rows = set(range(len(rows)))
+    left = list(range(len(rows)))  # the rows of `cache` and `logits`
+
+    def goes_on(i: int) -> bool:
+        said = str(tokenizer.decode(found[i], skip_special_tokens=True))
+        return found[i][-1] not in stop and not (task.metric == "recall" and task.score(said, rows[i][0]) == 1)
+
     for n in range(task.max_new_tokens):
-        step = logits.argmax(-1)
-        for i, token in enumerate(step.tolist()):
-            if i not in open_rows:
-                continue
+        for i, token in zip(left, logits.argmax(-1).tolist(), strict=True):
             found[i].append(token)
-            said = str(tokenizer.decode(found[i], skip_special_tokens=True))
-            if token in stop or (task.metric == "recall" and task.score(said, rows[i][0]) == 1):
-                open_rows.discard(i)
+        open_rows = [row for row, i in enumerate(left) if goes_on(i)]
         if not open_rows or n + 1 == task.max_new_tokens:
             break
-        out: Any = model(
-            step[:, None],
-            attention_mask=seen[:, : longest + n + 1].long(),
-            position_ids=(lengths + n)[:, None],
-            use_cache=True,
-            **cache_argument(model, cache),
-        )
+        if len(open_rows) < len(left):
+            cache.batch_select_indices(torch.tensor(open_rows, device=model.device))
+            left = [left[row] for row in open_rows]
+        padding = [longest - lengths[i] for i in left]  # on the left
+        places = torch.arange(longest + n + 1, device=model.device)
+        with wrap_attention(model, _EachRow(padding)):
+            out: Any = model(
+                torch.tensor([found[i][-1:] for i in left], device=model.device),
+                attention_mask=(places >= torch.tensor(padding, device=model.device)[:, None]).long(),
+                position_ids=torch.tensor([[lengths[i] + n] for i in left], device=model.device),
+                use_cache=True,
+                **cache_argument(model, cache),
+            )
         logits = out.logits[:, -1]
     return found
+
+
+class _EachRow:
+    """Attention of one token a row, each row over its own keys: without padding, and without a mask that hides nothing.
+
+    So a GPU reads a row's keys once. With a mask, PyTorch's attention copies grouped keys for every query head.
+    """
+
+    def __init__(self, padding: Sequence[int]) -> None:
+        self.padding = padding
+        self._seen: tuple[Tensor, list[bool]] | None = None  # a mask, and of each row whether it hides any key
+
+    def __call__(
+        self, own: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if mask is None or mask.dim() != 4 or len(mask) != len(q) or kwargs.get("position_bias") is not None:
+            out: tuple[Tensor, Tensor | None] = own(module, q, k, v, mask, **kwargs)
+            return out
+        masks = [mask[i : i + 1, ..., pad:] for i, pad in enumerate(self.padding)]
+        if self._seen is None or self._seen[0] is not mask:  # layers share theirs
+            hidden = [~one if one.dtype == torch.bool else one != 0 for one in masks]
+            self._seen = mask, torch.stack([one.any() for one in hidden]).tolist()
+        rows = [
+            own(module, q[i : i + 1], k[i : i + 1, :, pad:], v[i : i + 1, :, pad:], one if hides else None, **kwargs)[0]
+            for i, (pad, one, hides) in enumerate(zip(self.padding, masks, self._seen[1], strict=True))
+        ]
+        return torch.cat(rows), None
 
 
 def _stacked(caches: Sequence[Any]) -> Any:

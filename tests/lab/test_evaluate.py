@@ -6,11 +6,14 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import crossovers
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from sparsekit import SparsekitError, apply, load, models
@@ -130,6 +133,72 @@ def test_prompts_decoded_together_are_answered_as_alone(
         assert torch.equal(other.logprobs, one.logprobs)
         assert [layer.ran for layer in other.layers] == [layer.ran for layer in one.layers]
     assert len({one.text for one in alone}) == 3
+
+
+@pytest.mark.parametrize("config", [None, {"default": {"name": "triangle", "window_tokens": 32, "last_tokens": 16}}])
+def test_prompts_decoded_together_attend_each_its_own_keys(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, object] | None,
+) -> None:
+    """Without padding and mask, for which PyTorch on a GPU has kernels that read grouped keys once."""
+    model, kind = models.tiny("llama", vocab_size=49152), replace(task("needle4"), max_new_tokens=6)
+    samples = [kind.samples(smollm2[1], tokens=200 + 50 * n, count=1, seed=0)[0] for n in range(3)]
+    sdpa, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        if q.shape[2] == 1:
+            seen.append((len(q), k.shape[2], mask))
+        return sdpa(module, q, k, v, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", spy)
+    with apply(model, config) if config is not None else nullcontext() as handle:
+        found = answer_together(model, smollm2[1], kind, samples, handle=handle)
+    layers, steps = model.config.num_hidden_layers, kind.max_new_tokens - 1
+    assert {(rows, mask) for rows, _, mask in seen} == {(1, None)}
+    wanted = [one.tokens + n + 1 for n in range(steps) for _ in range(layers) for one in found]
+    assert [keys for _, keys, _ in seen] == wanted
+
+
+def test_rows_that_are_done_leave_the_others(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two whose answers are found early are not read on, and the others say what they say alone."""
+    model, kind = models.tiny("llama", vocab_size=49152), replace(task("needle4"), max_new_tokens=8)
+    samples = [kind.samples(smollm2[1], tokens=200 + 50 * n, count=1, seed=0)[0] for n in range(4)]
+    whole = [one.text for one in answer_together(model, smollm2[1], kind, samples)]
+    assert len(set(whole)) == 4
+    for n, share in ((0, 0.3), (3, 0.6)):
+        samples[n] = replace(samples[n], answers=(whole[n][: int(len(whole[n]) * share)].strip(),))
+    rows: list[int] = []
+    forward = model.forward
+
+    def counted(ids: Tensor, **kwargs: Any) -> Any:
+        if ids.shape[1] == 1:
+            rows.append(len(ids))
+        return forward(ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    together = answer_together(model, smollm2[1], kind, samples)
+    assert set(rows) == {4, 3, 2} and rows == sorted(rows, reverse=True)
+    alone = [answer(model, smollm2[1], kind, one, stop_when_found=True) for one in samples]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.score for one in together] == [1, 0, 0, 1]
+
+
+def test_a_window_that_decoding_leaves_is_masked_in_each_row(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = models.tiny(
+        "gemma3_text", vocab_size=49152, max_position_embeddings=1024, sliding_window=256, layer_types=kinds
+    )
+    kind = replace(task("passkey"), max_new_tokens=40)
+    samples = [kind.samples(smollm2[1], tokens=265 + 10 * n, count=1, seed=0)[0] for n in range(3)]
+    together = answer_together(model, smollm2[1], kind, samples)
+    alone = [answer(model, smollm2[1], kind, one) for one in samples]
+    assert any(one.tokens < 256 < one.tokens + 40 for one in alone)
+    assert [one.text for one in together] == [one.text for one in alone]
 
 
 def test_a_cache_that_cannot_be_shortened_is_decoded_alone(
