@@ -15,7 +15,15 @@ from torch import Tensor
 from sparsekit.config import SparseConfig, load
 from sparsekit.errors import SparsekitError, nearest
 from sparsekit.lab.bench.inputs import structured
-from sparsekit.lab.bench.reading import Given, chunks_of, read_at_once, read_in_chunks, static_cache, warm_up_chunks
+from sparsekit.lab.bench.reading import (
+    WARM_TOKENS,
+    Given,
+    chunks_of,
+    read_at_once,
+    read_in_chunks,
+    static_cache,
+    warm_up_chunks,
+)
 from sparsekit.lab.bench.shapes import model_or_shape
 from sparsekit.lab.bench.timing import Record, spread
 from sparsekit.lab.options import Device, Dtype, Lengths, Model, Rows, Shape, device_of, numbers_of
@@ -60,8 +68,9 @@ def bench_prefill(
         model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`.
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
-        rounds: in each every config reads the prompt once, after one reading that is not timed; in chunks that is one
-            of a few tokens at the ends of some chunks, one of each kind for which kernels are compiled.
+        rounds: in each every config reads the prompt once. Before them, not timed, every config reads it too, and the
+            untouched model, which compiles nothing, its first 8,192 tokens; in chunks both read a few tokens at the
+            ends of some chunks, one of each kind for which kernels are compiled.
         chunk_tokens: the prompt comes in chunks of so many tokens, into a StaticCache, and its end is told
             (`Handle.prompt`). transformers' SDPA then gets a mask of chunk x N in every layer that is the model's own,
             the untouched model's among them, which is slow and large: `dense_impl: kernel` runs dense layers without.
@@ -119,19 +128,19 @@ def bench_prefill(
             given = None if attends == "weights" else _given(found, tokens, chunk_tokens)
             times: dict[str, list[float]] = {label: [] for label, _ in turns}
             seen: dict[str, dict[str, Any]] = {}
-            for n in range(rounds + 1):
+            for _, config in reversed(turns):  # the untouched model last: its memory is there then
+                with nullcontext() if config is None else apply(found, config) as handle:
+                    _warm_up(found, prompt, chunk_tokens, handle, given)
+            for _ in range(rounds):
                 for label, config in turns:
                     with nullcontext() if config is None else apply(found, config) as handle:
                         if chunk_tokens is None:
                             ms, seen[label] = read_at_once(found, prompt, handle, given)
-                        elif n == 0:
-                            warm_up_chunks(found, prompt, chunk_tokens, handle, given)
-                            continue
                         else:
                             ms, seen[label] = _in_chunks(
                                 label, found, prompt, chunk_tokens, handle, given, quiet=show is None
                             )
-                    times[label] += [ms] * (n > 0)
+                    times[label].append(ms)
             for label, all_ms in times.items():
                 row = {**facts, "config": label, "tokens": tokens, **spread(all_ms), **seen[label]}
                 if baseline:
@@ -187,6 +196,17 @@ def _given(model: PreTrainedModel, tokens: int, chunk_tokens: int | None) -> tup
         dtype=model.dtype,
     )  # fmt: skip
     return made.q, made.k
+
+
+def _warm_up(
+    model: PreTrainedModel, prompt: Tensor, chunk_tokens: int | None, handle: Handle | None, given: Given
+) -> None:
+    """A reading that nobody times: what it compiles and the memory it takes are there for the next."""
+    if chunk_tokens is not None:
+        warm_up_chunks(model, prompt, chunk_tokens, handle, given)
+        return
+    rows = prompt.shape[1] if handle is not None else min(WARM_TOKENS, prompt.shape[1])
+    read_at_once(model, prompt[:, :rows], handle, given and (given[0][:, :, :rows], given[1][:, :, :rows]))
 
 
 def _in_chunks(

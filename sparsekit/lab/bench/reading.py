@@ -21,7 +21,16 @@ from sparsekit.plan import causal_tiles
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Given", "chunks_of", "kinds_of", "read_at_once", "read_in_chunks", "static_cache", "warm_up_chunks"]
+__all__ = [
+    "WARM_TOKENS",
+    "Given",
+    "chunks_of",
+    "kinds_of",
+    "read_at_once",
+    "read_in_chunks",
+    "static_cache",
+    "warm_up_chunks",
+]
 
 Given = tuple[Tensor, Tensor] | None  # q (1, H, N, D) and k (1, G, N, D) in every layer; None: the layers' own
 
