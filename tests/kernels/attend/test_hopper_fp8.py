@@ -230,15 +230,19 @@ def test_card_what_keys_have_in_common(options: dict[str, Any], monkeypatch: pyt
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"sink_logits": (0.5, -1.0, 2.0, 12.0)}, {"softcap": 5.0}], ids=str)
 def test_card_keeps_the_mean_of_the_values(options: dict[str, Any]) -> None:
-    """Tensor cores alone lose a third of it at this length: their sums have 13 bits behind the point. A sink takes its
-    share of it, in whole rows as in split ones."""
+    """Tensor cores alone lose a third of it at 32K: their sums have 13 bits behind the point. A sink takes its share of
+    it, in whole rows as in split ones. What is not the mean is rounded as ever, to 4.5%."""
     options = {key: torch.tensor(x, device="cuda") if isinstance(x, tuple) else x for key, x in options.items()}
     for geometry in (_tiled(128, 32768), _tiled(1000)):
         q, k, v = _inputs(geometry, mean=1.0)
         plan = dense_plan(geometry).to("cuda")
         out: Any = attend(q, k, v, plan, impl="hopper_fp8", **options)
-        expected: Any = attend(q, k, v, plan, impl="reference", **options)
-        assert float((out.float() - expected.float()).norm()) < 0.005 * float(expected.float().norm())
+        expected, rest = (
+            attend(q.double(), k.double(), x.double(), plan, impl="reference", **options) for x in (v, v - 1)
+        )
+        off = out.double() - expected
+        assert abs(float(off.mean())) < 0.0025 * float(expected.mean())
+        assert float(off.norm()) < 0.0025 * float(expected.norm()) + 0.05 * float(rest.norm())
 
 
 @pytest.mark.gpu
