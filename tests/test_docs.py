@@ -349,7 +349,7 @@ def test_what_gains_says_of_ruler_beside_its_tables_is_in_the_records(monkeypatc
     losers[0] += " points of RULER"
     assert f"with the settings of the sweep: {', '.join(losers[:-1])} and {losers[-1]}." in page
     assert all(abs(lost[at][name]) <= 3.55 for at in lost for name in near)
-    assert 3.6 < max(moved) <= 3.7
+    assert 3.3 < max(moved) <= 3.4
     for name, row in over.items():
         config = DOCS.parent / "configs" / "qwen2.5-coder-1.5b" / f"trianglemix-{name}.yaml"
         if config.exists():
@@ -382,6 +382,10 @@ def test_the_table_of_fp8_on_a_real_model_is_that_of_the_records() -> None:
     for label, shown in (
         ("TriangleMix", "bfloat16"), ("TriangleMix, layers 21-27 in FP8", "layers 21-27 in FP8"),
         ("TriangleMix, all layers in FP8", "all layers in FP8"),
+        (
+            "TriangleMix, all layers in FP8, means of 512",
+            "all layers in FP8, the mean of 512 keys and values taken off",
+        ),
     ):  # fmt: skip
         keys, chain = of[label, "needle4"], of[label, "vt"]
         assert (
@@ -408,29 +412,30 @@ def test_what_is_said_of_the_speed_of_fp8_is_in_the_records() -> None:
             line = rf"^\| {re.escape(name)}, {tokens // 1024}K \| (.*?) \| (.*?) \| (.*?) *\|$"
             [cells] = re.findall(line, page, re.MULTILINE)
             for cell, impl in zip(cells, ("hopper", "hopper_fp8"), strict=False):
-                row = of[4, case, tokens, impl]
+                row = of[8, case, tokens, impl]
                 ms, beside = re.findall(r"[\d.]+", cell)
                 _rounds_to(row["ms"], ms)
                 _rounds_to(row["tflops" if case == "dense" else "ms_best"], beside)
             if case == "dense":
-                _rounds_to(of[4, "rounding", tokens, "hopper_fp8"]["ms"], cells[2])
+                _rounds_to(of[8, "rounding", tokens, "hopper_fp8"]["ms"], cells[2])
 
     def faster(case: str, tokens: int, by: str) -> float:
-        return float(of[4, case, tokens, "hopper"][by] / of[4, case, tokens, "hopper_fp8"][by])
+        return float(of[8, case, tokens, "hopper"][by] / of[8, case, tokens, "hopper_fp8"][by])
 
-    random, triangle = (
-        [f"{faster(case, 131072, by):.2f}" for by in ("ms", "ms_best")] for case in ("random", "triangle")
+    (random, triangle), (random_32, triangle_32) = (
+        [[f"{faster(case, tokens, by):.2f}" for by in ("ms", "ms_best")] for case in ("random", "triangle")]
+        for tokens in (131072, 32768)
     )
     assert (
         f"At 128K random tiles are {random[0]} times as fast by medians and {random[1]} times by the best launches, "
-        f"Triangle {triangle[0]} and {triangle[1]} times." in said
+        f"Triangle {triangle[0]} and {triangle[1]} times. At 32K random tiles are {random_32[0]} and {random_32[1]} "
+        f"times as fast, Triangle {triangle_32[0]} and {triangle_32[1]} times: rounding takes" in said
     )
     dense = [f"{faster('dense', tokens, 'ms'):.2f}" for tokens in (32768, 131072)]
     assert f"dense plans are {dense[0]} times as fast at 32K and {dense[1]} times at 128K, by medians." in said
-    assert "At 32K random tiles gain nothing, and Triangle takes a sixth longer" in said
-    assert all(0.97 < faster("random", 32768, by) < 1.01 for by in ("ms", "ms_best"))
-    assert all(1.15 < 1 / faster("triangle", 32768, by) < 1.18 for by in ("ms", "ms_best"))
     for run, impl, told in (
+        (4, "hopper_fp8", "in another run, `hopper_fp8` made {} and {} TFLOP/s where"),
+        (4, "hopper", "TFLOP/s where `hopper` made {} and {}."),
         (5, "hopper_fp8", "made {} and {}, in that of the polynomials"),
         (6, "hopper_fp8", "in that of the polynomials {} and {})"),
         (5, "hopper_fp8, kept every 32 steps", "The sum kept every 32 steps: {} and {}, faster by 2%."),
@@ -453,18 +458,27 @@ def test_the_error_of_fp8_is_that_of_the_records() -> None:
     of = {
         (row["tokens"], *(row.get(key) for key in inputs)): row
         for row in _records("fp8-h200")
-        if row["run"] == 4 and "error_last_rows" in row
+        if row["run"] == 8 and "error_last_rows" in row
+    }
+    before = {
+        row["tokens"]: f"{row['error_last_rows']:.3f}"
+        for row in _records("fp8-h200")
+        if row["run"] == 4 and "error_last_rows" in row and not any(key in row for key in inputs)
     }
     short, long = ({key[1:]: row for key, row in of.items() if key[0] == tokens} for tokens in (32768, 131072))
 
     def both(key: tuple[Any, ...], form: str) -> list[str]:
         return [format(found[key]["error_last_rows"], form) for found in (short, long)]
 
-    forms = {row["note"] for row in _records("fp8-h200") if row["run"] > 3 and row["impl"] == "hopper_fp8"}
-    assert forms == {"with the mean of 512 keys and values taken off"}  # other than the rows of earlier runs
+    forms = {
+        (row["run"] > 7, row["note"]) for row in _records("fp8-h200") if row["run"] > 3 and row["impl"] == "hopper_fp8"
+    }
+    taken_off = "with the mean of {} keys and values taken off"  # other than the rows of earlier runs
+    assert forms == {(False, taken_off.format("512")), (True, taken_off.format("4,096"))}
     plain, scaled = both((None, None, None), ".1%"), both((0.3, None, None), ".0%")
     assert "off by {} and {}, with that scale by {} and {}.".format(*plain, *scaled) in said
-    assert "made {} at 32K and {} at 128K with the mean of 512 keys".format(*both((None, None, None), ".3f")) in said
+    assert "`hopper_fp8` makes {} at 32K and {} at 128K".format(*both((None, None, None), ".3f")) in said
+    assert f"only nearly: with it {before[32768]} and {before[131072]}." in said
     taken = both((None, 1, None), ".4f")
     kept = long[None, 1, None]["mean_of_wanted"]
     assert f"as `hopper_fp8` does | {taken[0]} | {taken[1]} | {kept:.4f} |" in said
@@ -666,7 +680,8 @@ def test_what_is_said_of_real_layers_is_in_the_records(monkeypatch: pytest.Monke
 
     of = {(name, at): row for name, found in gains.real_layers().items() for at, row in found.items()}
     names, layers = {name for name, _ in of}, sorted({layer for _, layer in of})
-    count = {5: "five", 28: "all 28"}[len(layers)]
+    assert layers == list(range(28))
+    count = "all 28"
     first = of["prism", layers[0]]
     where = "a CPU core" if first["cuda"] is None else "H200"
     told = f"{count} layers of Qwen2.5-Coder-1.5B, {round(first['tokens'] / 1024)}K tokens, with the least density"
@@ -681,21 +696,19 @@ def test_what_is_said_of_real_layers_is_in_the_records(monkeypatch: pytest.Monke
     more = {key: row["tile_density"] / row["oracle_tile_density"] for key, row in of.items()}
     most = {name: max(more[name, at] for at in layers) for name in names}
     assert {name: f"{ratio:.1f}" for name, ratio in most.items()} == {
-        "flashprefill": "2.5", "prism": "2.4", "vertical_slash": "2.1", "flexprefill": "1.8", "block_topk": "1.7",
-        "xattention": "1.4", "s2o": "1.4",
+        "flashprefill": "4.0", "vertical_slash": "3.3", "block_topk": "2.7", "prism": "2.6", "flexprefill": "2.2",
+        "xattention": "2.1", "s2o": "1.6",
     }  # fmt: skip
-    assert most["xattention"] <= 1.4
-    assert [at for at in layers if more["s2o", at] < 1] == [1, 7, 27]
+    assert sum(more["s2o", at] < 1 for at in layers) == 18
 
     def by(choose: Any, key: str) -> dict[int, str]:
         return {at: choose(names, key=lambda name: of[name, at][key]) for at in layers}
 
     worst, best = by(max, "error_l1"), by(min, "error_l1")
     least, fullest = by(min, "tile_density"), by(max, "tile_density")
-    assert [at for at in layers if worst[at] == "s2o"] == [14, 27]
-    assert [at for at in layers if least[at] != "prism"] == [27]
-    assert [at for at in layers if best[at] == "vertical_slash"] == [2, 14]
-    assert fullest[2] == fullest[14] == "vertical_slash"
+    assert [worst[at] for at in layers if worst[at] not in ("prism", "flashprefill")] == ["s2o"] * 3
+    assert [*least.values()].count("prism") == 22
+    assert [[*of_layer.values()].count("vertical_slash") for of_layer in (best, fullest)] == [19, 24]
     assert {(row["method"], row["block_q"], row["block_kv"]) for row in of.values()} == {
         (name, 64 if name == "vertical_slash" else 128, 64 if name in ("vertical_slash", "block_topk", "s2o") else 128)
         for name in names
