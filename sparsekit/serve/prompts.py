@@ -38,7 +38,7 @@ from sparsekit.patterns.base import rule_of
 from sparsekit.patterns.shared import SharedPlans
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule, stack_heads
 
-__all__ = ["Chunk", "Part", "attend_part", "dense_tail", "part_of", "why_dense"]
+__all__ = ["Chunk", "Part", "attend_part", "dense_tail", "part_of", "read_e4m3", "why_dense"]
 
 GRID = 128  # what is left out is whole tiles of the largest form, and whole pages
 NEVER = 1 << 30  # a dense row that no prompt has
@@ -146,6 +146,24 @@ def _needed(rules: Sequence[TokenRule], span: Span, page: int) -> tuple[Ranges, 
     if tail <= head:
         return ((0, span.q_end),), 0
     return (((0, head), (tail, span.q_end)) if head else ((tail, span.q_end),)), tail - head
+
+
+def read_e4m3(keys: Keys, tokens: int, scales: tuple[float, float], dtype: torch.dtype) -> Keys:
+    """A request's keys and values (1, G, tokens, D) in `dtype` and in one piece, of pages that hold e4m3 numbers.
+
+    Args:
+        keys: of one request, in pages of float8_e4m3fn, or of bytes that are such numbers.
+        scales: what a number of the keys, and one of the values, is a multiple of.
+    """
+    assert keys.table is not None
+    table = keys.table[0, : -(-tokens // keys.page)]
+
+    def read(pages: Tensor, scale: float) -> Tensor:
+        found = pages.view(torch.uint8)[table].view(torch.float8_e4m3fn).transpose(0, 1)  # (G, pages, size, D)
+        wide = found.to(dtype, memory_format=torch.contiguous_format)
+        return wide.mul_(scale).flatten(1, 2)[None, :, :tokens]
+
+    return Keys(read(keys.k, scales[0]), read(keys.v, scales[1]))
 
 
 def attend_part(

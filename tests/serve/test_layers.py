@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sparsekit import SparsekitError, load
 from sparsekit.config import LayerPatterns, ModelFacts
@@ -28,7 +29,8 @@ def _layer(**changes: Any) -> Any:
         setattr(implementation, name, changes.pop(name))
     facts = {
         "impl": implementation, "attn_backend": SimpleNamespace(get_name=lambda: "FLASHINFER"), "head_size": 64,
-        "kv_cache_dtype": "auto", "dtype": "torch.bfloat16", "num_heads": 8, **changes,
+        "kv_cache_dtype": "auto", "dtype": "torch.bfloat16", "num_heads": 8,
+        **dict.fromkeys(("_q_scale", "_k_scale", "_v_scale"), torch.ones(())), **changes,
     }  # fmt: skip
     return SimpleNamespace(**facts)
 
@@ -36,6 +38,7 @@ def _layer(**changes: Any) -> Any:
 def test_a_plain_layer_is_served() -> None:
     _check(_layer(), _patterns())
     _check(_layer(kv_cache_dtype="bfloat16", head_size_v=64, alibi_slopes=None), _patterns())
+    _check(_layer(kv_cache_dtype="fp8_e4m3"), _patterns())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,11 @@ def test_a_plain_layer_is_served() -> None:
     [
         ({"impl": SimpleNamespace()}, "vLLM chose the backend FLASHINFER for it; sparsekit serves FLASH_ATTN, TRITON_"),
         ({"alibi_slopes": [0.5]}, "it adds ALiBi biases, which no kernel here computes"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "its KV cache is fp8_e4m3; quantised keys are not read"),
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            "its KV cache is fp8_e5m2; such keys are not read: use --kv-cache-dtype auto, ",
+        ),
+        ({"kv_cache_dtype": "fp8", "_v_scale": torch.ones(2)}, "its KV cache has 2 numbers in _v_scale; one a layer"),
         ({"head_size": 192, "head_size_v": 128}, "its keys have size 192 and its values 128"),
     ],
 )

@@ -22,7 +22,7 @@ from sparsekit.kernels.select import plan_of_heads
 from sparsekit.patterns import StaticPattern, base, parse_pattern
 from sparsekit.patterns.shared import SharedPlans
 from sparsekit.plan import TokenRule
-from sparsekit.serve.prompts import Chunk, attend_part, dense_tail, part_of, why_dense
+from sparsekit.serve.prompts import Chunk, attend_part, dense_tail, part_of, read_e4m3, why_dense
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 4, 2, 16
@@ -336,3 +336,19 @@ def test_queries_are_checked() -> None:
     keys = Keys(*(torch.zeros(1, 2, 10, 16),) * 2)
     with pytest.raises(SparsekitError, match="10 queries are due"):
         attend_part(part, _layer(A_SHAPE), torch.zeros(9, 4, 16), keys, Softmax(1.0), torch.zeros(9, 4, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joint", [True, False])
+def test_pages_of_e4m3_are_read_as_their_numbers(joint: bool, dtype: torch.dtype) -> None:
+    """Times their scales, in one piece, and nothing of what stands behind the last key."""
+    small = [x.to(torch.float8_e4m3fn) for x in _inputs(100)[1:]]
+    wide = _paged(*(x.float() for x in small), 16, joint=joint)
+    pages = [x.to(torch.float8_e4m3fn) for x in (wide.k, wide.v)]
+    for stored in (torch.uint8, torch.float8_e4m3fn):
+        keys = Keys(*(x.view(stored) for x in pages), wide.table)
+        read = read_e4m3(keys, 90, (0.3, 2.0), dtype)
+        assert read.table is None
+        for got, x, scale in zip((read.k, read.v), small, (0.3, 2.0), strict=True):
+            assert got.shape == (1, KEY_HEADS, 90, DIM)
+            torch.testing.assert_close(got[0], (x[:90].float() * scale).to(dtype).transpose(0, 1), rtol=0, atol=0)

@@ -145,7 +145,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_plain_server_is_served(vllm: Any) -> None:
     found = requests.checked_settings(_server())
     assert isinstance(found, Settings)
-    assert requests.checked_settings(_server(cache_dtype="bfloat16")) is not None
+    for cache in ("bfloat16", "fp8"):
+        assert requests.checked_settings(_server(cache_dtype=cache)) is not None
 
 
 def test_a_server_that_was_told_nothing_is_left_alone(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +177,10 @@ def test_a_server_that_was_told_nothing_is_left_alone(vllm: Any, monkeypatch: py
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"enable_dbo": True}, "--enable-dbo"),
-        ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8: quantised keys are not read; use auto or bfloat16"),
+        (
+            {"cache_dtype": "fp8_e5m2"},
+            "--kv-cache-dtype fp8_e5m2: such keys are not read; use auto, fp8, fp8_e4m3 or bf",
+        ),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_transfer_config": _transfer("ExampleConnector")}, "--kv-transfer-config ExampleConnector"),
         ({"kv_transfer_config": _transfer("NixlConnector", "mine.nixl")}, "--kv-transfer-config NixlConnector"),

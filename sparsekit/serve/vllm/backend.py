@@ -22,10 +22,10 @@ from sparsekit.errors import SparsekitError
 from sparsekit.kernels.select import plan_of_heads
 from sparsekit.patterns import DynamicPattern
 from sparsekit.patterns.shared import SharedPlans
-from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, why_dense
+from sparsekit.serve.prompts import Chunk, Part, attend_part, part_of, read_e4m3, why_dense
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER, LayerCounts
-from sparsekit.serve.vllm.settings import OFF, Served, Settings
+from sparsekit.serve.vllm.settings import E4M3, OFF, Served, Settings
 from sparsekit.serve.vllm.steps import Told, current
 
 __all__ = ["Step", "over", "rows_of", "serving", "use"]
@@ -267,7 +267,7 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
         ) -> Tensor:  # fmt: skip
             bound = self.sparsekit
             if bound is not None and attn_metadata is None:
-                self._take_scratch(bound, query, key)
+                self._take_scratch(bound, query, output)
             step: Step | None = getattr(attn_metadata, "sparsekit", None)
             runs = step.runs(bound, kv_cache.shape[2]) if step is not None and bound is not None else None
             if step is None or bound is None or not runs:
@@ -278,13 +278,21 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 super().forward(layer, query[part], k, v, kv_cache, metadata, output[part])
             pages = self._pages(kv_cache)
             for run in runs:
-                self._run(bound, run, query, Keys(*pages, run.table), output, step.plans)
+                self._run(bound, run, layer, query, Keys(*pages, run.table), output, step.plans)
             return output
 
-        def _run(self, bound: Bound, run: Run, query: Tensor, keys: Keys, output: Tensor, plans: SharedPlans) -> None:
+        def _run(
+            self, bound: Bound, run: Run, layer: Any, query: Tensor, keys: Keys, output: Tensor, plans: SharedPlans
+        ) -> None:
             rows = run.part.geometry.q_len
             here = slice(run.row.begin, run.row.begin + rows)
             q = query[here].view(rows, self.num_heads, self.head_size)
+            if self.kv_cache_dtype in E4M3:
+                keys = read_e4m3(
+                    keys, run.part.geometry.kv_len, (layer._k_scale_float, layer._v_scale_float), output.dtype
+                )
+                if q.dtype != output.dtype:  # in e4m3 too, where the stock implementation takes it so
+                    q = q.to(output.dtype).mul_(layer._q_scale_float)
             with METER.measured(run.row.served.name, bound.layer, query.device) as counts:
                 out = output[here].view(q.shape)
                 plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), out, plans, run.row.row)
@@ -308,14 +316,14 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
                 values.view(count, heads, size, -1),
             )
 
-        def _take_scratch(self, bound: Bound, query: Tensor, key: Any) -> None:
+        def _take_scratch(self, bound: Bound, query: Tensor, output: Tensor) -> None:
             """In vLLM's profiling run, take the memory of the largest chunk once, so that it is counted; this also
             compiles the kernels."""
             if query.device.type != "cuda" or bound.group in _SCRATCHED:
                 return
             _SCRATCHED.add(bound.group)
-            q = query.view(query.shape[0], self.num_heads, self.head_size)
-            take_scratch(bound, q, self.num_kv_heads, self._softmax_of())
+            q = query.view(query.shape[0], self.num_heads, self.head_size).to(output.dtype)
+            take_scratch(bound, q, self.num_kv_heads, self._softmax_of(), e4m3=self.kv_cache_dtype in E4M3)
 
     class Backend(stock):
         supports_kv_cache_update_bypass = False
@@ -364,22 +372,28 @@ def warm_chunks(longest: int, rows: int, pays_from: Collection[int] = ()) -> lis
     return [*chunks, Chunk(longest - rows, longest, longest + FAR)]
 
 
-def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax) -> None:
+def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax, *, e4m3: bool = False) -> None:
     """Run what compiles kernels, in each config, and the largest chunk of the longest prompt.
 
     The cache is not there yet: all its pages are one of zeros. It is the first of two, so that strides are as of many.
+
+    Args:
+        e4m3: the cache is to hold such numbers.
     """
     dynamic = {x for p in bound.patterns.values() for x in p.patterns if isinstance(x, DynamicPattern)}
     chunks = warm_chunks(bound.longest, min(len(q), bound.longest), {x.dense_below(q.device) for x in dynamic})
     for chunk, (name, patterns) in product(chunks, bound.patterns.items()):
         part = part_of(patterns, chunk, q.device, page=bound.page, dense_here=name in bound.dense_here)
         if part is not None:
-            cache = torch.zeros(2, bound.page, key_heads, 2 * q.shape[2], dtype=q.dtype, device=q.device)
+            stored = torch.uint8 if e4m3 else q.dtype
+            cache = torch.zeros(2, bound.page, key_heads, 2 * q.shape[2], dtype=stored, device=q.device)
             k, v = cache.transpose(1, 2).chunk(2, -1)
             table = torch.zeros(1, -(-part.end // bound.page), dtype=torch.int32, device=q.device)
             some = q[: part.geometry.q_len]
             own = replace(patterns, reused=None)  # a layer that reuses a plan holds one as large
             keys, out = Keys(k, v, table).at(part.reads), torch.empty_like(some)
+            if e4m3:
+                keys = read_e4m3(keys, part.geometry.kv_len, (1.0, 1.0), q.dtype)
             plan = attend_part(part, own, some, keys, softmax, out)
             METER.keep(LayerCounts(), plan, part.pairs, q.shape[1])  # in counts that nobody reads
             if patterns.reused is not None:

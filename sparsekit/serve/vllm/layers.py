@@ -11,7 +11,7 @@ from sparsekit.config import LayerPatterns, ModelFacts
 from sparsekit.config.ranges import format_range
 from sparsekit.errors import SparsekitError
 from sparsekit.serve.vllm.meter import METER, LayerCounts
-from sparsekit.serve.vllm.settings import KEY, WRAPPED, Settings
+from sparsekit.serve.vllm.settings import CACHES, E4M3, KEY, WRAPPED, Settings
 
 __all__ = ["Bound", "bind", "line", "rank_of"]
 
@@ -142,10 +142,18 @@ def _check(module: Any, patterns: LayerPatterns) -> None:
         )
     if getattr(impl, "alibi_slopes", None) is not None:
         raise SparsekitError(f"{where} it adds ALiBi biases, which no kernel here computes; leave the layer dense.")
-    if module.kv_cache_dtype not in ("auto", str(module.dtype).removeprefix("torch.")):
+    dtype = str(module.dtype).removeprefix("torch.")
+    if module.kv_cache_dtype not in ("auto", dtype, *E4M3):
         raise SparsekitError(
-            f"{where} its KV cache is {module.kv_cache_dtype}; quantised keys are not read: use --kv-cache-dtype auto."
+            f"{where} its KV cache is {module.kv_cache_dtype}; such keys are not read: use --kv-cache-dtype {CACHES} "
+            f"or {dtype}."
         )
+    for name in ("_q_scale", "_k_scale", "_v_scale") if module.kv_cache_dtype in E4M3 else ():
+        if (scales := getattr(module, name).numel()) > 1:
+            raise SparsekitError(
+                f"{where} its KV cache has {scales} numbers in {name}; one a layer is read: leave the layer dense, or "
+                "use --kv-cache-dtype auto."
+            )
     sizes = (module.head_size, getattr(module, "head_size_v", module.head_size))
     if len(set(sizes)) > 1:
         raise SparsekitError(f"{where} its keys have size {sizes[0]} and its values {sizes[1]}; leave the layer dense.")

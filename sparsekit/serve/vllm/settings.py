@@ -24,7 +24,9 @@ from sparsekit.patterns.crossover import device_name
 from sparsekit.serve.prompts import dense_tail
 
 __all__ = [
+    "CACHES",
     "DEFAULT",
+    "E4M3",
     "KEY",
     "OFF",
     "TESTED",
@@ -38,6 +40,8 @@ __all__ = [
     "version_refusal",
 ]
 
+E4M3 = ("fp8", "fp8_e4m3")  # vLLM's names of caches of such numbers, on an NVIDIA GPU and a CPU
+CACHES = f"auto, {', '.join(E4M3)}"  # what --kv-cache-dtype may be, beside the model's dtype
 KEY = "sparsekit"  # in additional_config, and in a request's extra arguments
 OFF = "off"
 DEFAULT = "default"  # what a single config is called
@@ -288,8 +292,8 @@ def refuse(vllm_config: Any) -> None:
             "--enable-dbo: a step is cut in two, and the attention metadata of a half does not tell its prompts",
         ),
         (
-            cache.cache_dtype not in ("auto", dtype),
-            f"--kv-cache-dtype {cache.cache_dtype}: quantised keys are not read; use auto or {dtype}",
+            cache.cache_dtype not in ("auto", dtype, *E4M3),
+            f"--kv-cache-dtype {cache.cache_dtype}: such keys are not read; use {CACHES} or {dtype}",
         ),
         (
             shared := unsalted(vllm_config.kv_transfer_config),

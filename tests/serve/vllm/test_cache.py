@@ -94,8 +94,8 @@ def test_refused_at_start(start: Callable[..., Any], monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="for a model with num_layers = 30") as error:
         start("version: 1\nmodel: {num_layers: 30}\ndefault: triangle\n")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8"):
-        start(CONFIGS["triangle"], kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8_e5m2: such keys are not read"):
+        start(CONFIGS["triangle"], kv_cache_dtype="fp8_e5m2")
     from sparsekit.serve.vllm import settings
 
     with monkeypatch.context() as patched:
