@@ -96,8 +96,11 @@ def test_refused_at_start(start: Callable[..., Any], monkeypatch: pytest.MonkeyP
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8_e5m2: such keys are not read"):
         start(CONFIGS["triangle"], kv_cache_dtype="fp8_e5m2")
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     from sparsekit.serve.vllm import settings
 
+    AttentionBackendEnum["CPU_ATTN"].clear_override()  # an engine before this one may have put sparsekit's there
     with monkeypatch.context() as patched:
         patched.setattr(settings, "WRAPPED", ("FLASH_ATTN",))
         with pytest.raises(Exception, match=r"layer 0 is to run triangle\(.*vLLM chose the backend CPU_ATTN"):
