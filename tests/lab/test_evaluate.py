@@ -87,13 +87,13 @@ def test_a_draft_of_the_true_answer_changes_nothing(
     assert answer(*smollm2, kind, wrong, stop_when_found=True).text == plain.text
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next", "minimax"])
 @pytest.mark.parametrize("drafted", [False, True])
 def test_caches_that_cannot_be_shortened(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], family: str, drafted: bool
 ) -> None:
     """Windows and recurrent layers: the answer's log-probabilities are those of one whole forward."""
-    limits = {} if family == "qwen3_next" else {"sliding_window": 64}
+    limits = {} if family in ("qwen3_next", "minimax") else {"sliding_window": 64}
     model = models.tiny(family, vocab_size=49152, max_position_embeddings=1024, **limits)
     kind = replace(task("needle4"), max_new_tokens=4)
     [sample] = kind.samples(smollm2[1], tokens=400, count=1, seed=0)
