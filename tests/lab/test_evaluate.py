@@ -21,6 +21,7 @@ from sparsekit.cli import app
 from sparsekit.config.settle import fingerprint
 from sparsekit.lab import evaluate as evaluate_module
 from sparsekit.lab import report
+from sparsekit.lab.answers import _EachRow
 from sparsekit.lab.evaluate import answer, answer_together, evaluate
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.tasks import prompt_ids, task
@@ -199,6 +200,13 @@ def test_a_window_that_decoding_leaves_is_masked_in_each_row(
     alone = [answer(model, smollm2[1], kind, one) for one in samples]
     assert any(one.tokens < 256 < one.tokens + 40 for one in alone)
     assert [one.text for one in together] == [one.text for one in alone]
+
+
+def test_masks_that_are_no_tensors_are_left_alone() -> None:
+    """FlexAttention's are not."""
+    q, mask = torch.randn(2, 4, 1, 16), object()
+    out, _ = _EachRow([3, 0])(lambda module, q, k, v, mask: ((q, mask), None), None, q, q, q, mask)
+    assert out[0] is q and out[1] is mask
 
 
 def test_a_cache_that_cannot_be_shortened_is_decoded_alone(
