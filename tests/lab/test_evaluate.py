@@ -187,19 +187,21 @@ def test_rows_that_are_done_leave_the_others(
     assert [one.score for one in together] == [1, 0, 0, 1]
 
 
-def test_a_window_that_decoding_leaves_is_masked_in_each_row(
-    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> None:
-    kinds = ["sliding_attention", "full_attention"] * 2
-    model = models.tiny(
-        "gemma3_text", vocab_size=49152, max_position_embeddings=1024, sliding_window=256, layer_types=kinds
-    )
-    kind = replace(task("passkey"), max_new_tokens=40)
-    samples = [kind.samples(smollm2[1], tokens=265 + 10 * n, count=1, seed=0)[0] for n in range(3)]
-    together = answer_together(model, smollm2[1], kind, samples)
-    alone = [answer(model, smollm2[1], kind, one) for one in samples]
-    assert any(one.tokens < 256 < one.tokens + 40 for one in alone)
-    assert [one.text for one in together] == [one.text for one in alone]
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_keys_that_a_mask_hides_are_masked_in_each_row(dtype: torch.dtype) -> None:
+    """Beside the padding, in one row of the second mask: as attention of all rows under that mask."""
+    torch.manual_seed(0)
+    padding, sdpa, module = [3, 0, 1], ALL_ATTENTION_FUNCTIONS["sdpa"], torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    q, (k, v) = torch.randn(3, 4, 1, 16), torch.randn(2, 3, 2, 8, 16)
+    attend = _EachRow(padding)
+    for hidden in (0, 2):
+        mask = torch.arange(8) >= torch.tensor(padding)[:, None, None, None]
+        mask[1, ..., :hidden] = False
+        if dtype != torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        expected, _ = sdpa(module, q, k, v, mask)
+        torch.testing.assert_close(attend(sdpa, module, q, k, v, mask)[0], expected)
 
 
 def test_masks_that_are_no_tensors_are_left_alone() -> None:
