@@ -164,24 +164,29 @@ def test_prompts_decoded_together_attend_each_its_own_keys(
 def test_rows_that_are_done_leave_the_others(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two whose answers are found early are not read on, and the others say what they say alone."""
+    """Two whose answers are found early and one that ends are not read on, and all say what they say alone."""
     model, kind = models.tiny("llama", vocab_size=49152), replace(task("needle4"), max_new_tokens=8)
     samples = [kind.samples(smollm2[1], tokens=200 + 50 * n, count=1, seed=0)[0] for n in range(4)]
-    whole = [one.text for one in answer_together(model, smollm2[1], kind, samples)]
-    assert len(set(whole)) == 4
-    for n, share in ((0, 0.3), (3, 0.6)):
-        samples[n] = replace(samples[n], answers=(whole[n][: int(len(whole[n]) * share)].strip(),))
-    rows: list[int] = []
+    steps: list[list[int]] = []
     forward = model.forward
 
-    def counted(ids: Tensor, **kwargs: Any) -> Any:
+    def kept(ids: Tensor, **kwargs: Any) -> Any:
         if ids.shape[1] == 1:
-            rows.append(len(ids))
+            steps.append(ids[:, 0].tolist())
         return forward(ids, **kwargs)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(model, "forward", kept)
+    whole = [one.text for one in answer_together(model, smollm2[1], kind, samples)]
+    assert len(set(whole)) == 4
+    for n, share in ((0, 0.3), (3, 0.5)):
+        samples[n] = replace(samples[n], answers=(whole[n][: int(len(whole[n]) * share)].strip(),))
+    end = steps[5][2]
+    assert sum(step.count(end) for step in steps) == 1 and model.generation_config is not None
+    model.generation_config.eos_token_id = end
+    steps.clear()
     together = answer_together(model, smollm2[1], kind, samples)
-    assert set(rows) == {4, 3, 2} and rows == sorted(rows, reverse=True)
+    rows = [len(step) for step in steps]
+    assert set(rows) == {4, 3, 2, 1} and rows == sorted(rows, reverse=True)
     alone = [answer(model, smollm2[1], kind, one, stop_when_found=True) for one in samples]
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.score for one in together] == [1, 0, 0, 1]
