@@ -8,6 +8,7 @@ import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -361,6 +362,17 @@ def test_what_gains_says_of_ruler_beside_its_tables_is_in_the_records(monkeypatc
             assert (f"# without it {name} runs dense below {below:,} tokens on a GPU." in config.read_text()) == (
                 below >= 32768
             )
+    every = [gains._ruler(at, gains.RULER) for at in gains.LENGTHS]
+    mixed, plain = (f"{fmean(gains._average(of[key]) for of in every):.1f}" for key in (gains.MIXED, gains.DENSE))
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"averages **{mixed}** on eleven of RULER's tasks from 4K to 32K, dense attention {plain}." in readme
+    rows_8k = {key: found["cwe", 0]["score"]
+               for key, found in every[1].items()}  # fmt: skip
+    cwe = [f"{rows_8k['dense', 'dense', share]:.2f}" for share in ("50%", "65%", "75%")]
+    assert (
+        f"scarcely answers: {rows_8k[gains.DENSE]:.2f}, and by head {cwe[0]}, {cwe[1]} and {cwe[2]} at 50%, 65% and "
+        f"75%. TriangleMix has {rows_8k[gains.MIXED]:.2f}." in page
+    )
     later = [share for at in gains.LENGTHS[1:] for share in off[at].values()]
     assert f"From 8K on it takes {min(later):.0%} to {max(later):.0%} off its pairs;" in page
     assert f"at 4K up to {max(off[4096].values()):.0%}, and none of `prism`'s." in page and off[4096]["prism"] <= 0
