@@ -287,9 +287,10 @@ class _EachRow:
         self._seen: tuple[Tensor, list[bool]] | None = None  # a mask, and of each row whether it hides any key
 
     def __call__(
-        self, own: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+        self, own: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if mask is None or mask.dim() != 4 or len(mask) != len(q) or kwargs.get("position_bias") is not None:
+        one_each = isinstance(mask, Tensor) and mask.dim() == 4 and len(mask) == len(q)  # FlexAttention's is no tensor
+        if not one_each or kwargs.get("position_bias") is not None:
             out: tuple[Tensor, Tensor | None] = own(module, q, k, v, mask, **kwargs)
             return out
         masks = [mask[i : i + 1, ..., pad:] for i, pad in enumerate(self.padding)]

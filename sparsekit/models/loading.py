@@ -114,4 +114,5 @@ def can_shorten(cache: Any) -> bool:
     """Whether a cache gives up its last tokens at any length: a window's and a recurrent layer's does not."""
     from transformers.cache_utils import DynamicLayer
 
-    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+    plain = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+    return plain and bool(getattr(cache, "is_croppable", True))  # MiniMax keeps recurrent states beside its layers

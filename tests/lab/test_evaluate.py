@@ -21,6 +21,7 @@ from sparsekit.cli import app
 from sparsekit.config.settle import fingerprint
 from sparsekit.lab import evaluate as evaluate_module
 from sparsekit.lab import report
+from sparsekit.lab.answers import _EachRow
 from sparsekit.lab.evaluate import answer, answer_together, evaluate
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.tasks import prompt_ids, task
@@ -87,13 +88,13 @@ def test_a_draft_of_the_true_answer_changes_nothing(
     assert answer(*smollm2, kind, wrong, stop_when_found=True).text == plain.text
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next", "minimax"])
 @pytest.mark.parametrize("drafted", [False, True])
 def test_caches_that_cannot_be_shortened(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], family: str, drafted: bool
 ) -> None:
     """Windows and recurrent layers: the answer's log-probabilities are those of one whole forward."""
-    limits = {} if family == "qwen3_next" else {"sliding_window": 64}
+    limits = {} if family in ("qwen3_next", "minimax") else {"sliding_window": 64}
     model = models.tiny(family, vocab_size=49152, max_position_embeddings=1024, **limits)
     kind = replace(task("needle4"), max_new_tokens=4)
     [sample] = kind.samples(smollm2[1], tokens=400, count=1, seed=0)
@@ -163,42 +164,56 @@ def test_prompts_decoded_together_attend_each_its_own_keys(
 def test_rows_that_are_done_leave_the_others(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two whose answers are found early are not read on, and the others say what they say alone."""
+    """Two whose answers are found early and one that ends are not read on, and all say what they say alone."""
     model, kind = models.tiny("llama", vocab_size=49152), replace(task("needle4"), max_new_tokens=8)
     samples = [kind.samples(smollm2[1], tokens=200 + 50 * n, count=1, seed=0)[0] for n in range(4)]
-    whole = [one.text for one in answer_together(model, smollm2[1], kind, samples)]
-    assert len(set(whole)) == 4
-    for n, share in ((0, 0.3), (3, 0.6)):
-        samples[n] = replace(samples[n], answers=(whole[n][: int(len(whole[n]) * share)].strip(),))
-    rows: list[int] = []
+    steps: list[list[int]] = []
     forward = model.forward
 
-    def counted(ids: Tensor, **kwargs: Any) -> Any:
+    def kept(ids: Tensor, **kwargs: Any) -> Any:
         if ids.shape[1] == 1:
-            rows.append(len(ids))
+            steps.append(ids[:, 0].tolist())
         return forward(ids, **kwargs)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(model, "forward", kept)
+    whole = [one.text for one in answer_together(model, smollm2[1], kind, samples)]
+    assert len(set(whole)) == 4
+    for n, share in ((0, 0.3), (3, 0.5)):
+        samples[n] = replace(samples[n], answers=(whole[n][: int(len(whole[n]) * share)].strip(),))
+    end = steps[5][2]
+    assert sum(step.count(end) for step in steps) == 1 and model.generation_config is not None
+    model.generation_config.eos_token_id = end
+    steps.clear()
     together = answer_together(model, smollm2[1], kind, samples)
-    assert set(rows) == {4, 3, 2} and rows == sorted(rows, reverse=True)
+    rows = [len(step) for step in steps]
+    assert set(rows) == {4, 3, 2, 1} and rows == sorted(rows, reverse=True)
     alone = [answer(model, smollm2[1], kind, one, stop_when_found=True) for one in samples]
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.score for one in together] == [1, 0, 0, 1]
 
 
-def test_a_window_that_decoding_leaves_is_masked_in_each_row(
-    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> None:
-    kinds = ["sliding_attention", "full_attention"] * 2
-    model = models.tiny(
-        "gemma3_text", vocab_size=49152, max_position_embeddings=1024, sliding_window=256, layer_types=kinds
-    )
-    kind = replace(task("passkey"), max_new_tokens=40)
-    samples = [kind.samples(smollm2[1], tokens=265 + 10 * n, count=1, seed=0)[0] for n in range(3)]
-    together = answer_together(model, smollm2[1], kind, samples)
-    alone = [answer(model, smollm2[1], kind, one) for one in samples]
-    assert any(one.tokens < 256 < one.tokens + 40 for one in alone)
-    assert [one.text for one in together] == [one.text for one in alone]
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_keys_that_a_mask_hides_are_masked_in_each_row(dtype: torch.dtype) -> None:
+    """Beside the padding, in one row of the second mask: as attention of all rows under that mask."""
+    torch.manual_seed(0)
+    padding, sdpa, module = [3, 0, 1], ALL_ATTENTION_FUNCTIONS["sdpa"], torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    q, (k, v) = torch.randn(3, 4, 1, 16), torch.randn(2, 3, 2, 8, 16)
+    attend = _EachRow(padding)
+    for hidden in (0, 2):
+        mask = torch.arange(8) >= torch.tensor(padding)[:, None, None, None]
+        mask[1, ..., :hidden] = False
+        if dtype != torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        expected, _ = sdpa(module, q, k, v, mask)
+        torch.testing.assert_close(attend(sdpa, module, q, k, v, mask)[0], expected)
+
+
+def test_masks_that_are_no_tensors_are_left_alone() -> None:
+    """FlexAttention's are not."""
+    q, mask = torch.randn(2, 4, 1, 16), object()
+    out, _ = _EachRow([3, 0])(lambda module, q, k, v, mask: ((q, mask), None), None, q, q, q, mask)
+    assert out[0] is q and out[1] is mask
 
 
 def test_a_cache_that_cannot_be_shortened_is_decoded_alone(

@@ -39,6 +39,7 @@ __all__ = ["bench_prefill", "command"]
 
 STOCK = "untouched"
 ATTENDS = ("weights", "structured")
+WHOLE_TOKENS = 131072  # longer prompts are not read by the untouched model before it is timed
 
 
 @torch.inference_mode()
@@ -68,9 +69,9 @@ def bench_prefill(
         model: loaded, or what `sparsekit.models.load` takes; default: random weights of `shape`.
         shape: one of `sparsekit.lab.bench.shapes.SHAPES`; default llama-3.2-1b on a CUDA device, else smollm2-135m.
         lengths: of the prompt, tokens.
-        rounds: in each every config reads the prompt once. Before them, not timed, every config reads it too, and the
-            untouched model, which compiles nothing, its first 8,192 tokens; in chunks both read a few tokens at the
-            ends of some chunks, one of each kind for which kernels are compiled.
+        rounds: in each every config reads the prompt once. Before them, not timed, every config reads it too, and so
+            does the untouched model, but of more than 131,072 tokens the first 8,192; in chunks it reads some of the
+            first, and a config a few at the ends of some, one of each kind for which kernels are compiled.
         chunk_tokens: the prompt comes in chunks of so many tokens, into a StaticCache, and its end is told
             (`Handle.prompt`). transformers' SDPA then gets a mask of chunk x N in every layer that is the model's own,
             the untouched model's among them, which is slow and large: `dense_impl: kernel` runs dense layers without.
@@ -201,11 +202,15 @@ def _given(model: PreTrainedModel, tokens: int, chunk_tokens: int | None) -> tup
 def _warm_up(
     model: PreTrainedModel, prompt: Tensor, chunk_tokens: int | None, handle: Handle | None, given: Given
 ) -> None:
-    """A reading that nobody times: what it compiles and the memory it takes are there for the next."""
+    """A reading that nobody times: what it compiles and the memory it takes are there for the next.
+
+    The untouched model too compiles at a new length, where PyTorch's attention is cuDNN's: for less than a second.
+    """
     if chunk_tokens is not None:
         warm_up_chunks(model, prompt, chunk_tokens, handle, given)
         return
-    rows = prompt.shape[1] if handle is not None else min(WARM_TOKENS, prompt.shape[1])
+    tokens = prompt.shape[1]
+    rows = tokens if handle is not None or tokens <= WHOLE_TOKENS else WARM_TOKENS
     read_at_once(model, prompt[:, :rows], handle, given and (given[0][:, :, :rows], given[1][:, :, :rows]))
 
 

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.cli import app
 from sparsekit.config import load
 from sparsekit.kernels import geometry_for
-from sparsekit.lab.bench import bench_prefill
+from sparsekit.lab.bench import bench_prefill, prefill
 from sparsekit.lab.bench.inputs import structured
 from sparsekit.models import tiny
 from sparsekit.patch import apply
@@ -56,6 +57,25 @@ def test_rows_and_file(config: str, tmp_path: Path) -> None:
     assert ours["faster"] == pytest.approx(stock["ms"] / ours["ms"], rel=1e-3)
     assert len(lines) == 4 and config in lines[1] and "tile density" in lines[1]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_is_read_before_the_untouched_model_is_timed(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole prompt, for which cuDNN's attention compiles anew; of one that takes minutes its beginning."""
+    monkeypatch.setattr(prefill, "WHOLE_TOKENS", 600)
+    monkeypatch.setattr(prefill, "WARM_TOKENS", 200)
+    read: list[tuple[str, int, int]] = []
+    own = prefill.read_at_once
+
+    def kept(model: Any, prompt: Any, handle: Any, given: Any) -> Any:
+        read.append(("config" if handle else "untouched", prompt.shape[1], given[0].shape[2]))
+        return own(model, prompt, handle, given)
+
+    monkeypatch.setattr(prefill, "read_at_once", kept)
+    bench_prefill([config], model=tiny("llama"), lengths=[600, 601], rounds=1, attends="structured", device="cpu")
+    assert read == [
+        (who, tokens, tokens) for whole, warm in ((600, 600), (601, 200)) for who, tokens in
+        (("config", whole), ("untouched", warm), ("untouched", whole), ("config", whole))
+    ]  # fmt: skip
 
 
 def test_layers_that_kept_every_pair_are_not_counted_as_sparse() -> None:
