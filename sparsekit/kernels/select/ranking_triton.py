@@ -30,6 +30,7 @@ STEP = tl.constexpr(128)  # a row has a multiple of so many columns, as tiles an
 SINK = tl.constexpr(KEY_TILE)  # keys that are kept anyway, and have no column
 FARTHEST = tl.constexpr(torch.finfo(torch.float32).max)
 NO_PAIR = tl.constexpr(-0x80000000000000)  # -inf, column 0: its bits are 0xFF800000
+EACH = 16  # neighbours in a list that a thread sorts by itself
 TURNS = 4  # guesses of a threshold from a sample before it is searched for in the row itself
 
 
@@ -305,8 +306,14 @@ def _select(
 
 @triton.jit(do_not_specialize=["first", "n", "segments", "samples", "heads", "room"])
 @no_type_check
-def _sort(p_pair, p_keys, p_ptr, width, first, n, segments, samples, heads, room, BLOCK: tl.constexpr):
-    """One list, of what `_select` left: the largest scores first, ties to the lower column."""
+def _sort(
+    p_pair, p_keys, p_ptr, width, first, n, segments, samples, heads, room, BLOCK: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    """One list, of what `_select` left: the largest scores first, ties to the lower column.
+
+    What is sorted comes in any order, so EACH that are far apart in memory stand side by side: neighbours are then a
+    thread's own, and most steps of the sort move nothing between threads.
+    """
     i_head = tl.program_id(0) % heads
     i_sample = tl.program_id(0) // heads % samples
     i_at = tl.program_id(0) // heads // samples
@@ -314,11 +321,13 @@ def _sort(p_pair, p_keys, p_ptr, width, first, n, segments, samples, heads, room
     begin = tl.load(p_ptr)
     count = (tl.load(p_ptr + 1) - begin).to(tl.int32)
     i_row = (i_at * samples + i_sample).to(tl.int64) * heads + i_head
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK // EACH)[:, None] + tl.arange(0, EACH)[None, :] * (BLOCK // EACH)
     pair = tl.load(p_pair + ((i_row * width + width) // 2 - 2 * BLOCK) + lane, mask=lane < count, other=NO_PAIR)
     score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     key = (_ordered(score).to(tl.int64) << 32) | (0x7FFFFFFF - pair.to(tl.int32)).to(tl.int64)
-    column = 0x7FFFFFFF - (tl.sort(key, descending=True) & 0x7FFFFFFF).to(tl.int32)
+    key = tl.sort(tl.reshape(key, [BLOCK]), descending=True)
+    column = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
     p_keys += (i_sample * heads + i_head).to(tl.int64) * room + begin
     tl.store(p_keys + lane, column + SINK, mask=lane < count)
 
@@ -384,9 +393,10 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     choice = {"BLOCK": block, "CHUNK": max(block, 512), "TURNS": TURNS, "num_warps": max(block // 512, 1)}
-    # 4,096 keys, 4 warps: 3.8 ms; 8: 5.0, 16: 5.8 (H200). Before sm_90 ptxas takes a minute for 4, and 2 s for 16.
+    # 4,096 keys, 4 warps: 3.8 ms; 8: 5.0, 16: 5.8 (H200, neighbours in several threads). Before sm_90 ptxas takes a
+    # minute for 4, and 2 s for 16.
     a_warp = 1024 if capability_of(k.device) >= (9, 0) else 256
-    order = {"BLOCK": block, "num_warps": max(block // a_warp, 1)}
+    order = {"BLOCK": block, "EACH": EACH, "num_warps": max(block // a_warp, 1)}
     with on_device(k.device):
         for a, b, width in turns:
             where = (width, a, b - a, n, samples)

@@ -13,8 +13,9 @@ from test_compile import offline, ptxas
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import launch
-from sparsekit.kernels.select import block_scores_triton, blocks_triton, mean_keys_triton, topk_triton
+from sparsekit.kernels.select import block_scores_triton, blocks_triton, mean_keys_triton, ranking_triton, topk_triton
 from sparsekit.kernels.select.grid import block_grid
+from sparsekit.kernels.select.segments import segments_of
 
 MADE: list[dict[str, Any]] = []
 CPU = torch.device("cpu")
@@ -30,6 +31,7 @@ def _compile(
     MADE.append(
         {
             "kernel": kernel.__name__,
+            "shuffles": ptx.count("shfl.sync"),
             "shared": made.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
             "tma": ptx.count("cp.async.bulk.tensor"),
@@ -92,6 +94,10 @@ def main() -> None:
         topk_triton.top_p_bits_triton(scores, 0.9, lengths, False, False, True)
         mean_keys_triton.near_top_bits_triton(scores, 2.3, lengths, 2, 4)
     topk_triton.topk_indices_mask_triton(torch.zeros(2, 20000), 100)
+    ranking_triton.capability_of = lambda device: (9, 0)  # type: ignore[assignment]
+    segments = segments_of(Geometry.of(16384, block_kv=64), 512, 4096, CPU)
+    means, (_, k) = torch.empty(1, 32, 32, 128, dtype=torch.bfloat16), _inputs(segments.geometry, torch.bfloat16, 128)
+    ranking_triton.rank_keys_triton(means, k, segments, torch.zeros(1, 32, segments.room, dtype=torch.int32))
     print(json.dumps(MADE))
 
 

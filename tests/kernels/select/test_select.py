@@ -286,12 +286,14 @@ def test_it_compiles_for_hopper(tmp_path: Path) -> None:
     made = compiled("select/compile_select.py", tmp_path)
     assert {case["kernel"] for case in made} == {
         "_antidiagonals", "_count_entries", "_count_ties", "_histogram", "_mass", "_means", "_near_top", "_query_lse",
-        "_scores", "_top_p", "_topk", "_write_entries", "_write_mask",
+        "_scores", "_segment_scores", "_select", "_sort", "_top_p", "_topk", "_write_entries", "_write_mask",
     }  # fmt: skip
     for case in made:
         assert case["shared"] <= 232_448, case
         assert case["serialised"] == 0, case
         assert case["spilled"] <= 128, case  # bytes a thread: top-p of 16K columns and the widest tiles spill a little
-        if case["kernel"] in ("_antidiagonals", "_query_lse", "_scores"):
+        if case["kernel"] in ("_antidiagonals", "_query_lse", "_scores", "_segment_scores"):
             assert case["wgmma"] > 0, case
+        if case["kernel"] == "_sort":  # of 4,096 keys: 3,584 where neighbours are of several threads
+            assert 0 < case["shuffles"] <= 1792 and case["spilled"] == 0, case
     assert any(case["tma"] > 0 for case in made if case["kernel"] == "_antidiagonals")
