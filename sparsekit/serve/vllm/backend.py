@@ -287,12 +287,12 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             rows = run.part.geometry.q_len
             here = slice(run.row.begin, run.row.begin + rows)
             q = query[here].view(rows, self.num_heads, self.head_size)
-            if self.kv_cache_dtype in E4M3:
-                scales = layer._k_scale_float, layer._v_scale_float
-                keys = read_e4m3(keys, run.part.geometry, scales, output.dtype)
-                if q.dtype != output.dtype:  # in e4m3 too, where the stock implementation takes it so
-                    q = q.to(output.dtype).mul_(layer._q_scale_float)
             with METER.measured(run.row.served.name, bound.layer, query.device) as counts:
+                if self.kv_cache_dtype in E4M3:
+                    scales = layer._k_scale_float, layer._v_scale_float
+                    keys = read_e4m3(keys, run.part.geometry, scales, output.dtype)
+                    if q.dtype != output.dtype:  # in e4m3 too, where the stock implementation takes it so
+                        q = q.to(output.dtype).mul_(layer._q_scale_float)
                 out = output[here].view(q.shape)
                 plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), out, plans, run.row.row)
             counts.rows += rows
