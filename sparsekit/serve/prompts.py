@@ -148,22 +148,19 @@ def _needed(rules: Sequence[TokenRule], span: Span, page: int) -> tuple[Ranges, 
     return (((0, head), (tail, span.q_end)) if head else ((tail, span.q_end),)), tail - head
 
 
-def read_e4m3(keys: Keys, tokens: int, scales: tuple[float, float], dtype: torch.dtype) -> Keys:
-    """A request's keys and values (1, G, tokens, D) in `dtype` and in one piece, of pages that hold e4m3 numbers.
+def read_e4m3(keys: Keys, geometry: Geometry, scales: tuple[float, float], dtype: torch.dtype) -> Keys:
+    """A request's keys and values in `dtype`, of pages that hold e4m3 numbers: as `Keys.gathered` has them.
 
     Args:
         keys: of one request, in pages of float8_e4m3fn, or of bytes that are such numbers.
         scales: what a number of the keys, and one of the values, is a multiple of.
     """
-    assert keys.table is not None
-    table = keys.table[0, : -(-tokens // keys.page)]
+    small = keys._replace(k=keys.k.view(torch.uint8), v=keys.v.view(torch.uint8))
 
-    def read(pages: Tensor, scale: float) -> Tensor:
-        found = pages.view(torch.uint8)[table].view(torch.float8_e4m3fn).transpose(0, 1)  # (G, pages, size, D)
-        wide = found.to(dtype, memory_format=torch.contiguous_format)
-        return wide.mul_(scale).flatten(1, 2)[None, :, :tokens]
+    def wide(found: Tensor, scale: float) -> Tensor:
+        return found.view(torch.float8_e4m3fn).to(dtype).mul_(scale)
 
-    return Keys(read(keys.k, scales[0]), read(keys.v, scales[1]))
+    return Keys(wide(small.gathered_k(geometry), scales[0]), wide(small.gathered_v(geometry), scales[1]))
 
 
 def attend_part(

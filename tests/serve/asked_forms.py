@@ -27,7 +27,7 @@ from sparsekit.call.keys import Keys, pages_of
 from sparsekit.call.softmax import Softmax
 from sparsekit.config import LayerPatterns
 from sparsekit.patterns import DynamicPattern, parse_pattern
-from sparsekit.serve.prompts import Chunk, attend_part, part_of
+from sparsekit.serve.prompts import Chunk, attend_part, part_of, read_e4m3
 from sparsekit.serve.vllm import backend
 from sparsekit.serve.vllm.layers import Bound
 from sparsekit.serve.vllm.meter import METER, LayerCounts
@@ -119,8 +119,10 @@ def load(count: int, fewest: int) -> Iterator[tuple[Chunk, int]]:
 
 
 def missed(names: list[str], chunks: int) -> dict[str, Any]:
-    """Of a layer whose heads run these patterns in turns."""
+    """Of a layer whose heads run these patterns in turns; over a cache of e4m3 numbers where `e4m3` is the first."""
     forget()
+    e4m3 = names[0] == "e4m3"
+    names = names[e4m3:]
     patterns = tuple(parse_pattern(PATTERNS.get(name, name)) for name in names)
     layer = LayerPatterns(0, patterns, tuple(i % len(patterns) for i in range(HEADS)))
     here = frozenset(["a"]) if "dense" in names else frozenset[str]()
@@ -131,10 +133,11 @@ def missed(names: list[str], chunks: int) -> dict[str, Any]:
 
     before = len(ASKED)
     bound = Bound(0, {"a": layer}, 0, here, longest=LONGEST, page=PAGE)
-    backend.take_scratch(bound, queries(BUDGET), KEY_HEADS, softmax)
+    backend.take_scratch(bound, queries(BUDGET), KEY_HEADS, softmax, e4m3=e4m3)
     warm = len(ASKED)
     looked_up = len(import_module("sparsekit.kernels.launch")._COMPILED)
-    cache = torch.empty(4000, PAGE, KEY_HEADS, 2 * DIM, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
+    stored = torch.uint8 if e4m3 else torch.bfloat16
+    cache = torch.empty(4000, PAGE, KEY_HEADS, 2 * DIM, dtype=stored, device=GPU).transpose(1, 2)
     table = torch.zeros(CLIENTS, LONGEST // PAGE, dtype=torch.int32, device=GPU)
     ran = 0
     fewest = 64 if any(isinstance(x, DynamicPattern) for x in patterns) else 1
@@ -145,6 +148,8 @@ def missed(names: list[str], chunks: int) -> dict[str, Any]:
             step = queries(BUDGET + CLIENTS)
             at = slice(begin, begin + part.geometry.q_len)
             keys = Keys(*cache.chunk(2, -1), pages_of(table[begin][None], PAGE, part.reads))
+            if e4m3:
+                keys = read_e4m3(keys, part.geometry, (0.5, 2.0), torch.bfloat16)
             plan = attend_part(part, layer, step[at], keys, softmax, torch.empty_like(step)[at])
             METER.keep(LayerCounts(), plan, part.pairs, HEADS)
     return {

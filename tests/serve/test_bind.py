@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from sparsekit import SparsekitError
@@ -79,6 +80,16 @@ def test_a_plan_of_another_pipeline_stage_is_refused(vllm: Any) -> None:
     later = nn.ModuleList([Attention(2), Attention(3)])
     with pytest.raises(SparsekitError, match="layer 2 reuses the plan of layer 0, which is in another pipeline stage"):
         bind(later, vllm, settings_of(text, facts), 1, 0)
+
+
+def test_layers_with_caches_of_other_numbers_are_not_one_group(vllm: Any) -> None:
+    """As under --kv-cache-dtype-skip-layers: the profiling run, which looks at one layer of a group, meets both."""
+    model = nn.ModuleList([Attention(0), Attention(1)])
+    model[1].kv_cache_dtype = "fp8"
+    for name in ("_q_scale", "_k_scale", "_v_scale"):
+        setattr(model[1], name, torch.ones(()))
+    bind(model, vllm, settings_of("version: 1\ndefault: a_shape\n", ModelFacts(num_layers=2, num_heads=4)), 0, 0)
+    assert [layer.impl.sparsekit.group for layer in model] == [0, 1]
 
 
 def test_workers_of_all_engines_have_ranks_of_their_own() -> None:

@@ -347,7 +347,7 @@ def test_pages_of_e4m3_are_read_as_their_numbers(joint: bool, dtype: torch.dtype
     pages = [x.to(torch.float8_e4m3fn) for x in (wide.k, wide.v)]
     for stored in (torch.uint8, torch.float8_e4m3fn):
         keys = Keys(*(x.view(stored) for x in pages), wide.table)
-        read = read_e4m3(keys, 90, (0.3, 2.0), dtype)
+        read = read_e4m3(keys, sparsekit.Geometry.of(90), (0.3, 2.0), dtype)
         assert read.table is None
         for got, x, scale in zip((read.k, read.v), small, (0.3, 2.0), strict=True):
             assert got.shape == (1, KEY_HEADS, 90, DIM)

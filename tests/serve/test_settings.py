@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -199,6 +200,16 @@ def test_options_that_are_refused(vllm: Any, changes: dict[str, Any], says: str)
     with pytest.raises(SparsekitError) as error:
         requests.checked_settings(_server(**changes))
     assert says in _line(error)
+
+
+def test_8_bits_are_not_read_on_rocm() -> None:
+    """vLLM's `fp8` on AMD's gfx942 is e4m3fnuz, whose bytes are half of what e4m3fn's are."""
+    says = "from sparsekit.serve.vllm.settings import CACHES, E4M3; print(len(E4M3), CACHES)"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.version.hip = '7.0'; {says}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ran.stdout == "0 auto\n"
 
 
 def test_connectors_that_keep_configs_apart_are_served(vllm: Any) -> None:

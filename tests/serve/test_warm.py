@@ -12,6 +12,7 @@ from children import compiled
 LAYERS = [
     ["triangle"], ["triangle", "dense"], ["block_topk"], ["vertical_slash"], ["flexprefill"], ["flashprefill"],
     ["prism"], ["s2o"], ["xattention"], ["triangle", "block_topk"],
+    *(["e4m3", name] for name in ("triangle", "block_topk", "vertical_slash", "flexprefill", "s2o", "xattention")),
 ]  # fmt: skip
 
 
@@ -19,7 +20,10 @@ LAYERS = [
 @pytest.mark.skipif(find_spec("triton") is None, reason="vLLM for a CPU comes without Triton; `make test` runs this")
 @pytest.mark.parametrize(
     ("capability", "processors", "layers"),
-    [((9, 0), 132, LAYERS), ((8, 0), 108, [["triangle"], ["block_topk"], ["triangle", "block_topk"]])],
+    [
+        ((9, 0), 132, LAYERS),
+        ((8, 0), 108, [["triangle"], ["block_topk"], ["triangle", "block_topk"], ["e4m3", "triangle"]]),
+    ],
     ids=["hopper", "portable"],
 )
 def test_traffic_asks_for_no_kernel_that_the_profiling_run_did_not_compile(

@@ -394,7 +394,8 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
     }  # fmt: skip
     choice = {"BLOCK": block, "CHUNK": max(block, 512), "TURNS": TURNS, "num_warps": max(block // 512, 1)}
     # 4,096 keys, 4 warps: 3.8 ms; 8: 5.0, 16: 5.8 (H200, neighbours in several threads). Before sm_90 ptxas takes a
-    # minute for 4, and 2 s for 16.
+    # minute for 4, and 2 s for 16; a thread of these has 8 keys, so EACH stand in two (4,096 keys, sm_80: 816 shuffles
+    # and 417 barriers, where 1 has 1,008 and 289; not timed).
     a_warp = 1024 if capability_of(k.device) >= (9, 0) else 256
     order = {"BLOCK": block, "EACH": EACH, "num_warps": max(block // a_warp, 1)}
     with on_device(k.device):

@@ -287,13 +287,12 @@ def over(stock: Any, module: str) -> tuple[Any, Any, Any]:
             rows = run.part.geometry.q_len
             here = slice(run.row.begin, run.row.begin + rows)
             q = query[here].view(rows, self.num_heads, self.head_size)
-            if self.kv_cache_dtype in E4M3:
-                keys = read_e4m3(
-                    keys, run.part.geometry.kv_len, (layer._k_scale_float, layer._v_scale_float), output.dtype
-                )
-                if q.dtype != output.dtype:  # in e4m3 too, where the stock implementation takes it so
-                    q = q.to(output.dtype).mul_(layer._q_scale_float)
             with METER.measured(run.row.served.name, bound.layer, query.device) as counts:
+                if self.kv_cache_dtype in E4M3:
+                    scales = layer._k_scale_float, layer._v_scale_float
+                    keys = read_e4m3(keys, run.part.geometry, scales, output.dtype)
+                    if q.dtype != output.dtype:  # in e4m3 too, where the stock implementation takes it so
+                        q = q.to(output.dtype).mul_(layer._q_scale_float)
                 out = output[here].view(q.shape)
                 plan = attend_part(run.part, run.patterns, q, keys, self._softmax_of(), out, plans, run.row.row)
             counts.rows += rows
@@ -393,7 +392,7 @@ def take_scratch(bound: Bound, q: Tensor, key_heads: int, softmax: Softmax, *, e
             own = replace(patterns, reused=None)  # a layer that reuses a plan holds one as large
             keys, out = Keys(k, v, table).at(part.reads), torch.empty_like(some)
             if e4m3:
-                keys = read_e4m3(keys, part.geometry.kv_len, (1.0, 1.0), q.dtype)
+                keys = read_e4m3(keys, part.geometry, (1.0, 1.0), q.dtype)
             plan = attend_part(part, own, some, keys, softmax, out)
             METER.keep(LayerCounts(), plan, part.pairs, q.shape[1])  # in counts that nobody reads
             if patterns.reused is not None:

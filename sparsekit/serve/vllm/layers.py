@@ -75,7 +75,8 @@ def bind(model: Any, vllm_config: Any, settings: Settings, rank: int, tp_rank: i
                     )
                 mine[name] = _of_rank(patterns, module, tp_rank)
         if mine:
-            key = tuple((name, p.patterns, p.pattern_of_head, *_place_of_plan(p)) for name, p in mine.items())
+            ran = ((name, p.patterns, p.pattern_of_head, *_place_of_plan(p)) for name, p in mine.items())
+            key = (module.kv_cache_dtype, *ran)  # the profiling run takes a group's memory once
             here = frozenset(n for n in mine if settings.configs[n].config.dense_impl == "kernel")
             group, longest = groups.setdefault(key, len(groups)), vllm_config.model_config.max_model_len
             page = vllm_config.cache_config.block_size or Bound.page

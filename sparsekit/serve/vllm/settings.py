@@ -40,8 +40,9 @@ __all__ = [
     "version_refusal",
 ]
 
-E4M3 = ("fp8", "fp8_e4m3")  # vLLM's names of caches of such numbers, on an NVIDIA GPU and a CPU
-CACHES = f"auto, {', '.join(E4M3)}"  # what --kv-cache-dtype may be, beside the model's dtype
+# vLLM's names of caches of such numbers. AMD's gfx942 has others by these names, of half the value.
+E4M3 = () if torch.version.hip else ("fp8", "fp8_e4m3")
+CACHES = ", ".join(("auto", *E4M3))  # what --kv-cache-dtype may be, beside the model's dtype
 KEY = "sparsekit"  # in additional_config, and in a request's extra arguments
 OFF = "off"
 DEFAULT = "default"  # what a single config is called

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from sparsekit.call.keys import Keys
 from sparsekit.config import LayerPatterns
 from sparsekit.patterns import parse_pattern
 from sparsekit.patterns.shared import SharedPlans
-from sparsekit.serve.prompts import Chunk, part_of
+from sparsekit.serve.prompts import Chunk, part_of, read_e4m3
 from sparsekit.serve.vllm import backend
 from sparsekit.serve.vllm.layers import Bound
 
@@ -71,8 +72,11 @@ def test_a_cache_in_8_bits_is_its_numbers_under_the_explicit_mask(
     assert all(ran[name]["layers"]["1"]["chunks"] >= 2 for name in configs)
 
 
-def test_queries_that_vllm_rounds_for_its_own_kernel_are_read_as_their_numbers() -> None:
-    """As FLASH_ATTN of version 3 and TRITON_ATTN have it on a GPU: e4m3, and a scale of the layer's."""
+def test_queries_that_vllm_rounds_for_its_own_kernel_are_read_as_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FLASH_ATTN of version 3 and TRITON_ATTN have it on a GPU: e4m3, and a scale of the layer's.
+
+    To read the cache is in the layer's seconds.
+    """
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     _, _, impl = backend.over(CPUAttentionBackend, __name__)
@@ -88,6 +92,8 @@ def test_queries_that_vllm_rounds_for_its_own_kernel_are_read_as_their_numbers()
     assert part is not None
     table = torch.arange(10, dtype=torch.int32)[None]
     run = backend.Run(SimpleNamespace(begin=0, row=0, served=SimpleNamespace(name="a")), part, patterns, table)  # type: ignore[arg-type]
+    monkeypatch.setattr(backend, "read_e4m3", lambda *args: (sleep(0.5), read_e4m3(*args))[1])
+    backend.METER.reset()
     outputs = []
     for cache, query, stored in (("auto", q.float() * 0.5, torch.float32), ("fp8", q, torch.float8_e4m3fn)):
         layer = SimpleNamespace(_q_scale_float=0.5, _k_scale_float=1.0, _v_scale_float=1.0)
@@ -98,3 +104,4 @@ def test_queries_that_vllm_rounds_for_its_own_kernel_are_read_as_their_numbers()
         one._run(Bound(0, {"a": patterns}, 0), run, layer, query, keys, outputs[-1], SharedPlans())
     assert outputs[0].abs().sum() > 0
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-6)
+    assert backend.METER.layers["a", 0].seconds >= 0.5
