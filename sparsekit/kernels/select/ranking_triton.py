@@ -30,7 +30,6 @@ STEP = tl.constexpr(128)  # a row has a multiple of so many columns, as tiles an
 SINK = tl.constexpr(KEY_TILE)  # keys that are kept anyway, and have no column
 FARTHEST = tl.constexpr(torch.finfo(torch.float32).max)
 NO_PAIR = tl.constexpr(-0x80000000000000)  # -inf, column 0: its bits are 0xFF800000
-EACH = 16  # neighbours in a list that a thread sorts by itself
 TURNS = 4  # guesses of a threshold from a sample before it is searched for in the row itself
 
 
@@ -311,8 +310,8 @@ def _sort(
 ):  # fmt: skip
     """One list, of what `_select` left: the largest scores first, ties to the lower column.
 
-    What is sorted comes in any order, so EACH that are far apart in memory stand side by side: neighbours are then a
-    thread's own, and most steps of the sort move nothing between threads.
+    What is sorted comes in any order, so EACH that are far apart in memory stand side by side. A thread loads pairs of
+    them: so its own are neighbours, and most steps of the sort move nothing between threads.
     """
     i_head = tl.program_id(0) % heads
     i_sample = tl.program_id(0) // heads % samples
@@ -394,10 +393,10 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
     }  # fmt: skip
     choice = {"BLOCK": block, "CHUNK": max(block, 512), "TURNS": TURNS, "num_warps": max(block // 512, 1)}
     # 4,096 keys, 4 warps: 3.8 ms; 8: 5.0, 16: 5.8 (H200, neighbours in several threads). Before sm_90 ptxas takes a
-    # minute for 4, and 2 s for 16; a thread of these has 8 keys, so EACH stand in two (4,096 keys, sm_80: 816 shuffles
-    # and 417 barriers, where 1 has 1,008 and 289; not timed).
+    # minute for 4, and 2 s for 16.
     a_warp = 1024 if capability_of(k.device) >= (9, 0) else 256
-    order = {"BLOCK": block, "EACH": EACH, "num_warps": max(block // a_warp, 1)}
+    warps = max(block // a_warp, 1)
+    order = {"BLOCK": block, "EACH": block // (64 * warps), "num_warps": warps}
     with on_device(k.device):
         for a, b, width in turns:
             where = (width, a, b - a, n, samples)
