@@ -366,7 +366,7 @@ def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path) -> None:
     out, whole, log = tmp_path / "r.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
     expected = run_sweep(asked(search={"trials": 100}), whole, maker=fake, quiet=True)
     context, rng, sizes = multiprocessing.get_context("fork"), random.Random(0), []
-    for _ in range(12):
+    for turn in range(12):
         had = lines(out) if out.exists() else []
         log.write_text("")
         child = context.Process(target=_search_in_child, args=(out, log))
@@ -375,6 +375,8 @@ def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path) -> None:
         while not log.read_text() and time.monotonic() < deadline:  # imports, and what is known
             time.sleep(0.002)
         time.sleep(rng.uniform(0.0, 0.12))
+        while turn % 3 == 0 and child.is_alive() and (len(had) + len(log.read_text().split())) % 2:
+            time.sleep(0.0002)  # until a trial's second run has begun
         os.kill(child.pid or 0, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL, "the search ended before the kill: give it more trials"
