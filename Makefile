@@ -26,9 +26,9 @@ test: $(VENV)/.test
 # vLLM for a CPU, in an environment of its own: it takes other releases than the project.
 venv-vllm: $(VLLM)/.installed
 
-# Its real engines.
+# Its real engines, two at a time.
 test-vllm: venv-vllm
-	OMP_NUM_THREADS=2 PYTHONPATH=tests/serve/vllm $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/serve
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/serve/vllm $(VLLM)/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile tests/serve
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
