@@ -284,7 +284,7 @@ class _EachRow:
 
     def __init__(self, padding: Sequence[int]) -> None:
         self.padding = padding
-        self._seen: tuple[Tensor, list[bool]] | None = None  # a mask, and of each row whether it hides any key
+        self._seen: tuple[Tensor, list[Tensor | None]] | None = None  # a mask, and each row's where it hides a key
 
     def __call__(
         self, own: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
@@ -293,13 +293,13 @@ class _EachRow:
         if not one_each or kwargs.get("position_bias") is not None:
             out: tuple[Tensor, Tensor | None] = own(module, q, k, v, mask, **kwargs)
             return out
-        masks = [mask[i : i + 1, ..., pad:] for i, pad in enumerate(self.padding)]
         if self._seen is None or self._seen[0] is not mask:  # layers share theirs
-            hidden = [~one if one.dtype == torch.bool else one != 0 for one in masks]
-            self._seen = mask, torch.stack([one.any() for one in hidden]).tolist()
+            masks = [mask[i : i + 1, ..., pad:] for i, pad in enumerate(self.padding)]
+            hidden = torch.stack([(~one if one.dtype == torch.bool else one != 0).any() for one in masks]).tolist()
+            self._seen = mask, [one if hides else None for one, hides in zip(masks, hidden, strict=True)]
         rows = [
-            own(module, q[i : i + 1], k[i : i + 1, :, pad:], v[i : i + 1, :, pad:], one if hides else None, **kwargs)[0]
-            for i, (pad, one, hides) in enumerate(zip(self.padding, masks, self._seen[1], strict=True))
+            own(module, q[i : i + 1], k[i : i + 1, :, pad:], v[i : i + 1, :, pad:], one, **kwargs)[0]
+            for i, (pad, one) in enumerate(zip(self.padding, self._seen[1], strict=True))
         ]
         return torch.cat(rows), None
 
