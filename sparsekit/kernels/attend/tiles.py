@@ -29,7 +29,7 @@ _HOPPER: dict[tuple[int, int], Tile] = {
     (64, 4): Tile(64, 64, 4, 2),
     (128, 4): Tile(64, 32, 4, 2),
     (256, 4): Tile(64, 32, 8, 2),
-    # In e4m3, where a tile's sum stands beside the sum of all: the largest that spill no register, not timed.
+    # In e4m3, where a tile's sum stands beside the sum of all: chosen by the registers that they take, not timed.
     (64, 1): Tile(128, 128, 8, 2),
     (128, 1): Tile(128, 128, 8, 2),
     (256, 1): Tile(64, 64, 8, 2),

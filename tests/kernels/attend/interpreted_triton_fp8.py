@@ -283,11 +283,12 @@ def test_layers_of_a_config() -> None:
     model = tiny("llama", head_dim=64).to(torch.float16)
     ids = torch.randint(0, 100, (1, 300), generator=torch.Generator().manual_seed(0))
     triangle = {"name": "triangle", "sink_tokens": 8, "window_tokens": 100, "last_tokens": 20}
-    config = {"layers": {"1": triangle, "2": triangle}, "precision": {"2": "fp8"}, "dense_below_tokens": 0}
+    topk = {"name": "block_topk", "top_k": 3, "dense_below_tokens": 0}  # in tiles of 64
+    config = {"layers": {"1": triangle, "2": triangle, "3": topk}, "precision": {"2-3": "fp8"}}
     with sparsekit.apply(model, config) as handle, torch.inference_mode():
         model(ids)
         ran = {layer.layer: (layer.impl, layer.impl_why) for layer in handle.report().layers}
-    assert ran[1][0] == "torch" and ran[2][0] == "triton_fp8"
+    assert ran[1][0] == "torch" and ran[2][0] == ran[3][0] == "triton_fp8"
     assert ran[2][1].startswith("asked for; hopper_fp8: it is not a CUDA device")
 
 
