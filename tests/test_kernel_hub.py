@@ -71,7 +71,8 @@ def test_it_runs_without_sparsekit_and_computes_the_same(way: str, run: Run, wan
     assert said["refused"] == [
         "window_tokens=0: a whole number of tokens, 1 or more.",
         "last_tokens=-1: a whole number of tokens, 0 or more.",
-        "impl='trition': one of hopper, triton, torch, reference, hopper_fp8, or None. Did you mean 'triton'?",
+        "impl='trition': one of hopper, triton, torch, reference, hopper_fp8, triton_fp8, fp8, or None. "
+        "Did you mean 'triton'?",
     ]
 
 

@@ -18,7 +18,7 @@ from sparsekit.plan import BlockPlan
 
 __all__ = ["IMPLS", "LayerPatterns", "Reused"]
 
-IMPLS = {"model": None, "fp8": "hopper_fp8"}  # of each precision, the implementation; None: what the device prefers
+IMPLS = {"model": None, "fp8": "fp8"}  # of each precision, what `attend` is asked for; None: what the device prefers
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class SparseConfig(BaseModel):
         min_queries: a call with fewer queries is decoding, and runs the model's own attention.
         dense_impl: dense layers run the model's own attention function ("model"), or sparsekit's kernel ("kernel").
         precision: of the products in layers that sparsekit's kernel runs: the dtype of q, k and v ("model") or "fp8"
-            (on sm_90), for all of them or as layers -> precision.
+            (from compute capability 8.9 on), for all of them or as layers -> precision.
         default: the pattern of layers that no rule names.
         layers: "0-15" or "3" or "0,4,8-11" -> pattern, or `{reuse: LAYER}`.
         heads: layers -> query heads -> pattern; wins over `layers`.

@@ -18,13 +18,15 @@ from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.errors import SparsekitError, nearest, shown
-from sparsekit.kernels.attend.hopper import fp8
+from sparsekit.kernels.attend import fp8
+from sparsekit.kernels.attend.hopper import fp8 as hopper_fp8
 from sparsekit.kernels.attend.hopper import host as hopper
 from sparsekit.kernels.attend.reference import attend_reference
 from sparsekit.kernels.attend.torch_blocks import attend_torch
 from sparsekit.plan import BlockPlan
 
 __all__ = [
+    "FAMILIES",
     "IMPLEMENTATIONS",
     "TABLE",
     "CannotRun",
@@ -108,12 +110,25 @@ def _triton_broken() -> str:
     return ""
 
 
+def _triton_fp8_missing(device: torch.device, asked: bool) -> str:
+    """Why the portable kernel cannot run in FP8 on `device`, or ""."""
+    return _triton_missing(device, asked) or fp8.missing(device, asked)
+
+
 def _triton(
     q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     from sparsekit.kernels.attend.triton_blocks import attend_triton
 
     return attend_triton(q, keys, plan, softmax, return_lse, out)
+
+
+def _triton_fp8(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    from sparsekit.kernels.attend.triton_blocks import attend_triton_fp8
+
+    return attend_triton_fp8(q, keys, plan, softmax, return_lse, out)
 
 
 def _reference(
@@ -149,10 +164,12 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("triton", _triton_missing, _everything, _64_keys, _triton, True),
     Implementation("torch", _anywhere, _everything, _64_keys, attend_torch),
     Implementation("reference", _anywhere, _everything, _64_keys, _reference),
-    # Behind what runs anything: for who names it.
-    Implementation("hopper_fp8", fp8.missing, fp8.covers, fp8.tile, fp8.attend_fp8, True),
+    # Behind what runs anything: for who names them.
+    Implementation("hopper_fp8", hopper_fp8.missing, hopper_fp8.covers, hopper_fp8.tile, hopper_fp8.attend_fp8, True),
+    Implementation("triton_fp8", _triton_fp8_missing, fp8.covers, fp8.tile, _triton_fp8, True),
 )
 IMPLEMENTATIONS = tuple(row.name for row in TABLE)
+FAMILIES = {"fp8": ("hopper_fp8", "triton_fp8")}  # what `impl` may name besides: the first of them that can
 
 
 def choose(device: torch.device | str, impl: str | None = None) -> str:
@@ -173,31 +190,36 @@ def choose_row(
     impl: str | None = None,
     call: tuple[Tensor, Keys, BlockPlan, Softmax, bool, Tensor | None] | None = None,
 ) -> tuple[Implementation, Choice]:
-    """The first row of the table, or the one named `impl`, that can run on the device, and the call if there is one.
+    """The first row of the table, or of those that `impl` names, that can run on the device, and the call if there is
+    one.
 
     Raises:
-        SparsekitError: no such row.
+        SparsekitError: no such row or family.
         CannotRun: `impl` cannot run on this device, or does not cover this call.
     """
-    if impl is not None and impl not in (names := [row.name for row in TABLE]):
+    if impl is not None and impl not in (names := [*(row.name for row in TABLE), *FAMILIES]):
         raise SparsekitError(f"impl={shown(impl)}: one of {', '.join(names)}, or None.{nearest(impl, names)}")
+    named = None if impl is None else FAMILIES.get(impl, (impl,))
     passed: list[str] = []
     for row in TABLE:
-        if impl not in (None, row.name):
+        if named is not None and row.name not in named:
             continue
         missing = (_on_gpu if device.type == "cuda" else _missing)(row, device, impl is not None)
         reasons = [] if missing or call is None else row.covers(*call)
-        if impl is not None and missing:
+        if impl == row.name and missing:
             raise CannotRun.because(missing, f"impl={impl!r} cannot run on {device}: {missing}.")
-        if impl is not None and reasons:
-            why = "; ".join(reasons)
+        if impl == row.name and reasons:
+            clauses = "; ".join(reasons)
             raise CannotRun.because(
-                why, f"impl={impl!r} does not cover this call: {why}. Another impl, or None, runs it."
+                clauses, f"impl={impl!r} does not cover this call: {clauses}. Another impl, or None, runs it."
             )
         if not missing and not reasons:
-            return row, Choice(row.name, "asked for" if impl else "; ".join(passed) or "the first choice, and it can")
+            because = ["asked for", *passed] if impl else passed or ["the first choice, and it can"]
+            return row, Choice(row.name, "; ".join(because))
         passed.append(f"{row.name}: {missing}" if missing else f"{row.name} does not cover it: {', '.join(reasons)}")
-    raise AssertionError("the table ends in implementations that run anything")
+    assert impl is not None, "the table has implementations that run anything"
+    why = "; ".join(passed)
+    raise CannotRun.because(why, f"impl={impl!r} cannot run on {device}: {why}.")
 
 
 def _missing(row: Implementation, device: torch.device, asked: bool) -> str:

@@ -30,11 +30,12 @@ COMPILED = "compiled, not run"
 TARGETS = (
     Target("NVIDIA sm_90", ("hopper", "triton", "hopper_fp8"), "run", 232_448),
     Target("NVIDIA sm_80", ("triton",), COMPILED, 166_912),
-    Target("NVIDIA sm_89", ("triton",), COMPILED, 101_376),  # sm_86 and sm_120 have as much
-    Target("NVIDIA sm_100", ("triton",), COMPILED, 232_448),
+    Target("NVIDIA sm_89", ("triton", "triton_fp8"), COMPILED, 101_376),  # sm_86 has as much
+    Target("NVIDIA sm_100", ("triton", "triton_fp8"), COMPILED, 232_448),
+    Target("NVIDIA sm_120", ("triton", "triton_fp8"), COMPILED, 101_376),
     Target("AMD gfx942", ("triton",), COMPILED, 65_536),
     Target("CPU", ("torch", "reference"), "run"),
-    Target("CPU, TRITON_INTERPRET=1", ("triton",), "run"),
+    Target("CPU, TRITON_INTERPRET=1", ("triton", "triton_fp8"), "run"),
 )
 
 

@@ -90,7 +90,7 @@ def _logits(b_q, b_k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 @no_type_check
-def _mask_tile(b_s, q_pos, low, pos, flags, sink, RULE: tl.constexpr):
+def _mask_tile(b_s, q_pos, low, pos, flags, sink, RULE: tl.constexpr, MASKED: tl.constexpr = MASKED):
     """Causality (flag 1) and the token rule (flag 2): a key stays iff low < key <= query, or key < sink."""
     k_pos = pos + tl.arange(0, b_s.shape[1])
     last = tl.where((flags & 1) != 0, q_pos, 0x7FFFFFFF)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.config import MeasuredOn, ResolvedConfig, SparseConfig, give_back, load
-from sparsekit.config.layers import IMPLS
 from sparsekit.errors import SparsekitError
+from sparsekit.kernels.choose import FAMILIES
 from sparsekit.patch.caches import cache_of
 from sparsekit.patch.check_report import CheckReport, Divergence
 from sparsekit.patch.divergence import divergence, greedy, logprobs, read_truth
@@ -270,7 +270,7 @@ class _Measured:
 
     def _check_sparse(self, handle: Handle, i: int) -> None:
         rows = [row for row in handle.report().layers if row.layer in self.sparse]
-        if not any(row.sparse or row.impl in IMPLS.values() for row in rows):
+        if not any(row.sparse or row.impl in FAMILIES["fp8"] for row in rows):
             prompt = self.prompts[i]
             raise SparsekitError(
                 f"{prompt.name} ({len(prompt.ids)} tokens) is too short to run sparse: {rows[0].pattern} in layer "

@@ -22,8 +22,8 @@ from sparsekit.plan import BlockPlan, TokenRule, plan_from_rule
 def refused(layer: LayerPatterns, why: str) -> SparsekitError:
     """The error of a layer whose implementation cannot run, for reasons in clauses."""
     return SparsekitError(
-        f"precision: {layer.precision} in layer {layer.layer}, which runs {layer}: {layer.impl} cannot run it: {why}; "
-        "leave the layer out of `precision`, and it runs in the model's."
+        f"precision: {layer.precision} in layer {layer.layer}, which runs {layer}: no {layer.impl} form can run it: "
+        f"{why}; leave the layer out of `precision`, and it runs in the model's."
     )
 
 

@@ -25,7 +25,7 @@ def _config(precision: Any, **more: Any) -> dict[str, Any]:
 
 
 def _in_fp8(config: Any, facts: ModelFacts = FACTS) -> list[int]:
-    return [layer.layer for layer in load(config).resolve(facts).layers if layer.impl == "hopper_fp8"]
+    return [layer.layer for layer in load(config).resolve(facts).layers if layer.impl == "fp8"]
 
 
 def test_which_layers_it_means() -> None:

@@ -157,7 +157,8 @@ def test_a_layer_given_back_leaves_it(model: PreTrainedModel, monkeypatch: pytes
 def test_a_device_that_has_no_fp8_form_is_refused_by_apply(model: PreTrainedModel) -> None:
     own = logits(model, ids())
     says = (
-        r"^precision: fp8 in layer 2, which runs triangle\(.*\): hopper_fp8 cannot run it: it is not a CUDA device; "
+        r"^precision: fp8 in layer 2, which runs triangle\(.*\): no fp8 form can run it: hopper_fp8: it is not a "
+        r"CUDA device; triton_fp8: it is not a CUDA device \(TRITON_INTERPRET=1 .*\); "
         "leave the layer out of `precision`, and it runs in the model's.$"
     )
     with pytest.raises(SparsekitError, match=says):
@@ -170,12 +171,12 @@ def test_a_device_that_has_no_fp8_form_is_refused_by_apply(model: PreTrainedMode
 @pytest.mark.usefixtures("ran")
 def test_what_apply_knows_of_a_layer() -> None:
     small, corrected = tiny("llama"), {**TRIANGLE, "correct_every": 64}
-    with pytest.raises(SparsekitError, match=r"fp8 in layer 1, .*: head size 16: 128; leave"):
+    with pytest.raises(SparsekitError, match=r"fp8 in layer 1, .*: head size 16: 128; triton_fp8: .*; leave"):
         sparsekit.apply(small, {**SPARSE, "precision": "fp8"})
     config = {"layers": {"2": TRIANGLE, "3": corrected}, "precision": "fp8"}
-    with pytest.raises(SparsekitError, match=r"fp8 in layer 3, .*: outputs corrected by every 64th row; leave"):
+    with pytest.raises(SparsekitError, match=r"fp8 in layer 3, .*: outputs corrected by every 64th row; triton"):
         sparsekit.apply(tiny("llama", head_dim=128), config)
-    with pytest.raises(SparsekitError, match=r"head size 16: 128; outputs corrected by every 64th row; leave"):
+    with pytest.raises(SparsekitError, match=r"head size 16: 128, outputs corrected by every 64th row; triton"):
         sparsekit.apply(small, {"default": corrected, "precision": "fp8"})
 
 
@@ -189,10 +190,10 @@ def test_what_a_call_shows(model: PreTrainedModel, monkeypatch: pytest.MonkeyPat
         logits(model, ids())
     with sparsekit.apply(model, {**SPARSE, "precision": {"3": "fp8"}}):
         change_row(monkeypatch, missing="this device lacks it")  # as a model that moved
-        with pytest.raises(SparsekitError, match=r"fp8 in layer 3, .* cannot run it: this device lacks it;"):
+        with pytest.raises(SparsekitError, match=r"fp8 in layer 3, .* can run it: hopper_fp8: this device lacks it;"):
             logits(model, ids())
         change_row(monkeypatch)
-        with pytest.raises(SparsekitError, match=r"fp8 in layer 3, .*: dtype float32: float16 or bfloat16; leave"):
+        with pytest.raises(SparsekitError, match=r"fp8 in layer 3, .*: dtype float32: float16 or bfloat16; triton"):
             logits(model, ids())
 
 

@@ -45,7 +45,8 @@ def attend(
         softcap: `softcap * tanh(z / softcap)` on the scaled logits; None or 0: none.
         sink_logits: (H,) a learned logit per head that joins the softmax with value 0; -inf: none for that head.
         impl: `None` (the best for the device and call, see `choose_call`), "triton", "hopper", "torch" or "reference";
-            "hopper_fp8" rounds q, k, v and the softmax's weights to e4m3.
+            "hopper_fp8" and "triton_fp8" round q, k, v and the softmax's weights to e4m3, "fp8" is the first of them
+            that runs the call.
         return_lse: also return the logarithm of the softmax denominator.
         out: (B, H, Q, D), written and returned, of any layout with D innermost; not between elements of q, k or v.
 

@@ -20,6 +20,7 @@ from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.tiles import SHORT_ROW_STEPS, Tile, tile_for
+from sparsekit.kernels.attend.triton_e4m3 import HEADROOM, _rounded_rows, _scales_of, _softmax_step_e4m3, quantised
 from sparsekit.kernels.device import capability_of, processors_of
 from sparsekit.kernels.launch import (
     _check,
@@ -32,6 +33,7 @@ from sparsekit.kernels.launch import (
     _precision,
     _start,
     _steps_fit_tma,
+    on_device,
     steps_of,
 )
 from sparsekit.kernels.primitives import (
@@ -52,27 +54,81 @@ from sparsekit.kernels.primitives import (
 from sparsekit.plan import BlockPlan, span_numbers
 from sparsekit.plan.memo import TRITON
 
-__all__ = ["attend_triton"]
+__all__ = ["attend_triton", "attend_triton_fp8"]
+
+
+@triton.jit
+@no_type_check
+def _load_values(
+    desc, p_base, stride, i_batch, i_head, i_first, row, limit,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr, p_table, page_stride, PAGE: tl.constexpr,
+    E4M3: tl.constexpr,
+):  # fmt: skip
+    """`_load_rows` of V; in e4m3 (DP, ROWS), all inside."""
+    if not E4M3:
+        return _load_rows(
+            desc, p_base, stride, i_batch, i_head, i_first, row, limit, ROWS, D, DP, TMA, p_table, page_stride, PAGE
+        )
+    elif TMA:  # noqa: RET505  (Triton compiles one branch only, and types what follows a return)
+        return desc.load([i_batch, i_head, 0, row]).reshape(DP, ROWS)
+    else:
+        key = row // ROWS * ROWS + tl.arange(0, ROWS)  # as the compiler cannot know otherwise
+        return tl.load(p_base + tl.arange(0, DP)[:, None] * stride + key[None, :])
+
+
+@triton.jit
+@no_type_check
+def _products(
+    b_q, b_k, q_scale, p_scales, m, pos, scale, cap, factor, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """(logits, the factor that makes them powers of 2, log2 of the values' scale) of the keys from `pos` on.
+
+    Products of e4m3 are logits by that factor alone, but under a soft-cap.
+    """
+    if p_scales is None:
+        return _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION), factor, 0.0
+    else:  # noqa: RET505
+        k_scale, v_log = _scales_of(p_scales, pos)
+        by = (m * 0.0 + k_scale) * q_scale  # in m's layout, into which q_scale comes once and not in each step
+        b_s = _logits(b_q, b_k, (by * scale)[:, None], cap, SOFTCAP, PRECISION)
+        return b_s, by * 0.0 + factor if SOFTCAP else by * factor, v_log
+
+
+@triton.jit
+@no_type_check
+def _add_values(
+    b_s, b_v, m, norm, acc, factor, v_log, PRECISION: tl.constexpr, SUMMED: tl.constexpr, E4M3: tl.constexpr
+):
+    """A tile of the running softmax, in either precision."""
+    if E4M3:
+        return _softmax_step_e4m3(b_s, b_v, m, norm, acc, factor, v_log, SUMMED)
+    else:  # noqa: RET505
+        return _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+
 
 # Numbers that differ from call to call must not compile a kernel each.
 _UNSPECIALIZED = ["scale", "cap", "q_offset", "q_len", "rows", "samples", "batch_per", "rule_sample", "rule_head",
-                  "n_tokens", "n_words", "long_rows", "chunks", "table_sample"]  # fmt: skip
+                  "n_tokens", "n_words", "long_rows", "chunks", "table_sample", "blocks"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=["p_table"])
 @no_type_check
 def _attend(
     d_q, d_k, d_v, d_out, p_q, p_k, p_v, p_out, p_lse, p_sink, p_part, p_span,
-    p_row, p_entry, p_rule, p_dense, p_token, p_bit, p_order, p_table,
+    p_row, p_entry, p_rule, p_dense, p_token, p_bit, p_order, p_table, p_scales, p_common,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     scale, cap, q_offset, q_len, rows, samples, batch_per, rule_sample, rule_head, n_tokens, n_words, long_rows, chunks,
-    table_sample,
+    table_sample, blocks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PLAN_HEADS: tl.constexpr, AT_ONCE: tl.constexpr, SUB_Q: tl.constexpr,
     SUB_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, COLUMN_GROUPS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, Q_STEP: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, Q_STEP: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of one head. Pointers that a call does not need are None, and their code is not compiled."""
+    """BM queries of one head. Pointers that a call does not need are None, and their code is not compiled.
+
+    p_scales, p_common: what `quantised` made besides K and V in e4m3, whose key 0 is a sample's first. Then products
+    are of e4m3, and SUMMED is what Triton is told of their sum.
+    """
     # Consecutive programs walk the query heads of one row, so that the heads of a key head share K and V in L2.
     i_program = tl.program_id(0)
     # AT_ONCE heads at a time, long rows of all heads before all others: they would decide the finish.
@@ -127,6 +183,7 @@ def _attend(
             reached = tl.maximum(tl.max(tl.where(behind, i_last + 1, 0), 0), steps - LAST)
             steps = tl.where(listed, reached, steps)
 
+    first_key = start if p_scales is None else 0
     if p_q is not None:
         p_q += _offset(i_batch, i_head, 0, q_batch, q_head, q_token)
     if p_table is not None:  # a step in `k_batch` is one to the next page
@@ -134,9 +191,19 @@ def _attend(
         p_k += _offset(0, i_key_head, 0, k_batch, k_head, k_token)
         p_v += _offset(0, i_key_head, 0, v_batch, v_head, v_token)
     elif p_k is not None:
-        p_k += _offset(i_batch, i_key_head, start, k_batch, k_head, k_token)
-        p_v += _offset(i_batch, i_key_head, start, v_batch, v_head, v_token)
+        p_k += _offset(i_batch, i_key_head, first_key, k_batch, k_head, k_token)
+        p_v += _offset(i_batch, i_key_head, first_key, v_batch, v_head, v_token)
     b_q = _load_rows(d_q, p_q, q_token, i_batch, i_head, 0, row0, q_len, BM, D, DP, TMA)
+    E4M3: tl.constexpr = p_scales is not None
+    UNKEPT: tl.constexpr = float("-inf") if E4M3 else MASKED  # however small scales are
+    q_scale = 1.0
+    if E4M3:
+        i_pair = i_batch * (HEADS // GROUP) + i_key_head
+        p_scales += i_pair * blocks * 2
+        p_common += i_pair * 2 * D + tl.arange(0, D)
+        # What was taken off the keys is taken off all logits of a row; nothing, where a soft-cap would see it.
+        shift = tl.sum(b_q.to(tl.float32) * tl.load(p_common).to(tl.float32)[None, :], 1) * factor
+        b_q, q_scale = _rounded_rows(b_q)
 
     m = tl.full([BM], UNSEEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
@@ -172,27 +239,27 @@ def _attend(
         whole = tl.minimum(tl.maximum((q_low + 1) // BN, low_step), high_step)
         for i in tl.range(low_step, whole, num_stages=STAGES):
             b_k = _load_rows(
-                d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
+                d_k, p_k, k_token, i_batch, i_key_head, first_key, i * BN, keys, BN, D, DP, TMA,
                 p_table, k_batch, PAGE,
             )  # fmt: skip
-            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
-            b_v = _load_rows(
-                d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
-                p_table, v_batch, PAGE,
+            b_s, by, v_log = _products(b_q, b_k, q_scale, p_scales, m, i * BN, scale, cap, factor, SOFTCAP, PRECISION)
+            b_v = _load_values(
+                d_v, p_v, v_token, i_batch, i_key_head, first_key, i * BN, keys, BN, D, DP, TMA,
+                p_table, v_batch, PAGE, E4M3,
             )  # fmt: skip
-            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+            m, norm, acc = _add_values(b_s, b_v, m, norm, acc, by, v_log, PRECISION, SUMMED, E4M3)
         for i in tl.range(whole, high_step, num_stages=STAGES):
             b_k = _load_rows(
-                d_k, p_k, k_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
+                d_k, p_k, k_token, i_batch, i_key_head, first_key, i * BN, keys, BN, D, DP, TMA,
                 p_table, k_batch, PAGE,
             )  # fmt: skip
-            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
-            b_s = _mask_tile(b_s, q_pos, q_pos, i * BN, 1, 0, False)
-            b_v = _load_rows(
-                d_v, p_v, v_token, i_batch, i_key_head, start, i * BN, keys, BN, D, DP, TMA,
-                p_table, v_batch, PAGE,
+            b_s, by, v_log = _products(b_q, b_k, q_scale, p_scales, m, i * BN, scale, cap, factor, SOFTCAP, PRECISION)
+            b_s = _mask_tile(b_s, q_pos, q_pos, i * BN, 1, 0, False, UNKEPT)
+            b_v = _load_values(
+                d_v, p_v, v_token, i_batch, i_key_head, first_key, i * BN, keys, BN, D, DP, TMA,
+                p_table, v_batch, PAGE, E4M3,
             )  # fmt: skip
-            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+            m, norm, acc = _add_values(b_s, b_v, m, norm, acc, by, v_log, PRECISION, SUMMED, E4M3)
     else:
         low_step = steps * i_chunk // n_chunks
         high_step = steps * (i_chunk + 1) // n_chunks
@@ -206,17 +273,21 @@ def _attend(
             # The flag speaks for the plan's tile; a part of it that ends at the first query needs no causal mask.
             flags = tl.where(pos + BN - 1 > q_low, entry & 3, entry & 2)
             b_k = _load_rows(
-                d_k, p_k, k_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA,
+                d_k, p_k, k_token, i_batch, i_key_head, first_key, pos, keys, BN, D, DP, TMA,
                 p_table, k_batch, PAGE,
             )  # fmt: skip
-            b_s = _logits(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+            b_s, by, v_log = _products(b_q, b_k, q_scale, p_scales, m, pos, scale, cap, factor, SOFTCAP, PRECISION)
             if flags != 0:
-                b_s = _mask_tile(b_s, q_pos, low, pos, flags, sink, p_rule is not None)
-            b_v = _load_rows(
-                d_v, p_v, v_token, i_batch, i_key_head, start, pos, keys, BN, D, DP, TMA,
-                p_table, v_batch, PAGE,
+                b_s = _mask_tile(b_s, q_pos, low, pos, flags, sink, p_rule is not None, UNKEPT)
+            b_v = _load_values(
+                d_v, p_v, v_token, i_batch, i_key_head, first_key, pos, keys, BN, D, DP, TMA,
+                p_table, v_batch, PAGE, E4M3,
             )  # fmt: skip
-            m, norm, acc = _softmax_step(b_s, b_v, m, norm, acc, factor, PRECISION)
+            m, norm, acc = _add_values(b_s, b_v, m, norm, acc, by, v_log, PRECISION, SUMMED, E4M3)
+
+    if E4M3:  # what was taken off comes back, and the frame of the weights
+        m += shift - HEADROOM
+        acc += norm[:, None] * tl.load(p_common + D).to(tl.float32)[None, :]
 
     whole_row = True
     if p_part is not None:
@@ -283,12 +354,14 @@ STRIP = 16
 
 
 def attend_triton(
-    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None,
+    rounded: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention over the pairs of `plan`. No host synchronisation; what is derived from the plan stays with it.
 
     Args:
         q: (B, H, Q, D), D out of `HEAD_SIZES`, any strides with the last one 1; likewise keys, and out.
+        rounded: scales, and what was taken off, of keys that `quantised` made.
 
     Returns:
         `out`, or a new (B, H, Q, D), laid out as (B, Q, H, D), and lse (B, H, Q) float32 where asked for.
@@ -311,10 +384,19 @@ def attend_triton(
             lse.fill_(float("-inf"))
     if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            launch.run(q, keys, out, lse, softmax)
+            launch.run(q, keys, out, lse, softmax, rounded)
     else:
-        launch.run(q, keys, out, lse, softmax)
+        launch.run(q, keys, out, lse, softmax, rounded)
     return out, lse
+
+
+def attend_triton_fp8(
+    q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same with e4m3 products, for calls that fp8.py covers; k and v are rounded here, in each call."""
+    with on_device(q.device):
+        k8, v8, scales, common = quantised(keys, plan.geometry, softmax.softcap is None, True)
+        return attend_triton(q, Keys(k8, v8), plan, softmax, return_lse, out, (scales, common))
 
 
 class _Layout(NamedTuple):
@@ -346,8 +428,11 @@ class _Launch:
     merge_options: dict[str, Any]
     layouts: dict[Any, _Layout] = field(default_factory=dict)
 
-    def run(self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, softmax: Softmax) -> None:
-        form, args, flags = self.arguments(q, keys, out, lse, softmax)
+    def run(
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, softmax: Softmax,
+        rounded: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:  # fmt: skip
+        form, args, flags = self.arguments(q, keys, out, lse, softmax, rounded)
         _start(_attend, form, self.grid, args, self.options, flags)
         if self.merge_grid[0]:
             spans, order, sinks = self.plan[0], self.plan[7], softmax.sink_logits
@@ -359,8 +444,9 @@ class _Launch:
             _start(_merge, merge_form, self.merge_grid, merge_args, self.merge_options, {})
 
     def arguments(
-        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, softmax: Softmax
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+        self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, softmax: Softmax,
+        rounded: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
         """What `_attend` is compiled for, its arguments, and the options that the call decides."""
         spans, row_ptr, entries, rule, dense, tokens, bits, order = self.plan
         k, v, table = keys
@@ -383,32 +469,33 @@ class _Launch:
         sinks, capped = softmax.sink_logits, softmax.softcap is not None
         args = (
             *descriptors, *pointers, lse, sinks, part, spans, row_ptr, entries, rule, dense, tokens, bits, order,
-            table, *steps, float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
-            None if table is None else table.stride(0),
+            table, *rounded, *steps, float(softmax.scale), float(softmax.softcap or 1.0), *self.numbers,
+            None if table is None else table.stride(0), None if rounded[0] is None else rounded[0].shape[2],
         )  # fmt: skip
         form = (self.form, tma, capped, lse is None, *map(_pointer_form, (sinks, *pointers)), steps)
         return form, args, {"TMA": tma, "SOFTCAP": capped}
 
     def _layout(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> _Layout:
         m, n, dim = self.tile.block_m, self.tile.block_n, self.options["DP"]
-        boxes = (q, q.shape[2], m), (k, self.key_rows, n), (v, self.key_rows, n), (out, out.shape[2], m)
+        of_values = (v, self.key_rows, n, dim) if v.dtype == q.dtype else (v, dim, dim, n)  # `quantised` transposes V
+        boxes = (q, q.shape[2], m, dim), (k, self.key_rows, n, dim), of_values, (out, out.shape[2], m, dim)
         steps = steps_of(q, k, v, out)
         keys = steps[3:9] if self.plan[5] is not None else (0,) * 6
         tma_steps = (0, 0, 0, *keys, *(steps[9:] if self.early else (0, 0, 0)))
         return _Layout(
-            self.tma and all(_steps_fit_tma(tensor) for tensor, _, _ in boxes),
-            tuple(_descriptor_fields(tensor, rows, block, dim) for tensor, rows, block in boxes),
+            self.tma and all(_steps_fit_tma(tensor) for tensor, *_ in boxes),
+            tuple(_descriptor_fields(*box) for box in boxes),
             tma_steps,
             steps,
         )
 
 
 def _launch_for(q: Tensor, keys: Keys, plan: BlockPlan) -> _Launch:
-    key = (TRITON, q.shape[1], keys.k.shape[1], keys.page, q.shape[3], q.dtype, q.device)
+    key = (TRITON, q.shape[1], keys.k.shape[1], keys.page, q.shape[3], q.dtype, keys.k.dtype, q.device)
     launch: _Launch | None = plan.memo.get(key)
     if launch is None:
         capability = capability_of(q.device)
-        tile = tile_for(capability, q.shape[3], q.dtype, _rows_are_short(plan))
+        tile = tile_for(capability, q.shape[3], keys.k.dtype, _rows_are_short(plan))
         launch = plan.memo.keep(key, _make_launch(q, keys, plan, tile, capability))
     return launch
 
@@ -449,6 +536,7 @@ def _make_launch(q: Tensor, keys: Keys, plan: BlockPlan, tile: Tile, capability:
         "COLUMN_GROUPS": groups,
         "STAGES": tile.stages,
         "PRECISION": _precision(capability, q.dtype),
+        "SUMMED": None if keys.k.dtype == q.dtype or capability[0] == 9 else tile.block_n,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": True,  # a multiply-add a logit; Triton 3.10 turns it off by default
@@ -469,11 +557,13 @@ def _make_launch(q: Tensor, keys: Keys, plan: BlockPlan, tile: Tile, capability:
         grid=(items * heads,),
         merge_grid=(long_rows * per_row * heads * (tile.block_m // STRIP) if chunks > 1 else 0,),
         tile=tile,
-        key_rows=max(max(g.kv_end), 1),
+        key_rows=max(max(g.kv_end), 1) if keys.k.dtype == q.dtype else keys.k.shape[2],
         partials=partials * tile.block_m * (padded_dim + 2) if chunks > 1 else 0,
         plan=plan_tensors,
         numbers=(*numbers, long_rows * per_row, chunks),
-        form=_intern((q.device, q.dtype, chunks > 1, *options.values(), *map(_pointer_form, plan_tensors))),
+        form=_intern(
+            (q.device, q.dtype, keys.k.dtype, chunks > 1, *options.values(), *map(_pointer_form, plan_tensors))
+        ),
         options=options,
         merge_options={**shared, "STRIP": STRIP, "num_warps": 4},
     )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from sparsekit.config.ranges import MOST
 from sparsekit.errors import SparsekitError, nearest, shown
 from sparsekit.kernels import choose_device
+from sparsekit.kernels.choose import FAMILIES
 from sparsekit.lab.bench.dynamic_rows import Setting, check_size, checked, given_of, rows_of
 from sparsekit.lab.bench.inputs import Inputs, captured, load_inputs, structured
 from sparsekit.lab.bench.oracle import oracle
@@ -90,8 +91,8 @@ def bench_dynamic(
     for name, value in (("heads", heads), ("key_heads", key_heads), ("dim", dim)):
         if not 1 <= value <= MOST:
             raise SparsekitError(f"{name}={shown(value)}: it should be from 1 to {MOST:,}.")
-    if impl == "hopper_fp8":
-        raise SparsekitError("impl='hopper_fp8': it rounds to 8 bits, and this bench holds a kernel to 16.")
+    if impl in ("fp8", *FAMILIES["fp8"]):
+        raise SparsekitError(f"impl={impl!r}: it rounds to 8 bits, and this bench holds a kernel to 16.")
     choose_device(place_on, impl)
     dtype = dtype or ("bfloat16" if place_on.type == "cuda" else "float32")
     if dtype not in DTYPES:

@@ -36,7 +36,7 @@ __all__ = ["CASES", "PEERS", "bench_kernel", "command"]
 
 CASES = (*PLANS, "pages", "launch")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-KERNELS = ("triton", "hopper")  # they round to 16 bits, and are held to it: `hopper_fp8` is not one of them
+KERNELS = ("triton", "hopper")  # they round to 16 bits, and are held to it: no FP8 form is one of them
 
 
 @dataclass(frozen=True)

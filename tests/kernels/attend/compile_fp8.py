@@ -16,8 +16,8 @@ from test_compile import offline, ptxas
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.attend import triton_e4m3
 from sparsekit.kernels.attend.hopper import fp8 as host
-from sparsekit.kernels.attend.hopper import fp8_device
 from sparsekit.plan import TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
 QGMMA_A_STEP = 8  # 32 deep each: 4 for Q K^T at head size 128, 4 for P V over 128 keys
@@ -60,11 +60,11 @@ def _compile_before(name: str, page: int) -> dict[str, Any]:
     given, steps = (k, k, table, bounds, common), (1, 1, 1, 1, 1, 1, 1 if page else None)
     options = {"D": 128, "PAGE": page, "num_warps": 8, "grid": (1,)}
     if name == "in_common":
-        sampled = {"SAMPLED": host.SAMPLED, "STEP": 256, "COLUMNS": host.COLUMNS, "OF_KEYS": True}
-        kernel = fp8_device.in_common.warmup(*given, heads, *steps, **options, **sampled)
+        sampled = {"SAMPLED": triton_e4m3.SAMPLED, "STEP": 256, "COLUMNS": triton_e4m3.COLUMNS, "OF_KEYS": True}
+        kernel = triton_e4m3.in_common.warmup(*given, heads, *steps, **options, **sampled)
     else:
         written = (k.to(torch.float8_e4m3fn), k.to(torch.float8_e4m3fn), scales)
-        kernel = fp8_device.quantise.warmup(*given, *written, heads, blocks, *steps, **options, BN=128)
+        kernel = triton_e4m3.quantise.warmup(*given, *written, heads, blocks, *steps, **options, BN=128, IN_ORDER=False)
     return {"shared": kernel.metadata.shared, "said": ptxas(kernel.asm["ptx"], 90)[0]}
 
 

@@ -47,7 +47,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_implementation() -> None:
     with pytest.raises(SparsekitError, match=r"impl='trition': one of .*Did you mean 'triton'\?"):
         choose("cpu", "trition")
-    assert set(IMPLEMENTATIONS) == {"triton", "hopper", "hopper_fp8", "torch", "reference"}
+    assert set(IMPLEMENTATIONS) == {"triton", "hopper", "hopper_fp8", "triton_fp8", "torch", "reference"}
 
 
 def test_sink_logits_reach_the_kernels_without_a_stride() -> None:

@@ -184,7 +184,7 @@ def test_layers_in_fp8_are_timed_as_they_run(tmp_path: Path, monkeypatch: pytest
         return bench_crossover([config], lengths=[300], device="cpu", repeat_ms=1, table=table, out=tmp_path / "x")
 
     [failed] = [row for row in bench() if row["case"] == "failed"]
-    assert "impl='hopper_fp8' cannot run on cpu" in failed["why"]
+    assert "impl='fp8' cannot run on cpu: hopper_fp8: it is" in failed["why"]
     plans = runs_here(monkeypatch)
     rows = bench()
     assert [row["case"] for row in rows].count("crossover") == 1

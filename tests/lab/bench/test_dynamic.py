@@ -472,5 +472,6 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_made(size: str) 
 
 def test_a_kernel_of_8_bits_is_refused() -> None:
     """Its rounding would fail every method's check against float32."""
-    with pytest.raises(SparsekitError, match="impl='hopper_fp8': it rounds to 8 bits"):
-        bench_dynamic(methods=["block_topk"], lengths=[256], device="cpu", impl="hopper_fp8")
+    for impl in ("hopper_fp8", "triton_fp8", "fp8"):
+        with pytest.raises(SparsekitError, match=f"impl='{impl}': it rounds to 8 bits"):
+            bench_dynamic(methods=["block_topk"], lengths=[256], device="cpu", impl=impl)

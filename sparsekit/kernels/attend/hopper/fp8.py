@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
+from sparsekit.kernels.attend.fp8 import BLOCK_KEYS, against, asked_for, key_blocks
 from sparsekit.kernels.attend.hopper import host as hopper
 from sparsekit.kernels.attend.hopper.descriptors import box, layout, put_descriptors
 from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _merge, _Pair, _Work, _works, _workspace
@@ -26,21 +26,18 @@ from sparsekit.plan.memo import FP8_LAUNCHES
 
 __all__ = ["attend_fp8", "compile_form", "covers", "missing", "tile"]
 
-BLOCK_KV = 128
 HEAD_SIZE = 128
-SAMPLED = 4096  # keys of a head at most, whose mean is taken off all of them, as their values' is off all values
-COLUMNS = 16  # dimensions of a program that finds the mean: 32 bytes of a row
 STAGES, Q_STAGES = 3, 2  # 96 KiB of K and V, 64 of q; and 64 of sums, where the output is staged
 
 
 def missing(device: torch.device, asked: bool) -> str:
-    """Why the FP8 form does not run on `device`, or "". It rounds to three bits, so nobody gets it who did not ask."""
-    return hopper.missing(device) or ("" if asked else "it rounds q, k and v to e4m3, and runs where it is asked for")
+    """Why the FP8 form does not run on `device`, or ""."""
+    return hopper.missing(device) or asked_for(asked)
 
 
 def tile(q: Tensor | None, narrow: bool) -> tuple[int, int]:
     """128 x 128."""
-    return BLOCK_Q, BLOCK_KV
+    return BLOCK_Q, BLOCK_KEYS
 
 
 def covers(
@@ -55,16 +52,9 @@ def _against(q: Tensor, plan: BlockPlan) -> Iterator[str]:
     g = plan.geometry
     if q.shape[3] != HEAD_SIZE:
         yield f"head size {q.shape[3]}: {HEAD_SIZE}"
-    if (g.block_q, g.block_kv) != (BLOCK_Q, BLOCK_KV):
-        yield f"tile {g.block_q} x {g.block_kv}: {BLOCK_Q} x {BLOCK_KV}"
-    elif plan.row_ptr is not None and not plan.on_grid:
-        yield f"tiles that start anywhere: {BLOCK_KV} keys, counted from the first, share a scale"
-    if plan.tokens is not None:
-        yield "single key columns"
-    if g.q_step > 1:
-        yield f"every {g.q_step}th query alone"
-    if plan.correct_every:
-        yield f"outputs corrected by every {plan.correct_every}th row"
+    if (g.block_q, g.block_kv) != (BLOCK_Q, BLOCK_KEYS):
+        yield f"tile {g.block_q} x {g.block_kv}: {BLOCK_Q} x {BLOCK_KEYS}"
+    yield from against(plan)
 
 
 def attend_fp8(
@@ -79,6 +69,8 @@ def attend_fp8(
     Returns:
         `out`, or a new (B, H, Q, 128) of q's type, laid out (B, Q, H, 128), and lse (B, H, Q) float32 where asked for.
     """
+    from sparsekit.kernels.attend.triton_e4m3 import quantised
+
     if q.device.index != torch.cuda.current_device():  # launches go to the current device
         with torch.cuda.device(q.device):
             return attend_fp8(q, keys, plan, softmax, return_lse, out)
@@ -96,41 +88,10 @@ def attend_fp8(
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32) if return_lse else None
     if plan.geometry.padded and lse is not None:
         lse.fill_(float("-inf"))
-    quantised = _quantised(keys, plan.geometry, softmax.softcap is None)
+    rounded = quantised(keys, plan.geometry, softmax.softcap is None, False)
     for launch in launches:
-        launch.run(q, quantised, out, lse, sinks, stream)
+        launch.run(q, rounded, out, lse, sinks, stream)
     return out, lse
-
-
-def _blocks(g: Geometry) -> int:
-    """Blocks of keys that share a scale, of the longest sample."""
-    return -(-max(end - start for start, end in zip(g.kv_start, g.kv_end, strict=True)) // BLOCK_KV)
-
-
-def _quantised(keys: Keys, g: Geometry, shifted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K (B, G, N, D) and V (B, G, D, N) in e4m3, scales (B, G, N / 128, 2), N up to 127 more than keys, and what was
-    taken off the heads of both, (B, G, 2, D) bfloat16: off K's where `shifted`, which a soft-cap would see.
-    """
-    from sparsekit.kernels.launch import launch, steps_of
-
-    k, v, table = keys
-    blocks, dim, pairs = _blocks(g), k.shape[3], g.batch * k.shape[1]
-    k8, v8 = (
-        k.new_empty((g.batch, k.shape[1], *shape), dtype=torch.float8_e4m3fn)
-        for shape in ((blocks * BLOCK_KV, dim), (dim, blocks * BLOCK_KV))
-    )
-    scales = k.new_empty((g.batch, k.shape[1], blocks, 2), dtype=torch.float32)
-    common = k.new_empty((g.batch, k.shape[1], 2, dim), dtype=torch.bfloat16)
-    given = (k, v, table, hopper._key_bounds(g, k.device), common)
-    steps = (*(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0))
-    options = {"D": dim, "PAGE": keys.page, "num_warps": 8}
-    few = min(1 << (blocks * BLOCK_KV - 1).bit_length(), SAMPLED)
-    sampled = {"SAMPLED": few, "STEP": min(few, 256), "COLUMNS": COLUMNS, "OF_KEYS": shifted}
-    code = _device_code()
-    launch(code.in_common, 2 * pairs * (dim // COLUMNS), (*given, k.shape[1], *steps), options | sampled)
-    written = (k8, v8, scales, k.shape[1], blocks)
-    launch(code.quantise, blocks * pairs, (*given, *written, *steps), options | {"BN": BLOCK_KV})
-    return k8, v8, scales, common
 
 
 # ---- the launch
@@ -185,13 +146,13 @@ def _launch(
 ) -> _Launch:
     batch, heads, q_len, dim = q.shape
     key_heads, g, half = k.shape[1], plan.geometry, BLOCK_Q // 2
-    blocks, e4m3 = _blocks(g), torch.float8_e4m3fn
+    blocks, e4m3 = key_blocks(g), torch.float8_e4m3fn
     rule, cap, sinks = plan.rule, softmax.softcap, softmax.sink_logits
-    k_shape, v_shape = (batch, key_heads, blocks * BLOCK_KV, dim), (batch, key_heads, dim, blocks * BLOCK_KV)
+    k_shape, v_shape = (batch, key_heads, blocks * BLOCK_KEYS, dim), (batch, key_heads, dim, blocks * BLOCK_KEYS)
     few = int(_device_code().FEW.value)
     boxes = (
         box(q.shape, q.stride(), q_len, half, q.dtype),
-        *_key_boxes(k_shape, v_shape, BLOCK_KV),
+        *_key_boxes(k_shape, v_shape, BLOCK_KEYS),
         box(q.shape, (q_len * heads * dim, dim, heads * dim, 1), q_len, half, q.dtype),
         *_key_boxes(k_shape, v_shape, few),
     )

@@ -1,10 +1,9 @@
-"""Device code of the FP8 form (sm_90), of which fp8.py says what it covers: `in_common` and `quantise` in Triton,
-`attention` in Gluon.
+"""Device code of the FP8 form (sm_90), of which fp8.py says what it covers, in Gluon.
 
 Roles, work items, mail and masks are those of device.py; what differs is the arithmetic.
 
-- K and V come as e4m3 that `quantise` wrote, a scale for every 128 keys each, V transposed: FP8 tensor cores read
-  operands from shared memory along the dimension of the sum only.
+- K and V come as e4m3 that `quantise` wrote (triton_e4m3.py), a scale for every 128 keys each, V transposed: FP8 tensor
+  cores read operands from shared memory along the dimension of the sum only.
 - A consumer turns its 64 queries into e4m3 itself, a scale a row, and keeps them in registers as the first operand.
 - P, too, goes from the accumulator into the first operand's registers. A thread holds keys 2 c, 2 c + 1, 2 c + 8 and
   2 c + 9 of each 16 (c is its place among four), while four e4m3 of one register are neighbours 4 c to 4 c + 3. So V is
@@ -26,8 +25,6 @@ Roles, work items, mail and masks are those of device.py; what differs is the ar
 # ruff: noqa: E741, RET505, RUF005, SIM102
 # mypy: disable-error-code="no-untyped-def"
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -75,129 +72,19 @@ from sparsekit.kernels.attend.hopper.device import (
     _tma_load,
     _with_sink,
 )
-from sparsekit.kernels.primitives import _in_pages
+from sparsekit.kernels.attend.triton_e4m3 import BLOCK, HEADROOM, LARGEST, SMALLEST
 
-__all__ = ["attention", "in_common", "quantise"]
+__all__ = ["attention"]
 
-LARGEST = gl.constexpr(448.0)  # of e4m3
-HEADROOM = gl.constexpr(8.0)  # P is at most 2^(HEADROOM + LAG), which e4m3 holds
-LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accumulator is rescaled
-# What a scale is made of where everything is zero. Logits are multiplied by a row's scale times a block's, masked ones,
-# of -inf, too: they would be NaN were that 0, as 1e-20 twice makes it.
-SMALLEST = gl.constexpr(1.0e-12)
+LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accumulator is rescaled; P holds it too
 FLUSH = gl.constexpr(16)  # steps
 FEW = gl.constexpr(32)  # keys of a step for sinks: one FP8 product is 32 deep
-BLOCK = gl.constexpr(128)  # keys that share a scale
 
 # Four at once, and as one register.
 TO_E4M3 = gl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
     "mov.b32 $0, {a, b}; }"
 )
-
-
-QUANTISE_NUMBERS = ["heads", "blocks", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token", "table_sample"]
-
-
-@triton.jit(do_not_specialize=QUANTISE_NUMBERS)
-def in_common(
-    p_k, p_v, p_table, p_bounds, p_common, heads,
-    k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
-    D: tl.constexpr, PAGE: tl.constexpr, SAMPLED: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-    OF_KEYS: tl.constexpr,
-):  # fmt: skip
-    """What SAMPLED keys of a head, spread evenly, have in common, and what their values have -> (B, G, 2, D) bfloat16.
-
-    That is their mean, of what is finite, rounded, as any vector would do; without OF_KEYS it is 0 for keys. Program:
-    COLUMNS dimensions of the keys or values of one head. Arguments are those of `quantise`.
-    """
-    first = tl.program_id(0) % (D // COLUMNS) * COLUMNS
-    i_common = tl.program_id(0) // (D // COLUMNS)
-    of_values = i_common % 2
-    i_sample = i_common // 2 // heads
-    i_head = (i_common // 2 % heads).to(tl.int64)
-    kv_start = tl.load(p_bounds + i_sample * 2)
-    last = tl.load(p_bounds + i_sample * 2 + 1)
-    total = tl.zeros((STEP, COLUMNS), tl.float32)
-    for i in tl.range(0, SAMPLED, STEP, loop_unroll_factor=4):
-        some = ((i + tl.arange(0, STEP)).to(tl.int64) * (last + 1) // SAMPLED).to(tl.int32)
-        batch, key = _places(p_table, some, i_sample, kv_start, last, table_sample, PAGE)
-        if of_values:
-            x = _rows(p_v + i_head * v_head * 8 + first, batch, key, some <= last, v_batch, v_token, COLUMNS)
-        else:
-            inside = (some <= last) & OF_KEYS
-            x = _rows(p_k + i_head * k_head * 8 + first, batch, key, inside, k_batch, k_token, COLUMNS)
-        # Shared out before they are added: the sum of large ones is not finite.
-        total += tl.where(tl.abs(x) < float("inf"), x * (1.0 / SAMPLED), 0.0)
-    mean = tl.sum(total, 0).to(tl.bfloat16)
-    tl.store(p_common + i_common * D + first + tl.arange(0, COLUMNS), mean)
-
-
-@triton.jit(do_not_specialize=QUANTISE_NUMBERS)
-def quantise(
-    p_k, p_v, p_table, p_bounds, p_common, p_k8, p_v8, p_scales, heads, blocks,
-    k_batch, k_head, k_token, v_batch, v_head, v_token, table_sample,
-    D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """K and V (B, G, K, D), or pages of them, less p_common (B, G, 2, D) -> e4m3 K (B, G, blocks * BN, D) and V
-    (B, G, D, blocks * BN), and scales.
-
-    Program: BN keys of one head. Key 0 is a sample's first valid one; behind its last come zeros, whatever lies there.
-    What is not finite becomes NaN where it is, and scales know nothing of it.
-    p_bounds: int32 (B, 2), kv_start and the last valid position. p_scales: (B, G, blocks, 2), the factor that K is to
-    be multiplied by and log2 of V's. Strides are in units of 8 elements.
-    """
-    i_block = tl.program_id(0) % blocks
-    i_pair = tl.program_id(0) // blocks
-    i_sample = i_pair // heads
-    i_head = (i_pair % heads).to(tl.int64)
-    kv_start = tl.load(p_bounds + i_sample * 2)
-    last = tl.load(p_bounds + i_sample * 2 + 1)
-    t = i_block * BN + tl.arange(0, BN)
-    d = tl.arange(0, D)
-    batch, key = _places(p_table, t, i_sample, kv_start, last, table_sample, PAGE)
-    k = _rows(p_k + i_head * k_head * 8, batch, key, t <= last, k_batch, k_token, D)
-    k = tl.where((t <= last)[:, None], k - tl.load(p_common + i_pair * 2 * D + d).to(tl.float32)[None], 0.0)
-    k, k_scale = _scaled(k)
-    o_pair = i_pair.to(tl.int64) * blocks * BN
-    tl.store(p_k8 + (o_pair + t[:, None]) * D + d[None], k.to(tl.float8e4nv))
-    v = _rows(p_v + i_head * v_head * 8, batch, key, t <= last, v_batch, v_token, D)
-    v = tl.where((t <= last)[:, None], v - tl.load(p_common + (i_pair * 2 + 1) * D + d).to(tl.float32)[None], 0.0)
-    v, v_scale = _scaled(v)
-    v8 = v.to(tl.float8e4nv)
-    v8 = tl.permute(tl.reshape(v8, (BN // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))  # key 8 h + 2 c + b: to 4 c + 2 h + b
-    v8 = tl.trans(tl.reshape(v8, (BN, D)))
-    tl.store(p_v8 + (o_pair * D + d.to(tl.int64)[:, None] * (blocks * BN)) + t[None], v8)
-    at = p_scales + (i_pair * blocks + i_block) * 2
-    tl.store(at, k_scale)
-    tl.store(at + 1, tl.log2(v_scale))
-
-
-@triton.jit
-def _places(p_table, t, i_sample, kv_start, last, table_sample, PAGE: tl.constexpr):
-    """Where a sample's valid keys `t` lie, int64: the sample and their position in it, or page and place."""
-    key = (kv_start + t).to(tl.int64)
-    batch = i_sample.to(tl.int64)
-    if PAGE > 0:
-        batch, key = _in_pages(p_table + batch * table_sample, key, t <= last, 0, PAGE)
-        batch = batch.to(tl.int64)
-    return batch, key
-
-
-@triton.jit
-def _rows(p_head, batch, key, inside, of_batch, of_token, D: tl.constexpr):
-    """Keys or values of a head at `_places`, fp32 (n, D); zeros where not `inside`."""
-    at = p_head + (batch * of_batch + key * of_token) * 8
-    return tl.load(at[:, None] + tl.arange(0, D)[None], mask=inside[:, None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _scaled(x):
-    """x over its scale, which brings the largest finite number to LARGEST, and the scale."""
-    size = tl.abs(x)
-    finite = size < float("inf")
-    scale = tl.maximum(tl.max(tl.max(tl.where(finite, size, 0.0), 1), 0), SMALLEST) / LARGEST
-    return tl.where(finite, x * (1.0 / scale), float("nan")), scale
 
 
 @gluon.jit
