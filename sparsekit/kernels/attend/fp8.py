@@ -76,5 +76,5 @@ def against(plan: BlockPlan) -> Iterator[str]:
 
 
 def key_blocks(g: Geometry) -> int:
-    """Blocks of keys that share a scale, of the longest sample."""
-    return -(-max(end - start for start, end in zip(g.kv_start, g.kv_end, strict=True)) // BLOCK_KEYS)
+    """Blocks of keys that share a scale, of the longest sample; 1 without keys, for the copy engine takes no 0 rows."""
+    return max(-(-max(end - start for start, end in zip(g.kv_start, g.kv_end, strict=True)) // BLOCK_KEYS), 1)

@@ -161,6 +161,7 @@ PLANS: dict[str, Callable[[], BlockPlan]] = {
     "rows without entries": lambda: _loose("rows without entries"),
     "a rule that keeps nothing": lambda: _loose("a rule that keeps nothing"),
     "no entry at all": lambda: _loose("no entry at all"),
+    "no keys at all": lambda: dense_plan(Geometry.of(100, batch=2, kv_end=(0, 0), block_q=128, block_kv=128)),
 }
 
 
@@ -185,7 +186,7 @@ def test_plans(name: str) -> None:
 
 
 @pytest.mark.usefixtures("descriptors")
-@pytest.mark.parametrize("name", ["dense", "a rule, padded", "a list, of a chunk"])
+@pytest.mark.parametrize("name", ["dense", "a rule, padded", "a list, of a chunk", "no keys at all"])
 def test_plans_through_descriptors(name: str) -> None:
     plan = PLANS[name]()
     agrees(plan, tensors(plan.geometry, torch.float16, dim=64))

@@ -118,6 +118,13 @@ def test_what_it_covers() -> None:
     assert "ranked keys with an early stop" in against(q, ranked)
 
 
+def test_a_call_without_keys_has_a_block() -> None:
+    """The copy engine takes no descriptor of 0 rows, nor one of no memory."""
+    assert host.key_blocks(_tiled(100, batch=2, kv_start=(100, 100))) == 1
+    assert host.key_blocks(_tiled(100, batch=2, kv_end=(0, 100))) == 1
+    assert host.key_blocks(_tiled(129)) == 2
+
+
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     interpret("attend/interpreted_triton_fp8.py")
@@ -169,6 +176,7 @@ PLANS: dict[str, Callable[[], BlockPlan]] = {
     "dense, long": lambda: dense_plan(_tiled(3000)),
     "dense, padded": lambda: dense_plan(_tiled(700, batch=3, kv_start=(0, 37, 600))),
     "dense, ragged": lambda: dense_plan(_tiled(700, batch=3, kv_end=(700, 37, 250))),
+    "dense, without keys": lambda: dense_plan(_tiled(100, batch=2, kv_end=(0, 0))),
     "dense, chunk": lambda: dense_plan(_tiled(300, 1000, q_offset=450)),
     "triangle": lambda: rule_plan("triangle", _tiled(2000), 150),
     "triangle, padded": lambda: rule_plan("triangle", _tiled(900, batch=2, kv_start=(0, 137)), 150),
