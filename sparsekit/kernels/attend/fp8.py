@@ -20,6 +20,9 @@ BLOCKS_KV = (32, 64, 128)  # of plans: a product of e4m3 is 32 deep, and keys of
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 9)  # compute capability
+# Of the softmax: products of e4m3 are multiplied by it and by two scales, 2e-15 each where q and k are zeros. Masked
+# ones, of -inf, would be NaN were that 0 in float32.
+LEAST_SCALE = 1e-8
 
 
 def asked_for(asked: bool) -> str:
@@ -45,10 +48,10 @@ def covers(
     q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, return_lse: bool, out: Tensor | None = None
 ) -> list[str]:
     """Why the portable form cannot run this call, each reason in a clause; none where it runs it."""
-    return list(_against(q, keys, plan))
+    return list(_against(q, keys, plan, softmax))
 
 
-def _against(q: Tensor, keys: Keys, plan: BlockPlan) -> Iterator[str]:
+def _against(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax) -> Iterator[str]:
     if q.dtype not in DTYPES:
         yield f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
     if q.shape[3] not in HEAD_SIZES:
@@ -57,14 +60,16 @@ def _against(q: Tensor, keys: Keys, plan: BlockPlan) -> Iterator[str]:
         yield "ranked keys with an early stop"
     if plan.geometry.block_kv not in BLOCKS_KV:
         yield f"tiles of {plan.geometry.block_kv} keys: one of {', '.join(map(str, BLOCKS_KV))}"
-    yield from against(plan)
+    yield from against(plan, softmax)
     for name, x in (("k", keys.k), ("v", keys.v)):
         if x.stride(3) != 1 or any(n > 1 and s % 8 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)):
             yield f"{name} with strides {x.stride()}: the last one 1, and the others multiples of 8"
 
 
-def against(plan: BlockPlan) -> Iterator[str]:
-    """What no FP8 form takes of a plan."""
+def against(plan: BlockPlan, softmax: Softmax) -> Iterator[str]:
+    """What no FP8 form takes of a plan and a softmax."""
+    if softmax.scale < LEAST_SCALE:
+        yield f"scale {softmax.scale:g}: {LEAST_SCALE:g} or more"
     if plan.row_ptr is not None and not plan.on_grid:
         yield f"tiles that start anywhere: {BLOCK_KEYS} keys, counted from the first, share a scale"
     if plan.tokens is not None:

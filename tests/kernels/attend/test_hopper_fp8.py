@@ -49,12 +49,14 @@ def test_it_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_it_covers() -> None:
-    def against(q: Tensor, plan: BlockPlan) -> str:
-        return "; ".join(host.covers(q, Keys(q, q), plan, Softmax(0.1), True))
+    def against(q: Tensor, plan: BlockPlan, scale: float = 0.1) -> str:
+        return "; ".join(host.covers(q, Keys(q, q), plan, Softmax(scale), True))
 
     q = torch.empty(1, 4, 256, 128, dtype=torch.bfloat16)
     assert against(q, dense_plan(_tiled(256))) == ""
     assert against(q.half(), _triangle(_tiled(256))) == ""
+    assert against(q, dense_plan(_tiled(256)), 1e-8) == ""
+    assert against(q, dense_plan(_tiled(256)), 1e-9) == "scale 1e-09: 1e-08 or more"
     assert "float32" in against(q.float(), dense_plan(_tiled(256)))
     assert "head size 64: 128" in against(q[..., :64], dense_plan(_tiled(256)))
     assert "tile 128 x 64: 128 x 128" in against(q, dense_plan(Geometry.of(256, block_q=128, block_kv=64)))

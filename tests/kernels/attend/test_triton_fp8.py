@@ -97,13 +97,15 @@ def test_a_family_is_the_first_that_runs_the_call(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_it_covers() -> None:
-    def against(q: Tensor, plan: BlockPlan) -> str:
-        return "; ".join(host.covers(q, Keys(q, q), plan, Softmax(0.1), True))
+    def against(q: Tensor, plan: BlockPlan, scale: float = 0.1) -> str:
+        return "; ".join(host.covers(q, Keys(q, q), plan, Softmax(scale), True))
 
     q = torch.empty(1, 4, 256, 128, dtype=torch.bfloat16)
     for geometry in (_tiled(256), Geometry.of(256, block_q=64, block_kv=64), Geometry.of(256, block_q=16, block_kv=32)):
         for plan in (dense_plan(geometry), rule_plan("triangle", geometry), random_plan(geometry, 4)):
             assert against(q, plan) == against(q.half()[..., :64], plan) == ""
+    assert against(q, dense_plan(_tiled(256)), 1e-8) == ""
+    assert against(q, dense_plan(_tiled(256)), 1e-9) == "scale 1e-09: 1e-08 or more"
     assert "dtype float32: float16 or bfloat16" in against(q.float(), dense_plan(_tiled(256)))
     assert "head size 96: one of 64, 128, 256" in against(q[..., :96], dense_plan(_tiled(256)))
     assert "tiles of 256 keys: one of 32, 64, 128" in against(q, dense_plan(Geometry.of(256, block_kv=256)))

@@ -45,16 +45,16 @@ def covers(
 ) -> list[str]:
     """Why the FP8 form cannot run this call, each reason in a clause; none where it runs it."""
     shared = hopper.covers(q, keys, plan, softmax, return_lse, out)
-    return [*_against(q, plan), *(reason for reason in shared if not reason.startswith(("head size", "tile")))]
+    return [*_against(q, plan, softmax), *(reason for reason in shared if not reason.startswith(("head size", "tile")))]
 
 
-def _against(q: Tensor, plan: BlockPlan) -> Iterator[str]:
+def _against(q: Tensor, plan: BlockPlan, softmax: Softmax) -> Iterator[str]:
     g = plan.geometry
     if q.shape[3] != HEAD_SIZE:
         yield f"head size {q.shape[3]}: {HEAD_SIZE}"
     if (g.block_q, g.block_kv) != (BLOCK_Q, BLOCK_KEYS):
         yield f"tile {g.block_q} x {g.block_kv}: {BLOCK_Q} x {BLOCK_KEYS}"
-    yield from against(plan)
+    yield from against(plan, softmax)
 
 
 def attend_fp8(
