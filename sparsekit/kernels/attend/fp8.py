@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
+from sparsekit.kernels.attend.covers import sixteen_bits
 from sparsekit.kernels.device import capability_of
 from sparsekit.plan import BlockPlan
 
@@ -17,8 +18,6 @@ __all__ = ["BLOCK_KEYS", "against", "asked_for", "covers", "key_blocks", "missin
 
 BLOCK_KEYS = 128  # that share a scale
 BLOCKS_KV = (32, 64, 128)  # of plans: a product of e4m3 is 32 deep, and keys of a tile share a scale
-HEAD_SIZES = (64, 128, 256)
-DTYPES = (torch.float16, torch.bfloat16)
 OLDEST = (8, 9)  # compute capability
 # Of the softmax: products of e4m3 are multiplied by it and by two scales, 2e-15 each where q and k are zeros. Masked
 # ones, of -inf, would be NaN were that 0 in float32.
@@ -52,10 +51,7 @@ def covers(
 
 
 def _against(q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax) -> Iterator[str]:
-    if q.dtype not in DTYPES:
-        yield f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
-    if q.shape[3] not in HEAD_SIZES:
-        yield f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
+    yield from sixteen_bits(q)
     if plan.ranked is not None:
         yield "ranked keys with an early stop"
     if plan.geometry.block_kv not in BLOCKS_KV:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from card_fp8 import agrees, keeps_most_of_a_part_of_the_mean, keeps_the_mean, leaves_what_is_not_finite_where_it_is
 from children import compiled, interpret
-from kernel_cases import in_pages, poisoned_memory, random_plan, with_columns
+from kernel_cases import in_pages, random_plan, with_columns
 from torch import Tensor
 
 from sparsekit import SparsekitError
@@ -125,31 +127,15 @@ PLANS: dict[str, Callable[[], BlockPlan]] = {
 }
 
 
-def _inputs(
-    geometry: Geometry, dtype: torch.dtype = torch.bfloat16, mean: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in (B, N, heads, 128) memory, values of that mean."""
+def _inputs(geometry: Geometry, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in (B, N, heads, 128) memory."""
     g = torch.Generator().manual_seed(0)
     shapes = ((geometry.q_len, 4), (geometry.kv_len, 2), (geometry.kv_len, 2))
     q, k, v = (torch.randn(geometry.batch, n, heads, 128, generator=g).to("cuda", dtype) for n, heads in shapes)
-    return q.transpose(1, 2), k.transpose(1, 2), (v + mean).transpose(1, 2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _agrees(plan: BlockPlan, inputs: tuple[Tensor, Tensor, Tensor], keys: Keys | None = None, **options: Any) -> None:
-    """As far from float64 as four roundings to three bits are (H200: 4.4% to 5.4%, and 0.11 of a row's LSE at most)."""
-    q, k, v = inputs
-    wide = (q.double(), k.double(), v.double())
-    expected, expected_lse = attend(*wide, plan.to("cuda"), impl="reference", return_lse=True, **options)
-    k, v, table = keys or Keys(k, v)
-    with poisoned_memory():
-        out, lse = attend(q, k, v, plan.to("cuda"), impl="hopper_fp8", table=table, return_lse=True, **options)
-        alone: Any = attend(q, k, v, plan.to("cuda"), impl="hopper_fp8", table=table, **options)
-    assert torch.equal(out, alone)
-    seen = expected_lse.isfinite()
-    assert float((out.double() - expected).norm()) <= 0.06 * float(expected.norm())
-    assert not out[~seen].any()
-    assert torch.equal(lse.isfinite(), seen)
-    assert bool(((lse.double() - expected_lse)[seen].abs() < 0.2).all())
+_agrees = partial(agrees, "hopper_fp8")
 
 
 @pytest.mark.gpu
@@ -197,18 +183,7 @@ def test_card_zeros() -> None:
 
 @pytest.mark.gpu
 def test_card_what_is_not_finite() -> None:
-    """A key is NaN to those that see it, a value where it is; nothing else of their blocks changes."""
-    q, k, v = _inputs(_tiled(1000))
-    plan = dense_plan(_tiled(1000)).to("cuda")
-    k[0, 0, 500, 3] = v[0, 1, 600, 5] = 0
-    expected: Any = attend(q, k, v, plan, impl="hopper_fp8")
-    k[0, 0, 500, 3], v[0, 1, 600, 5] = torch.inf, torch.nan
-    out: Any = attend(q, k, v, plan, impl="hopper_fp8")
-    assert torch.equal(out[:, :2, :500], expected[:, :2, :500])
-    assert out[:, :2, 500:].isnan().all()
-    assert out[:, 2:, 600:, 5].isnan().all()
-    expected[:, 2:, 512:, 5] = out[:, 2:, 512:, 5] = 0  # 0 * NaN is NaN to earlier rows of the tile
-    assert torch.equal(out[:, 2:], expected[:, 2:])
+    leaves_what_is_not_finite_where_it_is("hopper_fp8", _inputs(_tiled(1000)))
 
 
 @pytest.mark.gpu
@@ -236,26 +211,10 @@ def test_card_keeps_the_mean_of_the_values(options: dict[str, Any]) -> None:
     it, in whole rows as in split ones. What is not the mean is rounded as ever, to 4.5%."""
     options = {key: torch.tensor(x, device="cuda") if isinstance(x, tuple) else x for key, x in options.items()}
     for geometry in (_tiled(128, 32768), _tiled(1000)):
-        q, k, v = _inputs(geometry, mean=1.0)
-        plan = dense_plan(geometry).to("cuda")
-        out: Any = attend(q, k, v, plan, impl="hopper_fp8", **options)
-        expected, rest = (
-            attend(q.double(), k.double(), x.double(), plan, impl="reference", **options) for x in (v, v - 1)
-        )
-        off = out.double() - expected
-        assert abs(float(off.mean())) < 0.0025 * float(expected.mean())
-        assert float(off.norm()) < 0.0025 * float(expected.norm()) + 0.05 * float(rest.norm())
+        keeps_the_mean("hopper_fp8", geometry, _inputs(geometry), **options)
 
 
 @pytest.mark.gpu
 def test_card_keeps_most_of_the_mean_of_some_values() -> None:
     """What half of the values have in common and the other half have not is cut by a fortieth, kept every 16 steps."""
-    geometry = _tiled(128, 32768)
-    q, k, v = _inputs(geometry)
-    v = torch.cat((v[:, :, :16384] + 1, v[:, :, 16384:] - 1), 2)
-    k[:, :, :16384] += q[:, ::2, -1:] * 0.2  # so that the last row sees more of the first half
-    out: Any = attend(q, k, v, dense_plan(geometry).to("cuda"), impl="hopper_fp8")
-    wide: Any = attend(q.double(), k.double(), v.double(), dense_plan(geometry).to("cuda"), impl="reference")
-    expected = float(wide[:, ::2, -1].mean())
-    assert expected > 0.5
-    assert abs(float(out[:, ::2, -1].double().mean()) - expected) < expected / 25
+    keeps_most_of_a_part_of_the_mean("hopper_fp8", _inputs(_tiled(128, 32768)))

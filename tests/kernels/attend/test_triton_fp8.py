@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from card_fp8 import agrees, keeps_most_of_a_part_of_the_mean, keeps_the_mean, leaves_what_is_not_finite_where_it_is
 from children import compiled, interpret
-from kernel_cases import in_pages, poisoned_memory, random_plan, rule_plan, tensors, with_columns
+from kernel_cases import in_pages, random_plan, rule_plan, tensors, with_columns
 from test_compile import LIMITS
 from torch import Tensor
 
@@ -199,21 +201,7 @@ def _inputs(geometry: Geometry, dtype: torch.dtype = torch.bfloat16, dim: int = 
     return q.cuda(), k.cuda(), v.cuda()
 
 
-def _agrees(plan: BlockPlan, inputs: tuple[Tensor, Tensor, Tensor], keys: Keys | None = None, **options: Any) -> None:
-    """As far from float64 as four roundings to three bits are, which the interpreter's tests compare with torch's."""
-    q, k, v = inputs
-    wide = (q.double(), k.double(), v.double())
-    expected, expected_lse = attend(*wide, plan.to("cuda"), impl="reference", return_lse=True, **options)
-    k, v, table = keys or Keys(k, v)
-    with poisoned_memory():
-        out, lse = attend(q, k, v, plan.to("cuda"), impl="triton_fp8", table=table, return_lse=True, **options)
-        alone: Any = attend(q, k, v, plan.to("cuda"), impl="triton_fp8", table=table, **options)
-    assert torch.equal(out, alone)
-    seen = expected_lse.isfinite()
-    assert float((out.double() - expected).norm()) <= 0.06 * float(expected.norm())
-    assert not out[~seen].any()
-    assert torch.equal(lse.isfinite(), seen)
-    assert bool(((lse.double() - expected_lse)[seen].abs() < 0.2).all())
+_agrees = partial(agrees, "triton_fp8")
 
 
 @pytest.mark.gpu
@@ -249,47 +237,20 @@ def test_card_keeps_the_mean_of_the_values(options: dict[str, Any]) -> None:
     """Whatever tensor cores keep of a sum, of many keys and of rows that are cut over them."""
     options = {key: torch.tensor(x, device="cuda") if isinstance(x, tuple) else x for key, x in options.items()}
     for geometry in (_tiled(128, 32768), _tiled(1000)):
-        q, k, v = _inputs(geometry)
-        plan = dense_plan(geometry).to("cuda")
-        out: Any = attend(q, k, v + 1, plan, impl="triton_fp8", **options)
-        expected, rest = (
-            attend(q.double(), k.double(), x.double(), plan, impl="reference", **options) for x in (v + 1, v)
-        )
-        off = out.double() - expected
-        assert abs(float(off.mean())) < 0.0025 * float(expected.mean())
-        assert float(off.norm()) < 0.0025 * float(expected.norm()) + 0.05 * float(rest.norm())
+        keeps_the_mean("triton_fp8", geometry, _inputs(geometry), **options)
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("card")
 def test_card_keeps_the_mean_of_some_values() -> None:
     """What half of the values have in common and the other half have not: each tile's sum is added in float32."""
-    geometry = _tiled(128, 32768)
-    q, k, v = _inputs(geometry)
-    v = torch.cat((v[:, :, :16384] + 1, v[:, :, 16384:] - 1), 2)
-    k[:, :, :16384] += q[:, ::2, -1:] * 0.2  # so that the last row sees more of the first half
-    out: Any = attend(q, k, v, dense_plan(geometry).to("cuda"), impl="triton_fp8")
-    wide: Any = attend(q.double(), k.double(), v.double(), dense_plan(geometry).to("cuda"), impl="reference")
-    expected = float(wide[:, ::2, -1].mean())
-    assert expected > 0.5
-    assert abs(float(out[:, ::2, -1].double().mean()) - expected) < expected / 25
+    keeps_most_of_a_part_of_the_mean("triton_fp8", _inputs(_tiled(128, 32768)))
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("card")
 def test_card_what_is_not_finite() -> None:
-    """A key is NaN to those that see it, a value where it is; nothing else of their blocks changes."""
-    q, k, v = _inputs(_tiled(1000))
-    plan = dense_plan(_tiled(1000)).to("cuda")
-    k[0, 0, 500, 3] = v[0, 1, 600, 5] = 0
-    expected: Any = attend(q, k, v, plan, impl="triton_fp8")
-    k[0, 0, 500, 3], v[0, 1, 600, 5] = torch.inf, torch.nan
-    out: Any = attend(q, k, v, plan, impl="triton_fp8")
-    assert torch.equal(out[:, :2, :500], expected[:, :2, :500])
-    assert out[:, :2, 500:].isnan().all()
-    assert out[:, 2:, 600:, 5].isnan().all()
-    expected[:, 2:, 512:, 5] = out[:, 2:, 512:, 5] = 0  # 0 * NaN is NaN to earlier rows of the tile
-    assert torch.equal(out[:, 2:], expected[:, 2:])
+    leaves_what_is_not_finite_where_it_is("triton_fp8", _inputs(_tiled(1000)))
 
 
 @pytest.mark.gpu

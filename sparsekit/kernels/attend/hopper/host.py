@@ -20,6 +20,7 @@ from sparsekit.call.geometry import MAX_TOKENS, Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
+from sparsekit.kernels.attend.covers import DTYPES, sixteen_bits
 from sparsekit.kernels.attend.hopper.descriptors import box, layout, put_descriptors
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
 from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
@@ -45,8 +46,6 @@ __all__ = ["attend_corrected", "attend_hopper", "compile_form", "covers", "missi
 BLOCK_KV = (32, 64, 128)
 FARTHEST_STEP = 4096  # of queries: an item counts its steps across the diagonal in 13 bits
 PAGES = (16, 32, 64, 128, 256)
-HEAD_SIZES = (64, 128, 256)
-DTYPES = (torch.float16, torch.bfloat16)
 COLUMNS_A_PROGRAM = 64
 
 
@@ -96,10 +95,7 @@ def _rows_first(out: Tensor) -> bool:
 
 
 def _against(q: Tensor, keys: Keys, plan: BlockPlan) -> Iterator[str]:
-    if q.dtype not in DTYPES:
-        yield f"dtype {str(q.dtype).removeprefix('torch.')}: float16 or bfloat16"
-    if q.shape[3] not in HEAD_SIZES:
-        yield f"head size {q.shape[3]}: one of {', '.join(map(str, HEAD_SIZES))}"
+    yield from sixteen_bits(q)
     if plan.ranked is not None:
         yield "ranked keys with an early stop"
     g = plan.geometry
