@@ -26,7 +26,8 @@ def agrees(impl: str, plan: BlockPlan, inputs: Inputs, keys: Keys | None = None,
     with poisoned_memory():
         out, lse = attend(q, k, v, plan.to("cuda"), impl=impl, table=table, return_lse=True, **options)
         alone: Any = attend(q, k, v, plan.to("cuda"), impl=impl, table=table, **options)
-    assert torch.equal(out, alone)
+    # With and without an LSE are two kernels, which Triton may round apart: 1e-5 seen, in one row of 300 (H200).
+    assert float((out - alone).norm()) <= (0.0 if impl == "hopper_fp8" else 1e-4) * float(out.norm())
     seen = expected_lse.isfinite()
     assert float((out.double() - expected).norm()) <= 0.06 * float(expected.norm())
     assert not out[~seen].any()
