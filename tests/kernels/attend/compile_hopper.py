@@ -23,7 +23,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper import host
 from sparsekit.plan import TokenRule, dense_plan, plan_from_block_mask, plan_from_rule
 
-PER_STEP = {64: 12, 128: 16, 256: 20}  # instructions of Q K^T and P V, 16 deep each, by head size
+PER_STEP = {64: 12, 128: 16, 256: 20}  # instructions of Q K^T and P V, 16 deep each, by head size; or of half a step
 
 
 def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str) -> dict[str, Any]:
@@ -55,7 +55,10 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
     jumps = [(int(to[1], 16), at) for at, what in code if (to := re.search("BRA.*?0x([0-9a-f]+)", what))]
     ends = [(to, at) for to, at in jumps if to < at]
     loops = [[what for at, what in code if first <= at <= last] for first, last in ends]
-    steps = [loop for loop in loops if sum("HGMMA" in what for what in loop) == PER_STEP[dim]]
+    # Of a rule's tiles of 128 keys a loop has two steps, one of them for half of the keys.
+    half_steps = dim < 256 and block_kv == 128 and "every" not in more
+    per_loop = PER_STEP[dim] * (2 if half_steps else 1)
+    steps = [loop for loop in loops if sum("HGMMA" in what for what in loop) == per_loop]
     return {
         "shared": kernel.metadata.shared,
         "hgmma": sass.count("HGMMA"),

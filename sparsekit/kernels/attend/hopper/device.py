@@ -1,11 +1,11 @@
 """Device code of the Hopper form (sm_90), in Gluon. `hopper.py` says what it covers, plans the launch and launches it.
 
-One persistent kernel, three roles a block: a producer warp (work counter, TMA loads of Q, K and V) and two consumer
-warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued together with P V of step
-i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's entry, half of one, or
-PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the 128-byte swizzle stores a
-tile: pieces of several entries in the right order are one tile. Keys in pages (PAGE tokens each, else 0) come in boxes
-that end with their page; the producer looks pages up, and nobody else knows of them.
+One persistent kernel, four roles a block: a producer warp for the work counter and TMA loads of Q and K, one for those
+of V, and two consumer warpgroups, each with 64 of a tile's 128 query rows. In a consumer, Q K^T of step i is issued
+together with P V of step i - 1, and the softmax of step i runs while that P V is in flight. A step is BN keys: a plan's
+entry, half of one, or PARTS of them. Boxes of fewer keys than BN come in pieces of 64 columns, which is how the
+128-byte swizzle stores a tile: pieces of several entries in the right order are one tile. Keys in pages (PAGE tokens
+each, else 0) come in boxes that end with their page; producers look pages up, and nobody else knows of them.
 
 A work item is 8 int32, by the names in items.py:
     ROW     row of q that holds the tile's first query; negative where the tile begins before this call's first query.
@@ -16,7 +16,10 @@ A work item is 8 int32, by the names in items.py:
     KIND    the tile's valid query rows [low, high) as low | high << 8; DENSE; EMPTY for a row that keeps nothing; how
             many first steps of a dense item cross the diagonal, << DIAGONAL_SHIFT (in all bits from there on where no
             item is listed); NARROW: before all steps comes one of NARROW_KEYS keys from position 0 on, of which the
-            rule's sinks are kept; how many entries of a listed item's last step are missing, << MISSING_SHIFT.
+            rule's sinks are kept; how many entries of a listed item's last step are missing, << MISSING_SHIFT; SHORT:
+            the second 64 queries need only the second 64 keys of the entry that the window's edge crosses, the first
+            one, or with SECOND_EDGE the second one, which changes places with the last but one; and the first 64
+            queries need only the first 64 keys of the last one, on the diagonal.
     SLOT    place of a partial result in the workspace, or -1.
     PLAN    the plan's row, for token bits.
 
@@ -63,14 +66,16 @@ __all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
 
 ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(items.ITEM))
 ITEM = gl.constexpr(items.ITEM)
-# What the producer mails to the consumers: an item, and what else they would wait for at a tile's start, as loads from
-# global memory: the row's token rule and its first two steps.
-SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1 = (gl.constexpr(i) for i in range(8, 13))
+# What the first producer mails to the others: an item, and what else they would wait for at a tile's start, as loads
+# from global memory: the row's token rule, its first two steps, and which sample and head HEAD is.
+SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1, SAMPLE, OWN_HEAD = (gl.constexpr(i) for i in range(8, 15))
 MAIL = gl.constexpr(16)
 DENSE = gl.constexpr(items.DENSE)
 EMPTY = gl.constexpr(items.EMPTY)
 DIAGONAL_SHIFT = gl.constexpr(items.DIAGONAL_SHIFT)
 NARROW = gl.constexpr(items.NARROW)
+SHORT = gl.constexpr(items.SHORT)
+SECOND_EDGE = gl.constexpr(items.SECOND_EDGE)
 MISSING_SHIFT = gl.constexpr(items.MISSING_SHIFT)
 COLUMN_SHIFT = gl.constexpr(items.COLUMN_SHIFT)
 PAIRS_SHIFT = gl.constexpr(items.PAIRS_SHIFT)
@@ -136,14 +141,15 @@ def _send(mail, i, x):
 
 
 @gluon.jit
-def _receive(mail, i):
-    return gl.max(mail.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def _receive(mail, i, WARPS: gl.constexpr = 4):
+    return gl.max(mail.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
 def _step(
     p_entries, start, i, count, kind,
-    BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, Q_STEP: gl.constexpr,
+    BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, LISTED: gl.constexpr, SHORT_FORM: gl.constexpr, Q_STEP: gl.constexpr,
+    AT_START: gl.constexpr = False,
 ):  # fmt: skip
     """Step i of an item: `position of its first key * 4 + flags`."""
     if Q_STEP > 1:
@@ -154,7 +160,14 @@ def _step(
         return dense
     else:
         is_dense = (kind & DENSE) != 0
-        at = p_entries + start + i // SPLIT_ENTRY
+        place = i // SPLIT_ENTRY
+        if SHORT_FORM:  # an entry is a step
+            edge = (kind & SECOND_EDGE) // SECOND_EDGE
+            last = gl.where((kind & SHORT) != 0, count - 2, -1)
+            if AT_START:
+                place = gl.where((last >= 0) & (i == edge), last, i)
+            place = gl.where(i == last, edge, place)
+        at = p_entries + (start + place)  # a pointer to `start` would take two registers of every loop
         entry = gl.load(at, mask=(i < count) & (is_dense == 0), other=0) + (i % SPLIT_ENTRY) * (4 * BN)
         return gl.where(is_dense, dense, entry)
 
@@ -207,14 +220,16 @@ def _mask(s, query, low, sink, key0, flags, L: gl.constexpr, RULE: gl.constexpr)
     s: (rows, BN) of queries `query` (rows,); `low` (rows,) is the last key before the window, -1 in dense rows. The
     valid key length needs no test of its own: it only ever cuts off keys after the last valid query.
     """
+    # A thread's columns differ in all bits but two, which it moves to the other side: what is left there is a constant.
+    lane = gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
+    own = gl.expand_dims(lane & 6, 0)
+    at = gl.expand_dims(lane & ~6, 0)
     if (flags & 1) != 0:
-        key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
-        s = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(query, 1), s, float("-inf"))
+        s = gl.where(at <= gl.expand_dims(query - key0, 1) - own, s, float("-inf"))
     if RULE:
         if (flags & 2) != 0:
-            key = key0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, L))
-            near = gl.where(key < sink, FAR, key)
-            s = gl.where(gl.expand_dims(near, 0) > gl.expand_dims(low, 1), s, float("-inf"))
+            before = gl.expand_dims(low - key0, 1) - own
+            s = gl.where((at > before) | (at < sink - key0 - own), s, float("-inf"))
     return s
 
 
@@ -331,62 +346,40 @@ def _load_box(desc, d_part, page, head, place, part, full, buffer, PARTS: gl.con
 
 @gluon.jit
 def _load_entries_in_pages(
-    d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
-    p_entries, start, i, count, kind, key_head, e, p_table, keys, PARTS: gl.constexpr, PAGE: gl.constexpr,
+    desc, d_part, d_last, buffer, full, p_entries, start, i, count, kind, key_head, e, p_table, keys,
+    PARTS: gl.constexpr, PIECE: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """`_load_entries` of keys in pages. Masks hide keys past the last one, and what they hold; values there are to be
     zeros, for 0 * NaN is NaN."""
-    BN: gl.constexpr = k.shape[2]
-    PIECE: gl.constexpr = d_last_v.block_type.shape[2]
-    mbarrier.wait(k_free, phase ^ 1)
-    mbarrier.expect(k_full, d_k.block_type.nbytes)
+    BN: gl.constexpr = buffer.shape[2]
+    mbarrier.expect(full, desc.block_type.nbytes)
     for part in gl.static_range(PARTS):
         if PARTS > 1:
             e = _part(p_entries, start, i, part, count, kind, BN, PARTS)
-        _load_pages(d_k, d_part_k, None, key_head, part, e >> 2, keys, p_table, k_full, k, PARTS, PIECE, PAGE)
-    mbarrier.wait(v_free, phase ^ 1)
-    mbarrier.expect(v_full, d_v.block_type.nbytes)
-    for part in gl.static_range(PARTS):
-        if PARTS > 1:
-            e = _part(p_entries, start, i, part, count, kind, BN, PARTS)
-        _load_pages(d_v, d_part_v, d_last_v, key_head, part, e >> 2, keys, p_table, v_full, v, PARTS, PIECE, PAGE)
+        _load_pages(desc, d_part, d_last, key_head, part, e >> 2, keys, p_table, full, buffer, PARTS, PIECE, PAGE)
 
 
 @gluon.jit
 def _load_entries(
-    d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
-    p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys,
-    PARTS: gl.constexpr, PAGE: gl.constexpr,
+    desc, d_part, d_last, buffer, full, p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys,
+    PARTS: gl.constexpr, PIECE: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """K and V of step i: entry `e`, or the PARTS entries in `p_entries`."""
-    BN: gl.constexpr = k.shape[2]
+    """K or V of step i: entry `e`, or the PARTS entries in `p_entries`."""
+    BN: gl.constexpr = buffer.shape[2]
     if PAGE > 0:
         _load_entries_in_pages(
-            d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
-            p_entries, start, i, count, kind, key_head, e, p_table, keys, PARTS, PAGE,
+            desc, d_part, d_last, buffer, full, p_entries, start, i, count, kind, key_head, e, p_table, keys,
+            PARTS, PIECE, PAGE,
         )  # fmt: skip
     elif PARTS == 1:
-        mbarrier.wait(k_free, phase ^ 1)
-        _load_keys(d_k, [sample, key_head, kv_start + (e >> 2), 0], k_full, k)
-        mbarrier.wait(v_free, phase ^ 1)
-        _load_keys(d_v, [sample, key_head, kv_start + (e >> 2), 0], v_full, v)
+        _load_keys(desc, [sample, key_head, kv_start + (e >> 2), 0], full, buffer)
     elif (kind & DENSE) != 0:
-        key = kv_start + (start - i) * BN
-        mbarrier.wait(k_free, phase ^ 1)
-        _load_keys(d_k, [sample, key_head, key, 0], k_full, k)
-        mbarrier.wait(v_free, phase ^ 1)
-        _load_keys(d_v, [sample, key_head, key, 0], v_full, v)
+        _load_keys(desc, [sample, key_head, kv_start + (start - i) * BN, 0], full, buffer)
     else:
-        mbarrier.wait(k_free, phase ^ 1)
-        mbarrier.expect(k_full, d_k.block_type.nbytes)
+        mbarrier.expect(full, desc.block_type.nbytes)
         for part in gl.static_range(PARTS):
             key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
-            _load_part(d_part_k, sample, key_head, key, part, k_full, k, PARTS)
-        mbarrier.wait(v_free, phase ^ 1)
-        mbarrier.expect(v_full, d_v.block_type.nbytes)
-        for part in gl.static_range(PARTS):
-            key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
-            _load_part(d_part_v, sample, key_head, key, part, v_full, v, PARTS)
+            _load_part(d_part, sample, key_head, key, part, full, buffer, PARTS)
 
 
 @gluon.jit
@@ -404,29 +397,37 @@ def _item(p_items, t, items):
 
 @gluon.jit
 def _load_step(
-    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
-    p_entries, start, i, count, kind, kv_start, sample, key_head, e, pool_head, p_table, keys,
-    PARTS: gl.constexpr, COLUMNS: gl.constexpr, PAGE: gl.constexpr,
+    desc, d_pool, d_part, d_last, buffer, full, free, phase, p_entries, start, i, count, kind, kv_start, sample,
+    key_head, e, pool_head, p_table, keys,
+    PARTS: gl.constexpr, PIECE: gl.constexpr, COLUMNS: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """K and V of step i, which is entry `e` (PARTS of them in `p_entries`), or single columns from `count` on."""
-    BN: gl.constexpr = k.shape[2]
-    column = i - count
+    """K or V of step i, which is entry `e` (PARTS of them in `p_entries`), or single columns from `count` on."""
+    BN: gl.constexpr = buffer.shape[2]
+    mbarrier.wait(free, phase ^ 1)
     if COLUMNS:
-        if column >= 0:
-            mbarrier.wait(k_free, phase ^ 1)
-            _load_keys(d_pool_k, [sample, pool_head, column * BN, 0], k_full, k)
-            mbarrier.wait(v_free, phase ^ 1)
-            _load_keys(d_pool_v, [sample, pool_head, column * BN, 0], v_full, v)
+        if i >= count:
+            _load_keys(d_pool, [sample, pool_head, (i - count) * BN, 0], full, buffer)
         else:
             _load_entries(
-                d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
-                p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys, PARTS, PAGE,
+                desc, d_part, d_last, buffer, full, p_entries, start, i, count, kind, kv_start, sample, key_head, e,
+                p_table, keys, PARTS, PIECE, PAGE,
             )  # fmt: skip
     else:
         _load_entries(
-            d_k, d_v, d_part_k, d_part_v, d_last_v, k, v, k_full, k_free, v_full, v_free, phase,
-            p_entries, start, i, count, kind, kv_start, sample, key_head, e, p_table, keys, PARTS, PAGE,
+            desc, d_part, d_last, buffer, full, p_entries, start, i, count, kind, kv_start, sample, key_head, e,
+            p_table, keys, PARTS, PIECE, PAGE,
         )  # fmt: skip
+
+
+@gluon.jit
+def _load_few(desc, d_part, buffer, full, free, phase, sample, key_head, kv_start, p_table, keys, PAGE: gl.constexpr):
+    """The first NARROW_KEYS keys or values."""
+    at = kv_start
+    if PAGE > 0:
+        sample, at = _in_pages(p_table, kv_start, kv_start < keys, NO_PAGE, PAGE)
+    mbarrier.wait(free, phase ^ 1)
+    mbarrier.expect(full, desc.block_type.nbytes // buffer.shape[2] * NARROW_KEYS)
+    _load_part(d_part, sample, key_head, at, 0, full, buffer, 1)
 
 
 @gluon.jit
@@ -461,10 +462,11 @@ def _send_rule(mail, slot, p_rule):
 
 @gluon.jit
 def _receive_rule(mail, slot, query):
-    """(sinks, first key of the window) of each query; -1 where it sees all."""
+    """(sinks, last key before the window of each query); -1 where it sees all."""
     sink = _receive(mail, slot * MAIL + SINK)
     window = _receive(mail, slot * MAIL + WINDOW)
-    return sink, gl.where(query >= _receive(mail, slot * MAIL + DENSE_FROM), -1, query - window)
+    before = gl.maximum(query - window, -1)
+    return sink, gl.where(query >= _receive(mail, slot * MAIL + DENSE_FROM), -1, before)
 
 
 @gluon.jit
@@ -479,17 +481,53 @@ def _close(mail, slot, phase, full, free, p_counters):
 
 
 @gluon.jit
-def _produce(
-    d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, qs, ks, vs, q_full, q_free, k_full, k_free,
-    v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items, heads, group,
-    rule_sample, rule_head, heads_per_plan, heads_per_pool, table_sample, keys,
-    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr, PAGE: gl.constexpr, Q_STEP: gl.constexpr,
+def _announce(
+    d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_item, p_entries, p_rule,
+    row, sample_head, start, count, kv_start, kind, heads, rule_sample, rule_head, heads_per_plan,
+    BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
+    COLUMNS: gl.constexpr, SPLIT: gl.constexpr, SHORT_FORM: gl.constexpr, HALVES: gl.constexpr, Q_STEP: gl.constexpr,
 ):  # fmt: skip
+    """Sends for an item's queries, and sends the item to the others; returns its first two steps."""
+    listed = count
+    if COLUMNS:
+        listed = count & ((1 << COLUMN_SHIFT) - 1)
+    sample = sample_head // heads
+    head = sample_head - sample * heads
+    if PARTS > 1:
+        e = _parts_flags(p_entries, start, 0, listed, kind, BN, PARTS)
+        e1 = _parts_flags(p_entries, start, 1, listed, kind, BN, PARTS)
+    else:
+        e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED, SHORT_FORM, Q_STEP, True)
+        e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED, SHORT_FORM, Q_STEP, True)
+    _load_queries(d_q, sample, head, row, q_slot, q_phase, qs, q_full, q_free)
+    mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
+    _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
+    _send(mail, m_slot * MAIL + SAMPLE, sample)
+    _send(mail, m_slot * MAIL + OWN_HEAD, head)
+    if RULE:
+        _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
+    if SPLIT or HALVES:
+        _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+    if COLUMNS:
+        _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
+    mbarrier.arrive(m_full.index(m_slot), count=1)
+    return e, e1
+
+
+@gluon.jit
+def _produce_keys(
+    d_q, d_k, d_pool_k, d_part_k, d_last_v, qs, ks, q_full, q_free, k_full, k_free, mail, m_full, m_free, p_items,
+    p_entries, p_counters, p_rule, p_table, items, heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool,
+    table_sample, keys,
+    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, SHORT_FORM: gl.constexpr, HALVES: gl.constexpr, PAGE: gl.constexpr,
+    Q_STEP: gl.constexpr,
+):  # fmt: skip
+    """Work counter, mail, Q and K."""
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
     BN: gl.constexpr = d_k.block_type.shape[2]
-    NARROW_BYTES: gl.constexpr = d_k.block_type.nbytes // BN * NARROW_KEYS
+    PIECE: gl.constexpr = d_last_v.block_type.shape[2] if PAGE > 0 else 0
     slot = 0
     phase = 0
     q_slot = 0
@@ -498,78 +536,124 @@ def _produce(
     m_phase = 0
     t = gl.program_id(0)
     row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
-    while t < items:
-        p_item = p_items + t * ITEM
+    e, e1 = 0, 0
+    if count > 0:
+        e, e1 = _announce(
+            d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items + t * ITEM,
+            p_entries, p_rule, row, sample_head, start, count, kv_start, kind, heads, rule_sample, rule_head,
+            heads_per_plan, BN, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS, SPLIT, SHORT_FORM, HALVES, Q_STEP,
+        )  # fmt: skip
+    while count > 0:  # items without steps are the last ones
+        q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
         t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
-        if count > 0:
-            listed = count
-            steps = count
-            if COLUMNS:
-                listed = count & ((1 << COLUMN_SHIFT) - 1)
-                steps = listed + (count >> COLUMN_SHIFT)
-            sample = sample_head // heads
-            head = sample_head - sample * heads
-            key_head = head // group
-            pool_head = head // heads_per_pool
-            p_pages = p_table
-            if PAGE > 0:
-                p_pages = p_table + sample.to(gl.int64) * table_sample
-            _load_queries(d_q, sample, head, row, q_slot, q_phase, qs, q_full, q_free)
-            q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
-            if PARTS > 1:
-                e = _parts_flags(p_entries, start, 0, listed, kind, BN, PARTS)
-                e1 = _parts_flags(p_entries, start, 1, listed, kind, BN, PARTS)
-            else:
-                e = _step(p_entries, start, 0, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
-                e1 = _step(p_entries, start, 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
-            mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
-            _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
-            if RULE:
-                _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
-            if SPLIT or HALVES:
-                _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
-            if COLUMNS:
-                _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
-            mbarrier.arrive(m_full.index(m_slot), count=1)
-            m_slot, m_phase = _next(m_slot, m_phase, 2)
-            if NARROW_FORM:
-                if (kind & NARROW) != 0:
-                    of = sample
-                    at = kv_start
-                    if PAGE > 0:
-                        of, at = _in_pages(p_pages, kv_start, kv_start < keys, NO_PAGE, PAGE)
-                    mbarrier.wait(k_free.index(slot), phase ^ 1)
-                    mbarrier.expect(k_full.index(slot), NARROW_BYTES)
-                    _load_part(d_part_k, of, key_head, at, 0, k_full.index(slot), ks.index(slot), 1)
-                    mbarrier.wait(v_free.index(slot), phase ^ 1)
-                    mbarrier.expect(v_full.index(slot), NARROW_BYTES)
-                    _load_part(d_part_v, of, key_head, at, 0, v_full.index(slot), vs.index(slot), 1)
-                    slot, phase = _next(slot, phase, STAGES)
-            _load_step(
-                d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, ks.index(slot), vs.index(slot),
-                k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
-                start, 0, listed, kind, kv_start, sample, key_head, e, pool_head, p_pages, keys, PARTS, COLUMNS, PAGE,
-            )  # fmt: skip
-            slot, phase = _next(slot, phase, STAGES)
-            # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
-            row, sample_head, start1, count, next_kv_start, kind1 = _item(p_items, t, items)
-            for i in range(1, steps):
-                now = e1
-                if PARTS == 1:
-                    e1 = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
-                _load_step(
-                    d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, ks.index(slot), vs.index(slot),
-                    k_full.index(slot), k_free.index(slot), v_full.index(slot), v_free.index(slot), phase, p_entries,
-                    start, i, listed, kind, kv_start, sample, key_head, now, pool_head, p_pages, keys, PARTS, COLUMNS,
-                    PAGE,
+        listed = count
+        steps = count
+        if COLUMNS:
+            listed = count & ((1 << COLUMN_SHIFT) - 1)
+            steps = listed + (count >> COLUMN_SHIFT)
+        sample = sample_head // heads
+        head = sample_head - sample * heads
+        key_head = head // group
+        pool_head = head // heads_per_pool
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages = p_table + sample.to(gl.int64) * table_sample
+        if NARROW_FORM:
+            if (kind & NARROW) != 0:
+                _load_few(
+                    d_k, d_part_k, ks.index(slot), k_full.index(slot), k_free.index(slot), phase, sample, key_head,
+                    kv_start, p_pages, keys, PAGE,
                 )  # fmt: skip
                 slot, phase = _next(slot, phase, STAGES)
-            start = start1
-            kv_start = next_kv_start
-            kind = kind1
-        else:
-            t = items + t * 0  # items without steps are the last ones
+        # The next item is announced as soon as its tile of Q is free: two steps from here, or behind the last one.
+        announced = steps - 1
+        if Q_STAGES > 1:
+            announced = gl.minimum(announced, 1)
+        next_e, next_e1 = e, e1
+        next_row, next_head, next_start, next_count, next_kv_start, next_kind = row, row, row, row, row, row
+        for i in range(steps):
+            now = e
+            e = e1
+            if PARTS == 1:
+                e1 = _step(p_entries, start, i + 2, listed, kind, BN, SPLIT_ENTRY, LISTED, SHORT_FORM, Q_STEP)
+            _load_step(
+                d_k, d_pool_k, d_part_k, None, ks.index(slot), k_full.index(slot), k_free.index(slot), phase, p_entries,
+                start, i, listed, kind, kv_start, sample, key_head, now, pool_head, p_pages, keys, PARTS, PIECE,
+                COLUMNS, PAGE,
+            )  # fmt: skip
+            slot, phase = _next(slot, phase, STAGES)
+            if i == 0:  # by now the counter has answered
+                next_row, next_head, next_start, next_count, next_kv_start, next_kind = _item(p_items, t, items)
+            if (i == announced) & (next_count > 0):
+                next_e, next_e1 = _announce(
+                    d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items + t * ITEM,
+                    p_entries, p_rule, next_row, next_head, next_start, next_count, next_kv_start, next_kind, heads,
+                    rule_sample, rule_head, heads_per_plan, BN, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS, SPLIT,
+                    SHORT_FORM, HALVES, Q_STEP,
+                )  # fmt: skip
+        e, e1, sample_head, start = next_e, next_e1, next_head, next_start
+        count, kv_start, kind = next_count, next_kv_start, next_kind
     _close(mail, m_slot, m_phase, m_full, m_free, p_counters)
+
+
+@gluon.jit
+def _produce_values(
+    d_v, d_pool_v, d_part_v, d_last_v, vs, v_full, v_free, mail, m_full, m_free, p_entries, p_table, group,
+    heads_per_pool, table_sample, keys,
+    SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr,
+    NARROW_FORM: gl.constexpr, SHORT_FORM: gl.constexpr, PAGE: gl.constexpr, Q_STEP: gl.constexpr,
+):  # fmt: skip
+    """V of the items that the other producer announces: in one queue with K, one would wait for the other's buffer."""
+    STAGES: gl.constexpr = vs.shape[0]
+    BN: gl.constexpr = d_v.block_type.shape[2]
+    PIECE: gl.constexpr = d_last_v.block_type.shape[2] if PAGE > 0 else 0
+    slot = 0
+    phase = 0
+    m_slot = 0
+    m_phase = 0
+    mbarrier.wait(m_full.index(0), 0)
+    count = _receive(mail, COUNT, 1)
+    while count > 0:
+        sample = _receive(mail, m_slot * MAIL + SAMPLE, 1)
+        head = _receive(mail, m_slot * MAIL + OWN_HEAD, 1)
+        start = _receive(mail, m_slot * MAIL + START, 1)
+        kv_start = _receive(mail, m_slot * MAIL + KV, 1)
+        kind = _receive(mail, m_slot * MAIL + KIND, 1)
+        e = _receive(mail, m_slot * MAIL + STEP_0, 1)
+        e1 = _receive(mail, m_slot * MAIL + STEP_1, 1)
+        mbarrier.arrive(m_free.index(m_slot), count=1)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
+        listed = count
+        steps = count
+        if COLUMNS:
+            listed = count & ((1 << COLUMN_SHIFT) - 1)
+            steps = listed + (count >> COLUMN_SHIFT)
+        key_head = head // group
+        pool_head = head // heads_per_pool
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages = p_table + sample.to(gl.int64) * table_sample
+        if NARROW_FORM:
+            if (kind & NARROW) != 0:
+                _load_few(
+                    d_v, d_part_v, vs.index(slot), v_full.index(slot), v_free.index(slot), phase, sample, key_head,
+                    kv_start, p_pages, keys, PAGE,
+                )  # fmt: skip
+                slot, phase = _next(slot, phase, STAGES)
+        for i in range(steps):
+            now = e
+            e = e1
+            if PARTS == 1:
+                e1 = _step(p_entries, start, i + 2, listed, kind, BN, SPLIT_ENTRY, LISTED, SHORT_FORM, Q_STEP)
+            _load_step(
+                d_v, d_pool_v, d_part_v, d_last_v, vs.index(slot), v_full.index(slot), v_free.index(slot), phase,
+                p_entries, start, i, listed, kind, kv_start, sample, key_head, now, pool_head, p_pages, keys, PARTS,
+                PIECE, COLUMNS, PAGE,
+            )  # fmt: skip
+            slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(m_full.index(m_slot), m_phase)
+        count = _receive(mail, m_slot * MAIL + COUNT, 1)
 
 
 @gluon.jit
@@ -577,7 +661,7 @@ def _advance(
     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns, hidden,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
-    COLUMNS: gl.constexpr, HALVES: gl.constexpr, Q_STEP: gl.constexpr,
+    COLUMNS: gl.constexpr, HALVES: gl.constexpr, SHORT_FORM: gl.constexpr, Q_STEP: gl.constexpr,
 ):  # fmt: skip
     """Step i of a row: Q K^T and softmax of this step, P V of the one before, whose buffer is `before`."""
     STAGES: gl.constexpr = ks.shape[0]
@@ -591,7 +675,7 @@ def _advance(
         if PARTS > 1:
             e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
         else:
-            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, Q_STEP)
+            e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, SHORT_FORM, Q_STEP)
     zero = gl.zeros([HALF, BN], gl.float32, L)
     s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
     o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
@@ -625,6 +709,52 @@ def _advance(
 
 
 @gluon.jit
+def _advance_half(
+    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind,
+    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, CAP: gl.constexpr,
+):  # fmt: skip
+    """`_advance` where consumer 0 needs only the first half of the step's keys, or consumer 1 the second one. P is 0 in
+    the other half: its P V runs with the next step's Q K^T, as all others do."""
+    STAGES: gl.constexpr = ks.shape[0]
+    HALF: gl.constexpr = acc.shape[0]
+    D: gl.constexpr = acc.shape[1]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, L)
+    LO: gl.constexpr = acc.type.layout
+    now = e
+    e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, True, True, 1)
+    zero = gl.zeros([HALF, HALF], gl.float32, L)
+    keys = ks.index(slot).reshape([BN, D]).slice(WHO * HALF, HALF).permute((1, 0))
+    s = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+    o = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_free.index(slot), count=1)
+    s = _cap(s, cap_scale, CAP)
+    first = (now >> 2) + WHO * HALF
+    s = _mask(s, gl.convert_layout(query, ROWS), gl.convert_layout(low, ROWS), sink, first, now, L, True)
+    m_old = gl.convert_layout(m, ROWS)
+    m_new = gl.maximum(m_old, _row_max(s, L) * scale2)
+    m_new = gl.where(m_new > m_old + 8.0, m_new, m_old)
+    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+    alpha = gl.exp2(m_old - m_new)
+    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+    l = l * alpha_l + gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout)
+    slot1, phase1 = _next(slot, phase, STAGES)
+    mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
+    mbarrier.wait(v_full.index(slot), phase)
+    acc = warpgroup_mma_wait(0, deps=(o,))
+    mbarrier.arrive(v_free.index(before), count=1)
+    acc = _rescale(acc, alpha, LO)
+    p = p.to(ks.dtype)
+    none = gl.zeros_like(p)
+    both = gl.join(p, none) if WHO == 0 else gl.join(none, p)
+    pb = gl.convert_layout(both.permute((0, 2, 1)).reshape([HALF, BN]), gl.DotOperandLayout(0, LO, 2))
+    return acc, l, gl.convert_layout(m_new, m.type.layout), pb, e, slot1, phase1, slot
+
+
+@gluon.jit
 def _pass(
     e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
     BN: gl.constexpr, STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
@@ -633,7 +763,7 @@ def _pass(
     if PARTS > 1:
         e = _parts_flags(p_entries, start, i + 1, listed, kind, BN, PARTS)
     else:
-        e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, 1)
+        e = _step(p_entries, start, i + 1, listed, kind, BN, SPLIT_ENTRY, LISTED, False, 1)
     mbarrier.arrive(k_free.index(slot), count=1)
     # A phase that nobody waits for could be taken for the next but one.
     mbarrier.wait(v_full.index(slot), phase)
@@ -671,14 +801,90 @@ def _store_part(p_part, p_part_lse, part, lane, lse2, result, LO: gl.constexpr):
 
 
 @gluon.jit
+def _finish(
+    acc, m, l, d_o, qs, os, q_slot, q_free, mail, m_slot, m_free, p_out, p_lse, p_sinks, p_part, p_part_lse,
+    heads, queries, q_offset, p_anchors, anchors,
+    WHO: gl.constexpr, RULE: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, SPLIT: gl.constexpr,
+    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, HALVES: gl.constexpr, CORRECT: gl.constexpr,
+):  # fmt: skip
+    """An item's result: out, lse. The item is read again in its mail, rather than kept in registers through the loops,
+    which have none to spare."""
+    HALF: gl.constexpr = acc.shape[0]
+    D: gl.constexpr = acc.shape[1]
+    LO: gl.constexpr = acc.type.layout
+    row = _receive(mail, m_slot * MAIL + ROW)
+    sample_head = _receive(mail, m_slot * MAIL + HEAD)
+    kind = _receive(mail, m_slot * MAIL + KIND)
+    sample = _receive(mail, m_slot * MAIL + SAMPLE)
+    head = _receive(mail, m_slot * MAIL + OWN_HEAD)
+    part = -1
+    if SPLIT:
+        part = _receive(mail, m_slot * MAIL + SLOT)
+    pos0 = row
+    dense_from = FAR
+    if CORRECT > 0:
+        pos0 = row + q_offset - _receive(mail, m_slot * MAIL + KV)
+        if RULE:
+            dense_from = _receive(mail, m_slot * MAIL + DENSE_FROM)
+    mbarrier.arrive(m_free.index(m_slot), count=1)
+    lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
+    total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
+    top = gl.convert_layout(m, gl.SliceLayout(1, LO))
+    # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
+    kept = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+    factor = 1.0 / total
+    if SINKS:
+        z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
+        if SPLIT:  # partial results leave the sink to the merge
+            z = gl.where(part >= 0, float("-inf"), z)
+        total, factor, top = _with_sink(total, top, z)
+    if not OUT_IN_Q:
+        tma.store_wait(0)
+    result = gl.where(gl.expand_dims(kept, 1), acc * gl.expand_dims(factor, 1), 0.0)
+    if CORRECT > 0:
+        if (kind & DENSE) == 0:
+            changes = kept & (pos0 + lane_o < dense_from)
+            first = gl.maximum(pos0 - row, 0)
+            result = _corrected(
+                result, changes, pos0, first, p_anchors + sample_head.to(gl.int64) * anchors * D,
+                os.index(WHO), WHO, CORRECT,
+            )  # fmt: skip
+    whole = part < 0
+    if LSE:
+        lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
+        inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
+        if HALVES:
+            inside = inside & _holds(kind, WHO, HALF)
+        gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
+    if OUT_IN_Q:
+        staging = qs.index(q_slot * 2 + WHO)
+    else:
+        staging = os.index(WHO)
+    if SPLIT:
+        if part >= 0:
+            lse2 = gl.where(kept, top + gl.log2(total), float("-inf"))
+            _store_part(p_part, p_part_lse, part, lane_o, lse2, result, LO)
+        else:
+            _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+    elif HALVES:
+        if _holds(kind, WHO, HALF):
+            _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+    else:
+        _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
+    if OUT_IN_Q:
+        tma.store_wait(0)
+        mbarrier.arrive(q_free.index(q_slot), count=1)
+
+
+@gluon.jit
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
     p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
     scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
     WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
     CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
-    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr, HALVES: gl.constexpr,
-    Q_STEP: gl.constexpr, PACK: gl.constexpr, CORRECT: gl.constexpr,
+    EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr, SHORT_FORM: gl.constexpr,
+    HALVES: gl.constexpr, Q_STEP: gl.constexpr, PACK: gl.constexpr, CORRECT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     Q_STAGES: gl.constexpr = q_full.shape[0]
@@ -691,20 +897,32 @@ def _consume(
     LN: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NARROW_KEYS, 16]
     )
+    # An item's last P V is issued with the next item's first Q K^T, which runs while the result is made and sent. With
+    # one tile of Q the next one is not there yet, and a correction wants the registers.
+    OVERLAP: gl.constexpr = Q_STAGES > 1 and CORRECT == 0
+    QUEUED: gl.constexpr = 2 if NARROW_FORM else 1
     scale2 = scale * LOG2E
     zero = gl.zeros([HALF, BN], gl.float32, L)
-    zero_narrow = gl.zeros([HALF, NARROW_KEYS], gl.float32, LN)
+    acc = gl.zeros([HALF, D], gl.float32, LO)
+    pb = gl.zeros([HALF, BN], ks.dtype, LP)
+    m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
+    l = gl.sum(_by_eight(zero), 1)
     slot = 0
     phase = 0
+    before = 0
     q_slot = 0
     q_phase = 0
     m_slot = 0
     m_phase = 0
+    due = 0  # whether an item's last P V and its result are
     mbarrier.wait(m_full.index(0), 0)
     count = _receive(mail, COUNT)
     while count > 0:
+        if OVERLAP:
+            acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+        if Q_STAGES == 2:  # as many as of mail
+            q_slot, q_phase = m_slot, m_phase
         row = _receive(mail, m_slot * MAIL + ROW)
-        sample_head = _receive(mail, m_slot * MAIL + HEAD)
         start = _receive(mail, m_slot * MAIL + START)
         kv_start = _receive(mail, m_slot * MAIL + KV)
         kind = _receive(mail, m_slot * MAIL + KIND)
@@ -712,9 +930,9 @@ def _consume(
         p_row_tokens = p_tokens
         listed = count
         steps = count
-        sample = sample_head // heads
-        head = sample_head - sample * heads
         if COLUMNS:
+            sample = _receive(mail, m_slot * MAIL + SAMPLE)
+            head = _receive(mail, m_slot * MAIL + OWN_HEAD)
             plan_row = _receive(mail, m_slot * MAIL + PLAN)
             if HALVES:
                 plan_row = (plan_row >> 1) + WHO * (plan_row & 1)
@@ -743,33 +961,35 @@ def _consume(
         low = query
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
-        acc = gl.zeros([HALF, D], gl.float32, LO)
         q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
         mbarrier.wait(q_full.index(q_slot), q_phase)
-        m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
-        l = gl.sum(_by_eight(zero), 1)
-        if NARROW_FORM:
-            if (kind & NARROW) != 0:
-                mbarrier.wait(k_full.index(slot), phase)
-                few = _first_rows(ks.index(slot), NARROW_KEYS).permute((1, 0))
-                s = warpgroup_mma(q, few, zero_narrow, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=(s,))
-                mbarrier.arrive(k_free.index(slot), count=1)
-                s = _cap(s, cap_scale, CAP)
-                key = gl.arange(0, NARROW_KEYS, gl.SliceLayout(0, LN))
-                s = gl.where(gl.expand_dims(key < sink, 0), s, float("-inf"))
-                top = gl.maximum(gl.max(s, 1) * scale2, FLOOR)
-                p = gl.exp2(s * scale2 - gl.expand_dims(top, 1))
-                m = gl.convert_layout(top, gl.SliceLayout(1, L))
-                l = gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout)
-                pb = gl.convert_layout(p.to(ks.dtype), LP)
-                mbarrier.wait(v_full.index(slot), phase)
-                acc = warpgroup_mma(pb, _first_rows(vs.index(slot), NARROW_KEYS), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(v_free.index(slot), count=1)
-                slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(k_full.index(slot), phase)
+        few_slot = slot
+        few_phase = phase
+        narrow = 0
+        if NARROW_FORM:
+            # Multiplied in every item, and hidden where none was sent: the results wait in one queue.
+            narrow = (kind & NARROW) // NARROW
+            few_keys = _first_rows(ks.index(slot), NARROW_KEYS).permute((1, 0))
+            zero_few = gl.zeros([HALF, NARROW_KEYS], gl.float32, LN)
+            few = warpgroup_mma(q, few_keys, zero_few, use_acc=False, is_async=True)
+            next_slot, next_phase = _next(slot, phase, STAGES)
+            slot = gl.where(narrow != 0, next_slot, slot)
+            phase = gl.where(narrow != 0, next_phase, phase)
+            mbarrier.wait(k_full.index(slot), phase)
         s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if OVERLAP:
+            acc = warpgroup_mma_wait(QUEUED, deps=(acc,))
+            mbarrier.arrive(v_free.index(before), count=1, pred=due != 0)
+            if due != 0:
+                _finish(
+                    acc, m, l, d_o, qs, os, q_slot, q_free, mail, 1 - m_slot, m_free, p_out, p_lse, p_sinks, p_part,
+                    p_part_lse, heads, queries, q_offset, p_anchors, anchors,
+                    WHO, RULE, LSE, SINKS, SPLIT, EARLY, OUT_IN_Q, HALVES, CORRECT,
+                )  # fmt: skip
+        if NARROW_FORM:
+            few = warpgroup_mma_wait(1, deps=(few,))
+            mbarrier.arrive(k_free.index(few_slot), count=1, pred=narrow != 0)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_free.index(slot), count=1)
         s = _cap(s, cap_scale, CAP)
@@ -782,20 +1002,32 @@ def _consume(
             s = _mask_step(s, query, low, sink, e, p_entries, start, 0, listed, kind, L, RULE, PARTS)
         if HALVES:
             s = _hide(s, (both == 0) & (gl.where(paired > 0, 0, rest) != WHO))
-        m_new = gl.maximum(m, _row_max(s, L) * scale2)
-        p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+        m1 = gl.maximum(_row_max(s, L) * scale2, FLOOR)
         if NARROW_FORM:
-            alpha = gl.exp2(m - m_new)
-            alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-            l = l * alpha_l + gl.sum(_by_eight(p), 1)
-            acc = _rescale(acc, alpha, LO)
-        else:
-            l = gl.sum(_by_eight(p), 1)
-        m = m_new
+            few = _cap(few, cap_scale, CAP)
+            key = gl.arange(0, NARROW_KEYS, gl.SliceLayout(0, LN))
+            few = gl.where(gl.expand_dims(key < sink * narrow, 0), few, float("-inf"))
+            m1 = gl.maximum(m1, gl.convert_layout(gl.max(few, 1), gl.SliceLayout(1, L)) * scale2)
+            few = gl.exp2(few * scale2 - gl.expand_dims(gl.convert_layout(m1, gl.SliceLayout(1, LN)), 1))
+        p = gl.exp2(s * scale2 - gl.expand_dims(m1, 1))
+        l1 = gl.sum(_by_eight(p), 1)
+        if NARROW_FORM:
+            l1 += gl.convert_layout(gl.sum(_by_eight(few), 1), l.type.layout)
+        mbarrier.wait(v_full.index(few_slot), few_phase)
+        acc = gl.zeros([HALF, D], gl.float32, LO)
+        if NARROW_FORM:
+            if narrow != 0:
+                few_pb = gl.convert_layout(few.to(ks.dtype), LP)
+                acc = warpgroup_mma(few_pb, _first_rows(vs.index(few_slot), NARROW_KEYS), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(v_free.index(few_slot), count=1)
+        m = m1
+        l = l1
         pb = gl.convert_layout(p.to(ks.dtype), LP)
         e = e1
         before = slot
-        mbarrier.wait(v_full.index(slot), phase)
+        if NARROW_FORM:
+            mbarrier.wait(v_full.index(slot), phase)
         slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(k_full.index(slot), phase, pred=steps > 1)
         # Two loops, since what masks entries and what masks columns do not fit the registers together.
@@ -807,98 +1039,65 @@ def _consume(
                     acc, l, m, pb, e, slot, phase, before = _advance(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                         query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, Q_STEP,
+                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP,
                     )  # fmt: skip
                 else:
                     e, slot, phase = _pass(
                         e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
                         BN, STAGES, SPLIT_ENTRY, PARTS, LISTED,
                     )  # fmt: skip
+            elif SHORT_FORM:
+                if ((kind & SHORT) != 0) & (i == listed - 1 - WHO):
+                    acc, l, m, pb, e, slot, phase, before = _advance_half(
+                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, WHO, SPLIT_ENTRY, CAP,
+                    )  # fmt: skip
+                else:
+                    acc, l, m, pb, e, slot, phase, before = _advance(
+                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
+                        False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                    )  # fmt: skip
             else:
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, Q_STEP,
+                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
                 )  # fmt: skip
         if COLUMNS:
             for i in range(gl.maximum(listed, 1), steps):
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits,
-                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, Q_STEP,
+                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP,
                 )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
-        acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
-        # Read once more rather than kept in registers through the loop, which has none to spare.
-        row = _receive(mail, m_slot * MAIL + ROW)
-        sample_head = _receive(mail, m_slot * MAIL + HEAD)
-        kind = _receive(mail, m_slot * MAIL + KIND)
-        sample = sample_head // heads
-        head = sample_head - sample * heads
-        part = -1
-        if SPLIT:
-            part = _receive(mail, m_slot * MAIL + SLOT)
-        pos0 = row
-        dense_from = FAR
-        if CORRECT > 0:
-            pos0 = row + q_offset - _receive(mail, m_slot * MAIL + KV)
-            if RULE:
-                dense_from = _receive(mail, m_slot * MAIL + DENSE_FROM)
-        mbarrier.arrive(m_free.index(m_slot), count=1)
-        m_slot, m_phase = _next(m_slot, m_phase, 2)
-        lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
-        total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
-        top = gl.convert_layout(m, gl.SliceLayout(1, LO))
-        # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
-        kept = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
-        factor = 1.0 / total
-        if SINKS:
-            z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
-            if SPLIT:  # partial results leave the sink to the merge
-                z = gl.where(part >= 0, float("-inf"), z)
-            total, factor, top = _with_sink(total, top, z)
-        if not OUT_IN_Q:
-            tma.store_wait(0)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_free.index(before), count=1)
-        result = gl.where(gl.expand_dims(kept, 1), acc * gl.expand_dims(factor, 1), 0.0)
-        if CORRECT > 0:
-            if (kind & DENSE) == 0:
-                changes = kept & (pos0 + lane_o < dense_from)
-                first = gl.maximum(pos0 - row, 0)
-                result = _corrected(
-                    result, changes, pos0, first, p_anchors + sample_head.to(gl.int64) * anchors * D,
-                    os.index(WHO), WHO, CORRECT,
-                )  # fmt: skip
-        whole = part < 0
-        if LSE:
-            lse = gl.where(kept, (top + gl.log2(total)) * LN2, float("-inf"))
-            inside = (row + lane_o >= 0) & (row + lane_o < queries) & whole
-            if HALVES:
-                inside = inside & _holds(kind, WHO, HALF)
-            gl.store(p_lse + (sample_head.to(gl.int64) * queries + row) + lane_o, lse, mask=inside)
-        if OUT_IN_Q:
-            staging = qs.index(q_slot * 2 + WHO)
+        if OVERLAP:
+            due = 1
         else:
-            staging = os.index(WHO)
-        if SPLIT:
-            if part >= 0:
-                lse2 = gl.where(kept, top + gl.log2(total), float("-inf"))
-                _store_part(p_part, p_part_lse, part, lane_o, lse2, result, LO)
-            else:
-                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
-        elif HALVES:
-            if _holds(kind, WHO, HALF):
-                _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
-        else:
-            _store(d_o, p_out, sample, head, row + WHO * HALF, result, staging, queries, heads, LO, EARLY)
-        if OUT_IN_Q:
-            tma.store_wait(0)
-            mbarrier.arrive(q_free.index(q_slot), count=1)
+            acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_free.index(before), count=1)
+            _finish(
+                acc, m, l, d_o, qs, os, q_slot, q_free, mail, m_slot, m_free, p_out, p_lse, p_sinks, p_part,
+                p_part_lse, heads, queries, q_offset, p_anchors, anchors,
+                WHO, RULE, LSE, SINKS, SPLIT, EARLY, OUT_IN_Q, HALVES, CORRECT,
+            )  # fmt: skip
         q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
+        m_slot, m_phase = _next(m_slot, m_phase, 2)
         mbarrier.wait(m_full.index(m_slot), m_phase)
         count = _receive(mail, m_slot * MAIL + COUNT)
+    if OVERLAP:
+        if due != 0:
+            acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_free.index(before), count=1)
+            _finish(
+                acc, m, l, d_o, qs, os, q_slot, q_free, mail, 1 - m_slot, m_free, p_out, p_lse, p_sinks, p_part,
+                p_part_lse, heads, queries, q_offset, p_anchors, anchors,
+                WHO, RULE, LSE, SINKS, SPLIT, EARLY, OUT_IN_Q, HALVES, CORRECT,
+            )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -983,6 +1182,9 @@ def attention(
     HALVES: gl.constexpr, PAGE: gl.constexpr, Q_STEP: gl.constexpr, PACK: gl.constexpr, CORRECT: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    SHORT_FORM: gl.constexpr = (
+        NARROW_FORM and d_k.block_type.shape[2] == 2 * d_q.block_type.shape[2] and not (COLUMNS or HALVES or Q_STEP > 1)
+    )
     qs = gl.allocate_shared_memory(d_q.dtype, [2 * Q_STAGES] + d_q.block_type.shape, d_q.layout)
     ks = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
     vs = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
@@ -1004,7 +1206,7 @@ def attention(
         mbarrier.init(q_free.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(m_full.index(i), count=1)
-        mbarrier.init(m_free.index(i), count=2)
+        mbarrier.init(m_free.index(i), count=3)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -1018,24 +1220,29 @@ def attention(
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
                 queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
                 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
-                HALVES, Q_STEP, PACK, CORRECT,
+                SHORT_FORM, HALVES, Q_STEP, PACK, CORRECT,
             )),
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
                 p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
                 queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
                 1, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
-                HALVES, Q_STEP, PACK, CORRECT,
+                SHORT_FORM, HALVES, Q_STEP, PACK, CORRECT,
             )),
-            (_produce, (
-                d_q, d_k, d_v, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v, qs, ks, vs, q_full, q_free, k_full,
-                k_free, v_full, v_free, mail, m_full, m_free, p_items, p_entries, p_counters, p_rule, p_table, items,
-                heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool, table_sample, keys, SPLIT_ENTRY,
-                PARTS, LISTED, RULE, COLUMNS, SPLIT, NARROW_FORM, HALVES, PAGE, Q_STEP,
+            (_produce_keys, (
+                d_q, d_k, d_pool_k, d_part_k, d_last_v, qs, ks, q_full, q_free, k_full, k_free, mail, m_full, m_free,
+                p_items, p_entries, p_counters, p_rule, p_table, items, heads, group, rule_sample, rule_head,
+                heads_per_plan, heads_per_pool, table_sample, keys, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS, SPLIT,
+                NARROW_FORM, SHORT_FORM, HALVES, PAGE, Q_STEP,
+            )),
+            (_produce_values, (
+                d_v, d_pool_v, d_part_v, d_last_v, vs, v_full, v_free, mail, m_full, m_free, p_entries, p_table,
+                group, heads_per_pool, table_sample, keys, SPLIT_ENTRY, PARTS, LISTED, COLUMNS, NARROW_FORM,
+                SHORT_FORM, PAGE, Q_STEP,
             )),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 1, 1],
+        [232, 40, 40],
     )  # fmt: skip
 
 
@@ -1100,7 +1307,7 @@ GATHER_NUMBERS = [
 def list_items(
     p_grid, p_rows, p_row_ptr, p_entries, p_dense, p_bits, p_rule, p_items, p_work,
     items, rows, heads_per_sample, words, rule_sample, rule_head, q_offset, last_entry,
-    STEP: tl.constexpr, BLOCK_KV: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_KV: tl.constexpr, HALF_STEPS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """`hopper._listed` in one launch: PER items of a plan with lists, and the steps of each.
 
@@ -1137,6 +1344,16 @@ def list_items(
         flags = flags | narrow * NARROW
         begin += narrow
         count = entries - narrow
+        if HALF_STEPS:
+            second = tl.load(p_entries + tl.minimum(begin + 1, last_entry), mask=there, other=0)
+            last = tl.load(p_entries + tl.maximum(tl.minimum(begin + count - 1, last_entry), 0), mask=there, other=0)
+            first = tl.load(p_entries + tl.minimum(begin, last_entry), mask=there, other=0)
+            edge = start - window + 1
+            at_first = ((first & RULE_ALONE) != 0) & ((first >> 2) >= sink) & ((first >> 2) <= edge)
+            at_second = ((second & RULE_ALONE) != 0) & ((second >> 2) >= sink) & ((second >> 2) <= edge)
+            diagonal = ((last & 1) != 0) & ((last >> 2) >= start) & (start + 128 <= dense_from)
+            short = (at_first | at_second) & diagonal & (count > 2)
+            flags = flags | short.to(tl.int32) * SHORT | (short & (at_first == 0)).to(tl.int32) * SECOND_EDGE
     if BLOCK_KV > STEP:
         count = count * (BLOCK_KV // STEP)
     dense = begin < 0

@@ -117,8 +117,8 @@ def _produce(
             p_my_scales = p_scales + (sample_head // group) * blocks * 2
             _load_queries(d_q, sample, head, row, q_slot, q_phase, qs, q_full, q_free)
             q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
-            e = _step(p_entries, start, 0, count, kind, BN, 1, LISTED, 1)
-            e1 = _step(p_entries, start, 1, count, kind, BN, 1, LISTED, 1)
+            e = _step(p_entries, start, 0, count, kind, BN, 1, LISTED, False, 1)
+            e1 = _step(p_entries, start, 1, count, kind, BN, 1, LISTED, False, 1)
             k_scale, v_log = _scales_of(p_my_scales, e)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
             _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
@@ -154,7 +154,7 @@ def _produce(
                 now = e1
                 now_scale = k_scale
                 now_log = v_log
-                e1 = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, 1)
+                e1 = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, False, 1)
                 k_scale, v_log = _scales_of(p_my_scales, e1)
                 _load_step(d_k, d_v, sample, key_head, now, now_scale, now_log, slot, phase, ks, vs, scales, full, free)
                 slot, phase = _next(slot, phase, STAGES)
@@ -384,7 +384,7 @@ def _consume(
         v_log = _receive(scales, slot * 2 + 1)
         for i in range(1, count):
             now = e
-            e = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, 1)
+            e = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, False, 1)
             s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
             values = vs.index(before).reshape([D, BN]).permute((1, 0))
             # After a sum was kept the next starts anew; the first has the sinks' in it.

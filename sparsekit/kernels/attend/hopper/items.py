@@ -22,6 +22,8 @@ DIAGONAL_SHIFT = 18  # of a dense item
 NARROW = 1 << 20  # of a listed item, like MISSING
 MISSING_SHIFT = 21
 MISSING = 3
+SHORT = 1 << 23
+SECOND_EDGE = 1 << 24
 NARROW_KEYS = 16
 
 COLUMN_SHIFT = 20  # COUNT: steps over entries, and above them steps over single columns

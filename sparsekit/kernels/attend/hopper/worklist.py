@@ -19,7 +19,7 @@ from sparsekit.kernels.attend.hopper import items as item
 from sparsekit.kernels.attend.hopper.halves import own_list, pair_rows
 from sparsekit.kernels.attend.hopper.load import _device_code
 from sparsekit.kernels.device import processors_of
-from sparsekit.plan import RULE, BlockPlan, causal_tiles, upload
+from sparsekit.plan import CAUSAL, RULE, BlockPlan, causal_tiles, upload
 from sparsekit.plan.memo import HOPPER_WORK, SLOTS
 
 BLOCK_Q = 128
@@ -247,7 +247,10 @@ def _listed_on_gpu(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, Ten
         rule, items, work, len(items), plan.rows, plan.heads, 0 if bits is None else bits.shape[1], rule_sample,
         rule_head, plan.geometry.q_offset, max(plan.entries.numel() - 1, 0),
     )  # fmt: skip
-    options = {"STEP": step, "BLOCK_KV": plan.block_kv, "PER": ITEMS_A_PROGRAM, "WORDS": 32, "num_warps": 4}
+    options = {
+        "STEP": step, "BLOCK_KV": plan.block_kv, "HALF_STEPS": _has_half_steps(plan, step), "PER": ITEMS_A_PROGRAM,
+        "WORDS": 32, "num_warps": 4,
+    }  # fmt: skip
     launch(_device_code().list_items, -(-len(items) // ITEMS_A_PROGRAM), args, options)
     return items, work
 
@@ -266,6 +269,8 @@ def _listed_by_torch(plan: BlockPlan, grid: _Grid, step: int) -> tuple[Tensor, T
         narrow = _only_sinks(plan, grid, begin, count, item.NARROW_KEYS)
         kind = kind | narrow * item.NARROW
         begin, count = begin + narrow, count - narrow
+        if _has_half_steps(plan, step):
+            kind = kind | _half_steps(plan, grid, begin, count)
     if plan.block_kv > step:
         count = count * (plan.block_kv // step)
     dense = columns = None
@@ -304,12 +309,37 @@ def _only_sinks(plan: BlockPlan, grid: _Grid, begin: Tensor, count: Tensor, keys
     That is what Triangle's and the A-shape's rows look like, one entry in six at a window of 512 tokens.
     """
     assert plan.rule is not None and plan.entries is not None
-    rule = plan.rule.expand(plan.samples, plan.heads, 3).reshape(-1, 3)[grid.rows // plan.rows]
-    sink, window, dense_from = rule.unbind(1)
-    start = grid.items[:, item.ROW] + plan.geometry.q_offset - grid.items[:, item.KV]
+    sink, window, dense_from, start = _rules(plan, grid)
     first = plan.entries[begin.clamp(max=plan.entries.numel() - 1)] == RULE
     few = first & (sink <= keys) & (count > 1)
     return (few & (start - window + 1 >= plan.block_kv) & (start + BLOCK_Q <= dense_from)).to(torch.int32)
+
+
+def _has_half_steps(plan: BlockPlan, step: int) -> bool:
+    return plan.block_kv == step == BLOCK_Q and plan.token_bits is None and plan.geometry.q_step == 1
+
+
+def _half_steps(plan: BlockPlan, grid: _Grid, begin: Tensor, count: Tensor) -> Tensor:
+    """int32 (n*H*R,): SHORT where 64 of an item's queries need half of the entry that the window's edge crosses, and
+    the others half of the last one, on the diagonal; SECOND_EDGE beside it where that edge is in the second entry."""
+    assert plan.entries is not None
+    sink, window, dense_from, start = _rules(plan, grid)
+    places = (begin, begin + 1, begin + count - 1)
+    first, second, last = (plan.entries[at.clamp(0, plan.entries.numel() - 1)] for at in places)
+    at_first, at_second = (
+        (entry & RULE != 0) & (entry >> 2 >= sink) & (entry >> 2 <= start - window + 1) for entry in (first, second)
+    )
+    diagonal = (last & CAUSAL != 0) & (last >> 2 >= start) & (start + BLOCK_Q <= dense_from)
+    short = (at_first | at_second) & diagonal & (count > 2)
+    return short.to(torch.int32) * item.SHORT | (short & ~at_first).to(torch.int32) * item.SECOND_EDGE
+
+
+def _rules(plan: BlockPlan, grid: _Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int32 (n*H*R,): each item's sinks, window, first dense query, and position of its first query."""
+    assert plan.rule is not None
+    rule = plan.rule.expand(plan.samples, plan.heads, 3).reshape(-1, 3)[grid.rows // plan.rows]
+    sink, window, dense_from = rule.unbind(1)
+    return sink, window, dense_from, grid.items[:, item.ROW] + plan.geometry.q_offset - grid.items[:, item.KV]
 
 
 def _column_steps(bits: Tensor, step: int) -> Tensor:
@@ -371,12 +401,12 @@ def _split(
     length = torch.where(exists, item.pack_steps(length, torch.where(final, columns[owner], 0)), 0)
     dense = (kind & item.DENSE) != 0
     begin = torch.where(dense, begin + (skipped if up else -skipped), begin + skipped * parts // split_entry)
-    # Only a listed row's first piece has the sinks, and only its last one lacks entries.
+    # Only a listed row's first piece has the sinks, and only its last one lacks entries; half steps are of whole rows.
     missing, below = item.MISSING << item.MISSING_SHIFT, (1 << item.DIAGONAL_SHIFT) - 1
     elsewhere = count[owner] - last_step if up else skipped
     crossing = ((kind >> item.DIAGONAL_SHIFT) - elsewhere).clamp(min=0)  # of the diagonal, by a dense row's piece
     listed = torch.where(nth > 0, kind & (below | missing), kind)
-    listed = torch.where(final, listed, listed & ~missing)
+    listed = torch.where(final, listed, listed & ~(missing | item.SHORT | item.SECOND_EDGE))
     kind = torch.where(dense, kind & below | crossing << item.DIAGONAL_SHIFT, listed)
     slot = torch.where(many & exists, first_slot[owner] + nth, -1)
     pieced = torch.stack([row, sample_head, begin, length, kv_start, kind, slot, plan_row], 1).to(torch.int32)
