@@ -289,6 +289,18 @@ def _row_max(s, L: gl.constexpr):
 
 
 @gluon.jit
+def _softmax(s, m, l, scale2, L: gl.constexpr):
+    """A step of the running softmax: P, its rows' maxima, sums, and what the rows before shrink by."""
+    m_new = gl.maximum(m, _row_max(s, L) * scale2)
+    # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
+    m_new = gl.where(m_new > m + 8.0, m_new, m)
+    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
+    alpha = gl.exp2(m - m_new)
+    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+    return p, m_new, l * alpha_l + gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout), alpha
+
+
+@gluon.jit
 def _load_keys(desc, at, full, buffer):
     mbarrier.expect(full, desc.block_type.nbytes)
     _tma_load(desc, at, full, buffer)
@@ -380,6 +392,16 @@ def _load_entries(
         for part in gl.static_range(PARTS):
             key = kv_start + (_part(p_entries, start, i, part, count, kind, BN, PARTS) >> 2)
             _load_part(d_part, sample, key_head, key, part, full, buffer, PARTS)
+
+
+@gluon.jit
+def _steps(count, COLUMNS: gl.constexpr):
+    """COUNT: (steps over entries, all steps)."""
+    if COLUMNS:
+        listed = count & ((1 << COLUMN_SHIFT) - 1)
+        return listed, listed + (count >> COLUMN_SHIFT)
+    else:
+        return count, count
 
 
 @gluon.jit
@@ -488,9 +510,7 @@ def _announce(
     COLUMNS: gl.constexpr, SPLIT: gl.constexpr, SHORT_FORM: gl.constexpr, HALVES: gl.constexpr, Q_STEP: gl.constexpr,
 ):  # fmt: skip
     """Sends for an item's queries, and sends the item to the others; returns its first two steps."""
-    listed = count
-    if COLUMNS:
-        listed = count & ((1 << COLUMN_SHIFT) - 1)
+    listed, _ = _steps(count, COLUMNS)
     sample = sample_head // heads
     head = sample_head - sample * heads
     if PARTS > 1:
@@ -547,11 +567,7 @@ def _produce_keys(
         q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
         m_slot, m_phase = _next(m_slot, m_phase, 2)
         t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
-        listed = count
-        steps = count
-        if COLUMNS:
-            listed = count & ((1 << COLUMN_SHIFT) - 1)
-            steps = listed + (count >> COLUMN_SHIFT)
+        listed, steps = _steps(count, COLUMNS)
         sample = sample_head // heads
         head = sample_head - sample * heads
         key_head = head // group
@@ -624,11 +640,7 @@ def _produce_values(
         e1 = _receive(mail, m_slot * MAIL + STEP_1, 1)
         mbarrier.arrive(m_free.index(m_slot), count=1)
         m_slot, m_phase = _next(m_slot, m_phase, 2)
-        listed = count
-        steps = count
-        if COLUMNS:
-            listed = count & ((1 << COLUMN_SHIFT) - 1)
-            steps = listed + (count >> COLUMN_SHIFT)
+        listed, steps = _steps(count, COLUMNS)
         key_head = head // group
         pool_head = head // heads_per_pool
         p_pages = p_table
@@ -689,13 +701,7 @@ def _advance(
             s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
         if HALVES:
             s = _hide(s, hidden)
-    m_new = gl.maximum(m, _row_max(s, L) * scale2)
-    # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
-    m_new = gl.where(m_new > m + 8.0, m_new, m)
-    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
-    alpha = gl.exp2(m - m_new)
-    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-    l = l * alpha_l + gl.sum(_by_eight(p), 1)
+    p, m_new, l, alpha = _softmax(s, m, l, scale2, L)
     # The waits for the next K and V stand here on purpose: they start a new basic block, which keeps ptxas
     # from moving the wait for P V above the exponentials.
     slot1, phase1 = _next(slot, phase, STAGES)
@@ -734,13 +740,7 @@ def _advance_half(
     s = _cap(s, cap_scale, CAP)
     first = (now >> 2) + WHO * HALF
     s = _mask(s, gl.convert_layout(query, ROWS), gl.convert_layout(low, ROWS), sink, first, now, L, True)
-    m_old = gl.convert_layout(m, ROWS)
-    m_new = gl.maximum(m_old, _row_max(s, L) * scale2)
-    m_new = gl.where(m_new > m_old + 8.0, m_new, m_old)
-    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
-    alpha = gl.exp2(m_old - m_new)
-    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-    l = l * alpha_l + gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout)
+    p, m_new, l, alpha = _softmax(s, gl.convert_layout(m, ROWS), l, scale2, L)
     slot1, phase1 = _next(slot, phase, STAGES)
     mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
     mbarrier.wait(v_full.index(slot), phase)
@@ -928,8 +928,7 @@ def _consume(
         kind = _receive(mail, m_slot * MAIL + KIND)
         p_row_bits = p_bits
         p_row_tokens = p_tokens
-        listed = count
-        steps = count
+        listed, steps = _steps(count, COLUMNS)
         if COLUMNS:
             sample = _receive(mail, m_slot * MAIL + SAMPLE)
             head = _receive(mail, m_slot * MAIL + OWN_HEAD)
@@ -938,8 +937,6 @@ def _consume(
                 plan_row = (plan_row >> 1) + WHO * (plan_row & 1)
             p_row_bits = p_bits + plan_row.to(gl.int64) * ((columns + 31) // 32)
             p_row_tokens = p_tokens + sample * token_sample + head // heads_per_plan * columns
-            listed = count & ((1 << COLUMN_SHIFT) - 1)
-            steps = listed + (count >> COLUMN_SHIFT)
         both = steps
         paired = steps
         rest = 0
