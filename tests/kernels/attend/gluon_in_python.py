@@ -1,13 +1,19 @@
-"""The Hopper form's device code, executed in plain Python: what a card would have to show otherwise.
+"""Hopper device code, executed in plain Python: what a card would have to show otherwise.
 
-The functions of device.py run as they are written, on torch tensors and with a small stand-in for Gluon. A partition of
-a block is a thread; one runs at a time, and which one is drawn anew at each barrier, product and copy. Copies by TMA
-are late by chance too. Barriers have the hardware's phases. What waits too little shows: memory is NaN until it is
-filled, again when both consumers have freed it, and while a copy is under way; and what a product reads may not change
-between its issue and the wait for it. What waits for good is an error that names the barriers.
+The functions of device.py and fp8_device.py run as they are written, on torch tensors and with a small stand-in for
+Gluon. A partition of a block is a thread; one runs at a time, and which one is drawn anew at each barrier, product and
+copy. Copies by TMA are late by chance too. Barriers have the hardware's phases. What waits for good is an error that
+names the barriers.
 
-Numbers are float64, so that an error stands out. Not here: layouts, swizzling below rows of 64 columns, fences,
-registers, rounding.
+What waits too little shows, in two ways. Memory is NaN until it is filled, again when it was freed, and while a copy is
+under way; what a product reads may not change between its issue and the wait for it. And each buffer knows who wrote
+and read it: barriers alone order partitions (vector clocks), and a write or a read that they do not order with what
+came before is an error, whoever ran first this time. Numbers in shared memory, of which some are read in vain, are then
+NaN instead. Which barrier frees a buffer nobody has to say: the last one with "free" in its name that the writer waited
+for.
+
+Numbers are float64, so that an error stands out; conversions to e4m3 keep them. Not here: layouts, swizzling below rows
+of 64 columns, fences, registers, rounding.
 """
 
 # Stand-ins take what Gluon takes, and have no types to check.
@@ -16,10 +22,13 @@ registers, rounding.
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import random
 import threading
-from contextlib import ExitStack
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +40,8 @@ from torch import Tensor
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
-from sparsekit.kernels import primitives
-from sparsekit.kernels.attend.hopper import descriptors, host, items, worklist
-from sparsekit.kernels.attend.hopper.halves_device import NOWHERE
-from sparsekit.plan import RULE, BlockPlan
+from sparsekit.kernels.attend.hopper import descriptors, host, worklist
+from sparsekit.plan import BlockPlan
 
 CHUNK = 64
 UNSENT = -777_777_777  # a word of mail that nobody has written, or that was freed
@@ -116,12 +123,20 @@ class _Worker:
         self.rank, self.turn = schedule.random.random(), threading.Semaphore(0)
         self.over, self.ready = False, None
         self.products: list[_Product] = []
-        self.stores = 0
+        self.stores: list[_Cell] = []  # what is being copied out
+        self.landed = 0  # of all copies out that there were
+        self.sent = 0
         self.waits_for = ""
+        self.epoch = 1
+        self.seen: dict[Any, int] = {}  # up to which epoch of other partitions, which phase of copies
+        self.waited_free: _Barrier | None = None
         self.thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
 
     def place(self) -> str:
         return self.waits_for
+
+    def knows(self, agent, epoch: int) -> bool:
+        return agent is self or self.seen.get(agent, 0) >= epoch
 
     def _run(self, function, arguments) -> None:
         _HERE.worker = self
@@ -131,6 +146,7 @@ class _Worker:
                 with torch.no_grad():
                     function(*arguments)
                 assert not self.products, f"{self.name} ends with products that nobody waited for"
+                assert not self.stores, f"{self.name} ends with stores that nobody waited for"
                 self.over = True
                 self.schedule._pass_on(None)
         except _Stopped:
@@ -222,13 +238,64 @@ class _Descriptor:
         return whole[sample, head, low : max(high, low), column : column + width], min(low - row, rows)
 
 
+class _Cell:
+    """A buffer in shared memory: who wrote it last and who read it since, as barriers order them, and what frees it."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.name = memory, ""
+        self.written: tuple[Any, int] | None = None
+        self.reads: dict[_Worker, int] = {}
+        self.under_way: list[_Worker] = []  # reads by products, and by copies out
+        self.free: tuple[_Barrier, int] | None = None
+
+    def wrong(self) -> str:
+        """Why the partition that runs may not read this now, or ""."""
+        me = _HERE.worker
+        if self.written is None or not me.knows(*self.written):
+            return f"{me.name} reads {self.name}, whose contents it has not waited for"
+        if self.free is not None and self.free[0].arrivals.get(me, -1) >= self.free[1]:
+            return f"{me.name} reads {self.name}, which it has freed"
+        return ""
+
+    def read(self) -> None:
+        wrong = self.wrong()
+        assert not wrong, wrong
+        self.reads[_HERE.worker] = _HERE.worker.epoch
+
+    def begin(self) -> None:
+        self.under_way.append(_HERE.worker)
+
+    def end(self) -> None:
+        self.under_way.remove(_HERE.worker)
+        self.reads[_HERE.worker] = _HERE.worker.epoch
+
+    def write(self, by: tuple[_Barrier, int] | None = None) -> None:
+        """Of the partition that runs, or of a copy that is done with a phase of a barrier."""
+        me = _HERE.worker
+        others = [] if self.written is None or self.written == by else [self.written]
+        late = [agent for agent, epoch in [*others, *self.reads.items()] if not me.knows(agent, epoch)]
+        late += self.under_way
+        assert not late, f"{me.name} writes {self.name}, not waiting for {[x.name for x in late]}"
+        self.written, self.reads = by or (me, me.epoch), {}
+        self.free = None
+        if me.waited_free is not None:
+            self.free = me.waited_free, me.waited_free.completed
+            me.waited_free.frees.append(self)
+
+
 class _Tile:
     """Rows of 64 columns beside one another, (chunks, rows, 64), as the swizzle stores a matrix (rows, columns)."""
 
     layout = None
 
-    def __init__(self, memory: Tensor, lead: list[int], flipped: bool = False) -> None:
-        self.memory, self.lead, self.flipped = memory, lead, flipped
+    def __init__(self, memory: Tensor, lead: list[int], cells: list[_Cell], flipped: bool = False) -> None:
+        self.memory, self.lead, self.cells, self.flipped = memory, lead, cells, flipped
+
+    @classmethod
+    def empty(cls, count: int, lead: list[int], rows: int, columns: int, dtype: torch.dtype) -> _Tile:
+        width = min(columns, CHUNK)
+        memory = torch.full((count, columns // width, rows, width), NAN, dtype=dtype)
+        return cls(memory, lead, [_Cell(part) for part in memory])
 
     @property
     def dtype(self):
@@ -239,63 +306,89 @@ class _Tile:
         chunks, rows, width = self.memory.shape[-3:]
         return [*self.lead, *((chunks * width, rows) if self.flipped else (rows, chunks * width))]
 
+    @property
+    def cell(self) -> _Cell:
+        (cell,) = self.cells
+        return cell
+
     def index(self, i) -> _Tile:
-        assert len(self.lead) == 3
-        assert 0 <= int(i) < self.lead[0]
-        return _Tile(self.memory[int(i)], self.lead[1:])
+        assert self.memory.dim() == 4
+        assert 0 <= int(i) < len(self.memory)
+        cells = self.cells if len(self.cells) == 1 else [self.cells[int(i)]]
+        return _Tile(self.memory[int(i)], self.lead[1:], cells)
 
     def reshape(self, shape) -> _Tile:
         assert self.shape == [1, 1, *shape]
-        return _Tile(self.memory, [])
+        return _Tile(self.memory, [], self.cells)
 
     def permute(self, order) -> _Tile:
         assert order == (1, 0)
         assert not self.lead
-        return _Tile(self.memory, [], not self.flipped)
+        return _Tile(self.memory, [], self.cells, not self.flipped)
 
     def slice(self, start, length) -> _Tile:
         assert not self.lead
         assert not self.flipped
-        return _Tile(self.memory[:, start : start + length], [])
+        return _Tile(self.memory[:, start : start + length], [], self.cells)
 
     def reinterpret(self, dtype, shape, layout) -> _Tile:
         count, one, two, rows, columns = shape
         assert (one, two, dtype) == (1, 1, self.dtype)
+        assert self.memory.dim() == 3
+        width = min(columns, CHUNK)
+        count = min(count, self.memory.numel() // (rows * columns))  # all numbers have one size here
         whole = self.memory.view(-1)[: count * rows * columns]
-        return _Tile(whole.view(count, columns // CHUNK, rows, CHUNK), [count, 1, 1])
+        return _Tile(whole.view(count, columns // width, rows, width), [count, 1, 1], [self.cell])
 
     def value(self) -> Tensor:
         made = self.memory.permute(1, 0, 2).reshape(self.memory.shape[1], -1)
         return made.T if self.flipped else made
 
+    def load(self, layout) -> Tensor:
+        _point()
+        self.cell.read()
+        return self.value().clone()
+
+    def put(self, x: Tensor) -> None:
+        self.memory.copy_(x.unflatten(1, (-1, self.memory.shape[-1])).permute(1, 0, 2))
+
     def store(self, x: Tensor) -> None:
-        self.memory.copy_(x.unflatten(1, (-1, CHUNK)).permute(1, 0, 2))
+        self.cell.write()
+        self.put(x)
         _point()
 
 
-class _Mail:
-    def __init__(self, count: int) -> None:
-        self.words = [UNSENT] * count
+class _Vectors:
+    """Mail, scales and other short rows of numbers."""
 
-    def clear(self, i: int) -> None:
-        half = len(self.words) // 2
-        self.words[i * half : (i + 1) * half] = [UNSENT] * half
+    def __init__(self, count: int, length: int, dtype: torch.dtype) -> None:
+        self.blank = NAN if dtype.is_floating_point else UNSENT
+        self.shape = [count, length]
+        self.cells = [_Cell(row) for row in torch.full((count, length), self.blank, dtype=dtype)]
 
-    def index(self, i) -> _Word:
-        return _Word(self, int(i))
+    def index(self, i) -> _Vector:
+        assert 0 <= int(i) < len(self.cells)
+        return _Vector(self.cells[int(i)], self.blank)
 
 
-class _Word:
-    def __init__(self, mail: _Mail, i: int) -> None:
-        self.mail, self.i = mail, i
+class _Vector:
+    def __init__(self, cell: _Cell, blank: float) -> None:
+        self.cell, self.blank = cell, blank
 
     def store(self, x: Tensor) -> None:
-        self.mail.words[self.i] = int(x)
+        assert x.shape == self.cell.memory.shape
+        self.cell.write()
+        self.cell.memory.copy_(x)
 
     def load(self, layout) -> Tensor:
-        word = self.mail.words[self.i]
-        assert word != UNSENT, f"{_HERE.worker.name} reads mail {self.i} that is not there"
-        return torch.tensor([word], dtype=torch.int32)
+        if self.blank == UNSENT:
+            self.cell.read()
+            assert int(self.cell.memory[0]) != UNSENT, f"{_HERE.worker.name} reads {self.cell.name}, not sent"
+        elif self.cell.wrong():
+            return torch.full_like(self.cell.memory, NAN)  # an error only where somebody uses it
+        else:
+            self.cell.read()
+        return self.cell.memory.clone()
 
 
 # ---- barriers, copies, products
@@ -303,7 +396,10 @@ class _Barrier:
     def __init__(self, schedule: _Schedule) -> None:
         self.schedule, self.name, self.count = schedule, "", 0
         self.pending = self.bytes = self.completed = 0
-        self.freed = None
+        self.frees: list[_Cell] = []
+        self.arrivals: dict[_Worker, int] = {}  # the phase of a partition's last one
+        self.gathered: dict[Any, int] = {}  # what those who arrived know
+        self.known: dict[Any, int] = {}  # what those know who waited
         schedule.barriers.append(self)
 
     def state(self) -> str:
@@ -314,18 +410,30 @@ class _Barrier:
 
     def arrive(self, count: int) -> None:
         assert self.pending >= count, f"{_HERE.worker.name} arrives too often at {self.state()}"
+        me = _HERE.worker
         self.pending -= count
+        self.arrivals[me] = self.completed
+        _learn(self.gathered, {**me.seen, me: me.epoch})
+        me.epoch += 1
         self._turn()
 
     def _turn(self) -> None:
         if self.pending == 0 and self.bytes == 0:
+            _learn(self.known, {**self.gathered, self: self.completed + 1})
+            for cell in self.frees:
+                if cell.free == (self, self.completed):
+                    cell.memory.fill_(NAN if cell.memory.is_floating_point() else UNSENT)
             self.completed, self.pending = self.completed + 1, self.count
-            if self.freed is not None:
-                self.freed()
+            self.frees, self.gathered = [], {}
 
     def copied(self, size: int) -> None:
         self.bytes -= size
         self._turn()
+
+
+def _learn(known: dict[Any, int], more: dict[Any, int]) -> None:
+    for agent, epoch in more.items():
+        known[agent] = max(known.get(agent, 0), epoch)
 
 
 class _Barriers:
@@ -355,17 +463,22 @@ def _wait(barrier: _Barrier, phase, pred=True) -> None:
         assert phase in (0, 1)
         _HERE.worker.waits_for = f"{barrier.name} phase {phase}"
         _point(lambda: barrier.completed & 1 != phase)
+        me = _HERE.worker
+        _learn(me.seen, barrier.known)
+        if "free" in barrier.name:
+            me.waited_free = barrier
 
 
 def _copy_in(desc: _Descriptor, at, barrier: _Barrier, tile: _Tile) -> None:
     assert tile.shape == desc.block_type.shape, (tile.shape, desc.block_type.shape)
+    tile.cell.write((barrier, barrier.completed + 1))
     tile.memory.fill_(NAN)
     rows, before = desc.box(at)
 
     def land() -> None:
         whole = torch.zeros(tile.shape[-2:], dtype=tile.dtype)
         whole[before : before + len(rows)] = rows
-        tile.memory.copy_(whole.unflatten(1, (-1, CHUNK)).permute(1, 0, 2))
+        tile.put(whole)
         barrier.copied(desc.block_type.nbytes)
 
     _HERE.worker.schedule.copies.append(land)
@@ -376,12 +489,15 @@ def _copy_out(desc: _Descriptor, at, tile: _Tile) -> None:
     assert tile.shape == desc.block_type.shape
     assert int(at[2]) >= 0, "a store that starts before row 0"
     worker = _HERE.worker
-    worker.stores += 1
+    tile.cell.read()
+    tile.cell.begin()
+    worker.stores.append(tile.cell)
+    worker.sent += 1
 
     def land() -> None:
         rows, _ = desc.box(at)
         rows.copy_(tile.value()[: len(rows)])
-        worker.stores -= 1
+        worker.landed += 1
 
     worker.schedule.copies.append(land)
     _point()
@@ -390,22 +506,27 @@ def _copy_out(desc: _Descriptor, at, tile: _Tile) -> None:
 def _store_wait(count: int) -> None:
     worker = _HERE.worker
     worker.waits_for = "its stores"
-    _point(lambda: worker.stores <= count)
+    _point(lambda: worker.sent - worker.landed <= count)
+    while len(worker.stores) > count:
+        worker.stores.pop(0).end()
 
 
 class _Product:
     def __init__(self, a, b: _Tile, acc: Tensor, use_acc: bool) -> None:
         self.a, self.b, self.acc, self.use_acc, self.result = a, b, acc, use_acc, None
-        self.before = [x.value().clone() for x in (a, b) if isinstance(x, _Tile)]
+        # A block's first P V multiplies zeros by whatever is there, and is thrown away.
+        counts = isinstance(a, _Tile) or bool(a.any())
+        self.tiles = [x for x in (a, b) if isinstance(x, _Tile) and counts]
+        self.before = [x.value().clone() for x in self.tiles]
+        for x in self.tiles:
+            x.cell.read()
+            x.cell.begin()
 
     def finish(self) -> None:
-        now = [x.value().clone() for x in (self.a, self.b) if isinstance(x, _Tile)]
-        # A block's first P V multiplies zeros by whatever is there, and is thrown away.
-        if isinstance(self.a, _Tile) or bool(self.a.any()):
-            for x, y in zip(self.before, now, strict=True):
-                assert torch.equal(x.nan_to_num(12345.0), y.nan_to_num(12345.0)), (
-                    f"{_HERE.worker.name}: memory changed under a product"
-                )
+        for x, before in zip(self.tiles, self.before, strict=True):
+            x.cell.end()
+            same = torch.equal(x.value().nan_to_num(12345.0), before.nan_to_num(12345.0))
+            assert same, f"{_HERE.worker.name}: {x.cell.name} changed under a product"
         a = self.a.value() if isinstance(self.a, _Tile) else self.a
         made = a @ self.b.value()
         self.result = made + self.acc if self.use_acc else made
@@ -485,31 +606,40 @@ def _cast(x, dtype):
     return float(x) if dtype.is_floating_point else int(x)
 
 
+class _Four:
+    """Four e4m3 in a register: four numbers here."""
+
+    def __init__(self, numbers: list[Tensor]) -> None:
+        self.numbers, self.shape = numbers, numbers[0].shape
+
+    def __rshift__(self, bits: int) -> Tensor:
+        assert bits % 8 == 0
+        return self.numbers[bits // 8]
+
+
+def _assembly(code: str, constraints: str, arguments: list[Tensor], dtype, is_pure: bool, pack: int):
+    """What rounds to e4m3, or keeps a number as it is."""
+    assert "e4m3x2" in code or "nanosleep" in code, f"no stand-in for {code}"
+    return arguments[0] if len(arguments) == 1 else _Four(arguments)
+
+
 def _allocate(dtype, shape, layout):
-    schedule = _HERE.schedule
     if dtype == torch.int64:
-        return _Barriers(schedule, shape[0])
-    if dtype == torch.int32:
-        return _Mail(shape[0])
-    count, _, _, rows, columns = shape
-    return _Tile(torch.full((count, columns // CHUNK, rows, CHUNK), NAN, dtype=dtype), [count, 1, 1])
+        return _Barriers(_HERE.schedule, shape[0])
+    if len(shape) == 2:
+        return _Vectors(*shape, dtype)
+    count, *ones, rows, columns = shape
+    return _Tile.empty(count, [count, *ones], rows, columns, dtype)
 
 
 def _specialize(partitions, warps, registers) -> None:
-    names = ["d_o", "qs", "ks", "vs", "os", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free", "mail"]
-    own = dict(zip([*names, "m_full", "m_free"], partitions[0][1], strict=False))
-    for name, array in own.items():
-        if isinstance(array, _Barriers):
-            for i, barrier in enumerate(array.all):
-                barrier.name = f"{name}[{i}] of block {_HERE.block}"
-    for free, buffers, per in (("k_free", "ks", 1), ("v_free", "vs", 1), ("q_free", "qs", 2)):
-        for i, barrier in enumerate(own[free].all):
-            memory = own[buffers].memory[i * per : (i + 1) * per]
-            barrier.freed = partial(memory.fill_, NAN)
-    for i, barrier in enumerate(own["m_free"].all):
-        barrier.freed = partial(own["mail"].clear, i)
+    schedule, block = _HERE.schedule, _HERE.block
     for i, (function, arguments) in enumerate(partitions):
-        _HERE.schedule.workers.append(_Worker(_HERE.schedule, _HERE.block, _HERE.blocks, i, function, arguments))
+        for name, array in inspect.signature(function).bind(*arguments).arguments.items():
+            members = {_Barriers: "all", _Tile: "cells", _Vectors: "cells"}.get(type(array))
+            for j, member in enumerate(getattr(array, members) if members else []):
+                member.name = f"{name}[{j}] of block {block}"
+        schedule.workers.append(_Worker(schedule, block, _HERE.blocks, i, function, arguments))
 
 
 def _jit(function=None, **options):
@@ -526,6 +656,8 @@ def _layout(*args, **options) -> None:
 
 _LANGUAGE = SimpleNamespace(
     constexpr=_Constexpr, static_range=range, int32=torch.int32, int64=torch.int64, float32=torch.float64,
+    bfloat16=torch.float64, float8e4nv=torch.float64, int8=torch.float64, inline_asm_elementwise=_assembly,
+    NVMMASharedLayout=_layout, abs=torch.abs, split=lambda x: x.unbind(-1),
     NVMMADistributedLayout=_layout, BlockedLayout=_layout, SliceLayout=_layout, DotOperandLayout=_layout,
     SwizzledSharedLayout=_layout, shared_memory_descriptor=_Tile, convert_layout=lambda x, layout: x,
     arange=lambda low, high, layout=None: torch.arange(low, high, dtype=torch.int32),
@@ -561,18 +693,29 @@ class _Plain(ast.NodeTransformer):
         return node
 
 
-@lru_cache(maxsize=1)
-def device_code() -> SimpleNamespace:
-    """device.py's functions, to be called with pointers and descriptors of this file."""
-    file = Path(host.__file__).with_name("device.py")
-    tree = ast.parse(file.read_text())
-    shared = ast.parse(Path(primitives.__file__).read_text())
-    pages = [node for node in shared.body if isinstance(node, ast.FunctionDef) and node.name == "_in_pages"]
-    tree.body = pages + [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
-    names: dict[str, Any] = {
+def _imported(node: ast.ImportFrom) -> dict[str, Any]:
+    """What a module of device code takes from others of this package: functions and constants as they are here."""
+    found = {}
+    module = importlib.import_module(node.module or "")
+    own = Path(module.__file__ or "").with_suffix("").name in ("device", "fp8_device")
+    for alias in node.names:
+        x = getattr(module, alias.name)
+        if own:
+            x = getattr(device_code(Path(module.__file__ or "").stem), alias.name)
+        elif hasattr(x, "value"):
+            x = x.value
+        elif hasattr(x, "fn"):
+            tree = ast.parse(Path(module.__file__ or "").read_text())
+            tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == alias.name]
+            x = _executed(tree, module.__file__ or "", {})[alias.name]
+        found[alias.asname or alias.name] = x
+    return found
+
+
+def _executed(tree: ast.Module, file: str, names: dict[str, Any]) -> dict[str, Any]:
+    names |= {
         "triton": SimpleNamespace(jit=_jit), "gluon": SimpleNamespace(jit=_jit), "tl": _LANGUAGE, "gl": _LANGUAGE,
-        "no_type_check": lambda f: f, "items": items, "NOWHERE": int(NOWHERE.value), "RULE_FLAG": RULE,
-        "_cast": _cast, "_div": _div, "_mod": _mod, "fence_async_shared": lambda: None,
+        "no_type_check": lambda f: f, "_cast": _cast, "_div": _div, "_mod": _mod, "fence_async_shared": lambda: None,
         "mbarrier": SimpleNamespace(
             MBarrierLayout=_layout, init=lambda barrier, count: barrier.init(count), expect=_expect, arrive=_arrive,
             wait=_wait,
@@ -580,7 +723,27 @@ def device_code() -> SimpleNamespace:
         "tma": SimpleNamespace(async_load=_copy_in, async_store=_copy_out, store_wait=_store_wait),
         "warpgroup_mma": _product, "warpgroup_mma_wait": _product_wait,
     }  # fmt: skip
-    exec(compile(ast.fix_missing_locations(_Plain().visit(tree)), str(file), "exec"), names)
+    exec(compile(ast.fix_missing_locations(_Plain().visit(tree)), file, "exec"), names)
+    return names
+
+
+@lru_cache(maxsize=8)
+def device_code(module: str = "device", **constants: int) -> SimpleNamespace:
+    """The functions of device.py or fp8_device.py, to be called with pointers and descriptors of this file.
+
+    constants: of the module, to be others here.
+    """
+    file = Path(host.__file__).with_name(f"{module}.py")
+    tree = ast.parse(file.read_text())
+    names: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsekit"):
+            names |= _imported(node)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in constants:
+            node.value = ast.Constant(constants.pop(node.targets[0].id))
+    assert not constants, f"{module} has no {', '.join(constants)}"
+    tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    _executed(tree, str(file), names)
     names["_rescale"] = lambda acc, alpha, layout: acc * alpha[:, None]
     return SimpleNamespace(**names)
 
@@ -604,12 +767,53 @@ def _programs(kernel, grid, *args, **options) -> None:
     del _HERE.program
 
 
-def _attention(arguments: list[Any], blocks: int, seed: int) -> None:
+def _layout_of(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int], None]:
+    return _Descriptor, [1, 1, rows, dim], None
+
+
+@contextmanager
+def hosted(host_side: Any, **loaded: Any) -> Iterator[None]:
+    """Within it host.py or fp8.py prepares launches of this file's device code, of which it sees `loaded`."""
+    kernel = SimpleNamespace(warmup=lambda *args, **options: None)
+    with ExitStack() as patches, torch.no_grad():
+        for module in (host_side, descriptors):
+            patches.enter_context(patch.object(module, "layout", _layout_of))
+        patches.enter_context(
+            patch.object(host_side, "_device_code", lambda: SimpleNamespace(attention=kernel, **loaded))
+        )
+        patches.enter_context(patch.object(host_side, "_FORMS", {}))
+        patches.enter_context(patch("sparsekit.kernels.launch.launch", _launch))
+        yield
+
+
+def results(q: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) as a launch gets them; NaN where it is to write."""
+    out, lse = output(q, None, padded), q.new_full(q.shape[:3], float("-inf") if padded else NAN)
+    return out if padded else out.fill_(NAN), lse
+
+
+def launched(
+    code: SimpleNamespace, work: Any, arguments: list[Any], workspace: Sequence[Tensor | None], out: Tensor,
+    lse: Tensor | None, sinks: Tensor | None, blocks: int, seed: int,
+) -> None:  # fmt: skip
+    """A launch of `attention`, and of `merge` where rows are split. workspace: among `arguments`."""
+    pieces = [None if x is None else x.new_full(x.shape, NAN, dtype=out.dtype) for x in workspace]
+    for x, piece in zip(workspace, pieces, strict=True):
+        arguments = [piece if x is not None and given is x else given for given in arguments]
+    counters = host._counters(out.device, 0).zero_()  # a run that failed leaves them anyhow
+    blocks = min(blocks, work.blocks)
     _HERE.schedule, _HERE.blocks = _Schedule(seed), blocks
     for block in range(blocks):
         _HERE.block = block
-        device_code().attention(*map(_given, arguments))
+        code.attention(*map(_given, arguments))
     _HERE.schedule.run()
+    assert not counters.any(), "counters are not put back"
+    if work.slots:
+        _, heads, q_len, dim = out.shape
+        _programs(
+            device_code().merge, (work.slots, 4), *map(_given, (work.merges, *pieces, out, lse, sinks)), heads, q_len,
+            *out.stride()[:3], D=dim, BM=32, LSE=lse is not None, SINKS=sinks is not None,
+        )  # fmt: skip
 
 
 def attend_in_python(
@@ -621,39 +825,17 @@ def attend_in_python(
     blocks: of a launch, at most. seed: who runs when.
     """
     code = device_code()
-    kernel = SimpleNamespace(warmup=lambda *args, **options: None)
-    loaded = SimpleNamespace(CHUNK=SimpleNamespace(value=CHUNK), attention=kernel, gather_columns=code.gather_columns)
-    with ExitStack() as patches, torch.no_grad():
-        for module in (host, descriptors):
-            shape = lambda rows, dim, dtype: (_Descriptor, [1, 1, rows, dim], None)  # noqa: E731
-            patches.enter_context(patch.object(module, "layout", shape))
-        patches.enter_context(patch.object(host, "_device_code", lambda: loaded))
-        patches.enter_context(patch.object(host, "_FORMS", {}))
-        patches.enter_context(patch("sparsekit.kernels.launch.launch", _launch))
+    with hosted(host, CHUNK=SimpleNamespace(value=CHUNK), gather_columns=code.gather_columns):
         pack = host._packed_heads(q, keys, plan, softmax)
         own = host._pack(q, pack) if pack > 1 else q
-        lse_too = dense is None
+        lse_too, sinks = dense is None, softmax.sink_logits
         launches = host._prepare(own, keys, plan, softmax, lse_too, 0, pack, dense)
-        out = output(own, None, launches.padded)
-        lse = own.new_full(own.shape[:3], float("-inf") if launches.padded else NAN)
-        if not launches.padded:
-            out.fill_(NAN)
+        out, lse = results(own, launches.padded)
+        own_lse = lse if lse_too else None
         pool = host._pool(keys, plan) if launches.columns else (None, None)
         for launch in launches.launches:
-            sinks = softmax.sink_logits
-            arguments, partial_results = launch.fill(own, keys, out, lse if lse_too else None, pool, sinks, dense)
-            pieces = [None if x is None else x.new_full(x.shape, NAN, dtype=q.dtype) for x in partial_results]
-            arguments[host.OUT_ARGUMENT + 3 : host.OUT_ARGUMENT + 5] = pieces
-            counters = host._counters(q.device, 0).zero_()  # a run that failed leaves them anyhow
-            _attention(arguments, min(blocks, launch.work.blocks), seed)
-            assert not counters.any(), "counters are not put back"
-            if launch.work.slots:
-                _, heads, q_len, dim = out.shape
-                args = (launch.work.merges, *pieces, out, lse if lse_too else None, sinks)
-                _programs(
-                    code.merge, (launch.work.slots, 4), *map(_given, args), heads, q_len, *out.stride()[:3],
-                    D=dim, BM=32, LSE=lse_too, SINKS=sinks is not None,
-                )  # fmt: skip
+            arguments, workspace = launch.fill(own, keys, out, own_lse, pool, sinks, dense)
+            launched(code, launch.work, arguments, workspace, out, own_lse, sinks, blocks, seed)
         if pack > 1:
             out, lse = host._unpack(out, pack), host._unpack(lse[..., None], pack)[..., 0]
         return out, lse
