@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from gluon_in_python import device_code, hosted, launched, results
 from torch import Tensor
@@ -54,7 +52,7 @@ def attend_fp8_in_python(
     flush: steps that the tensor cores may sum. blocks: of a launch, at most. seed: who runs when.
     """
     code = device_code("fp8_device", FLUSH=flush)
-    with hosted(fp8, FEW=SimpleNamespace(value=code.FEW)):
+    with hosted(fp8, code):
         out, lse = results(q, plan.geometry.padded)
         own_lse = lse if return_lse else None
         rounded = scaled(k, v, plan.geometry, softmax.softcap is None, seed)

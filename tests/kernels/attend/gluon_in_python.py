@@ -13,7 +13,7 @@ NaN instead. Which barrier frees a buffer nobody has to say: the last one with "
 for.
 
 Numbers are float64, so that an error stands out; conversions to e4m3 keep them. Not here: layouts, swizzling below rows
-of 64 columns, fences, registers, rounding.
+of 64 columns, registers, rounding.
 """
 
 # Stand-ins take what Gluon takes, and have no types to check.
@@ -130,6 +130,7 @@ class _Worker:
         self.epoch = 1
         self.seen: dict[Any, int] = {}  # up to which epoch of other partitions, which phase of copies
         self.waited_free: _Barrier | None = None
+        self.unfenced: list[_Cell] = []  # written by threads, unseen by products and copies
         self.thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
 
     def place(self) -> str:
@@ -257,9 +258,10 @@ class _Cell:
             return f"{me.name} reads {self.name}, which it has freed"
         return ""
 
-    def read(self) -> None:
+    def read(self, by_threads: bool = True) -> None:
         wrong = self.wrong()
         assert not wrong, wrong
+        assert by_threads or self not in _HERE.worker.unfenced, f"{_HERE.worker.name} reads {self.name} without a fence"
         self.reads[_HERE.worker] = _HERE.worker.epoch
 
     def begin(self) -> None:
@@ -354,6 +356,7 @@ class _Tile:
 
     def store(self, x: Tensor) -> None:
         self.cell.write()
+        _HERE.worker.unfenced.append(self.cell)
         self.put(x)
         _point()
 
@@ -469,6 +472,11 @@ def _wait(barrier: _Barrier, phase, pred=True) -> None:
             me.waited_free = barrier
 
 
+def _fence() -> None:
+    if hasattr(_HERE, "worker"):
+        _HERE.worker.unfenced = []
+
+
 def _copy_in(desc: _Descriptor, at, barrier: _Barrier, tile: _Tile) -> None:
     assert tile.shape == desc.block_type.shape, (tile.shape, desc.block_type.shape)
     tile.cell.write((barrier, barrier.completed + 1))
@@ -489,7 +497,7 @@ def _copy_out(desc: _Descriptor, at, tile: _Tile) -> None:
     assert tile.shape == desc.block_type.shape
     assert int(at[2]) >= 0, "a store that starts before row 0"
     worker = _HERE.worker
-    tile.cell.read()
+    tile.cell.read(by_threads=False)
     tile.cell.begin()
     worker.stores.append(tile.cell)
     worker.sent += 1
@@ -519,7 +527,7 @@ class _Product:
         self.tiles = [x for x in (a, b) if isinstance(x, _Tile) and counts]
         self.before = [x.value().clone() for x in self.tiles]
         for x in self.tiles:
-            x.cell.read()
+            x.cell.read(by_threads=False)
             x.cell.begin()
 
     def finish(self) -> None:
@@ -715,7 +723,7 @@ def _imported(node: ast.ImportFrom) -> dict[str, Any]:
 def _executed(tree: ast.Module, file: str, names: dict[str, Any]) -> dict[str, Any]:
     names |= {
         "triton": SimpleNamespace(jit=_jit), "gluon": SimpleNamespace(jit=_jit), "tl": _LANGUAGE, "gl": _LANGUAGE,
-        "no_type_check": lambda f: f, "_cast": _cast, "_div": _div, "_mod": _mod, "fence_async_shared": lambda: None,
+        "no_type_check": lambda f: f, "_cast": _cast, "_div": _div, "_mod": _mod, "fence_async_shared": _fence,
         "mbarrier": SimpleNamespace(
             MBarrierLayout=_layout, init=lambda barrier, count: barrier.init(count), expect=_expect, arrive=_arrive,
             wait=_wait,
@@ -772,15 +780,14 @@ def _layout_of(rows: int, dim: int, dtype: torch.dtype) -> tuple[type, list[int]
 
 
 @contextmanager
-def hosted(host_side: Any, **loaded: Any) -> Iterator[None]:
-    """Within it host.py or fp8.py prepares launches of this file's device code, of which it sees `loaded`."""
-    kernel = SimpleNamespace(warmup=lambda *args, **options: None)
+def hosted(host_side: Any, code: SimpleNamespace) -> Iterator[None]:
+    """Within it host.py or fp8.py prepares launches of this file's device code."""
+    loaded = {name: SimpleNamespace(value=x) if isinstance(x, int) else x for name, x in vars(code).items()}
+    loaded["attention"] = SimpleNamespace(warmup=lambda *args, **options: None)
     with ExitStack() as patches, torch.no_grad():
         for module in (host_side, descriptors):
             patches.enter_context(patch.object(module, "layout", _layout_of))
-        patches.enter_context(
-            patch.object(host_side, "_device_code", lambda: SimpleNamespace(attention=kernel, **loaded))
-        )
+        patches.enter_context(patch.object(host_side, "_device_code", lambda: SimpleNamespace(**loaded)))
         patches.enter_context(patch.object(host_side, "_FORMS", {}))
         patches.enter_context(patch("sparsekit.kernels.launch.launch", _launch))
         yield
@@ -825,7 +832,7 @@ def attend_in_python(
     blocks: of a launch, at most. seed: who runs when.
     """
     code = device_code()
-    with hosted(host, CHUNK=SimpleNamespace(value=CHUNK), gather_columns=code.gather_columns):
+    with hosted(host, code):
         pack = host._packed_heads(q, keys, plan, softmax)
         own = host._pack(q, pack) if pack > 1 else q
         lse_too, sinks = dense is None, softmax.sink_logits
