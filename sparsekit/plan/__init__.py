@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from sparsekit.plan.bounds import anchor_positions, causal_tiles, row_bounds, segment_bounds, span_numbers, upload
+from sparsekit.plan.bounds import (
+    anchor_positions,
+    causal_tiles,
+    key_bounds,
+    row_bounds,
+    segment_bounds,
+    span_numbers,
+    upload,
+)
 from sparsekit.plan.build import dense_plan, plan_from_block_mask, plan_from_rule
 from sparsekit.plan.entries import CAUSAL, FLAG_BITS, FLAGS, RULE, pack, unpack
 from sparsekit.plan.mask import out_of_range
@@ -25,6 +33,7 @@ __all__ = [
     "causal_tiles",
     "dense_plan",
     "heaviest_first",
+    "key_bounds",
     "out_of_range",
     "pack",
     "plan_from_block_mask",

@@ -9,7 +9,16 @@ from torch.nn.functional import pad
 from sparsekit.call.caches import per_geometry
 from sparsekit.call.geometry import Geometry
 
-__all__ = ["anchor_positions", "causal_tiles", "row_bounds", "row_starts", "segment_bounds", "span_numbers", "upload"]
+__all__ = [
+    "anchor_positions",
+    "causal_tiles",
+    "key_bounds",
+    "row_bounds",
+    "row_starts",
+    "segment_bounds",
+    "span_numbers",
+    "upload",
+]
 
 # Rows are those of `samples` plan samples, 1 for a batch of samples that are all alike. int64 unless said otherwise.
 
@@ -78,6 +87,13 @@ def span_numbers(geometry: Geometry, samples: int, device: torch.device, behind:
         for span, start in zip(geometry.spans[:samples], geometry.kv_start, strict=False)
     ]
     return upload(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
+
+
+@per_geometry
+def key_bounds(geometry: Geometry, device: torch.device) -> Tensor:
+    """int32 (B, 2): kv_start, and the last valid position; -1 where there is none."""
+    bounds = [(start, end - start - 1) for start, end in zip(geometry.kv_start, geometry.kv_end, strict=True)]
+    return upload(torch.tensor(bounds, dtype=torch.int32, device="cpu"), device)
 
 
 def upload(values: Tensor, device: torch.device | str) -> Tensor:

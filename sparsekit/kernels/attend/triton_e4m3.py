@@ -15,9 +15,9 @@ from torch import Tensor
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.keys import Keys
 from sparsekit.kernels.attend.fp8 import BLOCK_KEYS, key_blocks
-from sparsekit.kernels.attend.hopper.host import _key_bounds
 from sparsekit.kernels.launch import interpreted, launch, steps_of
 from sparsekit.kernels.primitives import _in_pages
+from sparsekit.plan import key_bounds
 
 __all__ = ["in_common", "quantise", "quantised"]
 
@@ -45,7 +45,7 @@ def quantised(keys: Keys, g: Geometry, shifted: bool, in_order: bool) -> tuple[T
     )
     scales = k.new_empty((g.batch, k.shape[1], blocks, 2), dtype=torch.float32)
     common = k.new_empty((g.batch, k.shape[1], 2, dim), dtype=torch.bfloat16)
-    given = (k, v, table, _key_bounds(g, k.device), common)
+    given = (k, v, table, key_bounds(g, k.device), common)
     steps = (*(step // 8 for step in steps_of(k, v)), None if table is None else table.stride(0))
     options = {"D": dim, "PAGE": keys.page, "num_warps": max(dim // 16, 8)}
     few = min(1 << (blocks * BLOCK_KEYS - 1).bit_length(), SAMPLED)

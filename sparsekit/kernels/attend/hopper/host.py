@@ -38,7 +38,7 @@ from sparsekit.kernels.attend.hopper.worklist import (
     _workspace_slots,
 )
 from sparsekit.kernels.device import capability_of
-from sparsekit.plan import BlockPlan, upload
+from sparsekit.plan import BlockPlan, key_bounds
 from sparsekit.plan.memo import COVERED, HOPPER_LAUNCHES
 
 __all__ = ["attend_corrected", "attend_hopper", "compile_form", "covers", "missing", "tile"]
@@ -387,13 +387,6 @@ def _counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
-@per_geometry
-def _key_bounds(g: Geometry, device: torch.device) -> Tensor:
-    """int32 (B, 2): kv_start, and the last valid position; -1 where there is none."""
-    bounds = [(start, end - start - 1) for start, end in zip(g.kv_start, g.kv_end, strict=True)]
-    return upload(torch.tensor(bounds, dtype=torch.int32, device="cpu"), device)
-
-
 def _pool(keys: Keys, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """K and V of the single columns, (B, G or H, T, D): read as tiles by TMA, at the cost of a gather in the kernel.
 
@@ -408,7 +401,7 @@ def _pool(keys: Keys, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     heads = key_heads if plan.heads in (1, key_heads) else plan.heads
     pool_k, pool_v = (x.new_empty((batch, heads, tokens, dim)) for x in (k, v))
     args = (
-        k, v, table, plan.tokens, _key_bounds(plan.geometry, k.device), pool_k, pool_v, tokens, heads, plan.heads,
+        k, v, table, plan.tokens, key_bounds(plan.geometry, k.device), pool_k, pool_v, tokens, heads, plan.heads,
         1 if plan.samples > 1 else 0, heads // key_heads, *k.stride()[:3], *v.stride()[:3], kv_len - 1,
         -(-tokens // COLUMNS_A_PROGRAM), None if table is None else table.stride(0),
     )  # fmt: skip
