@@ -30,6 +30,7 @@ STEP = tl.constexpr(128)  # a row has a multiple of so many columns, as tiles an
 SINK = tl.constexpr(KEY_TILE)  # keys that are kept anyway, and have no column
 FARTHEST = tl.constexpr(torch.finfo(torch.float32).max)
 NO_PAIR = tl.constexpr(-0x80000000000000)  # -inf, column 0: its bits are 0xFF800000
+TILES = 8  # of mean queries, that a program multiplies with the same keys
 TURNS = 4  # guesses of a threshold from a sample before it is searched for in the row itself
 
 
@@ -68,10 +69,8 @@ def _mean_queries(
 
 @triton.jit
 @no_type_check
-def _history(p_span, i_sample, i_segment, size):
+def _history(q_first, q_end, i_segment, size):
     """Columns of segments' rows: the keys before them that are ranked; none where they have no query."""
-    q_first = tl.load(p_span + i_sample * 4)
-    q_end = tl.load(p_span + i_sample * 4 + 1)
     begin = (q_first // size + i_segment) * size
     return tl.where((begin < q_end) & (q_end > q_first), tl.maximum(begin - SINK, 0), 0)
 
@@ -88,37 +87,47 @@ def _padded_row(history):
 def _segment_scores(
     p_mean, p_k, p_span, p_score, k_batch, k_head, k_token, width, first, n, segments, samples, key_heads, size,
     tiles_n, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """BM mean queries, of the heads of one key head, times BN keys: finite numbers before a segment, -inf after.
+    """Mean queries, of the heads of one key head, times BN keys: finite numbers before a segment, -inf after.
 
-    Neighbours take the rows of the same keys.
+    A program takes up to TILES times BM mean queries in turn; neighbours take the rows of the same keys.
     """
-    tiles_m = tl.cdiv(n * GROUP, BM)
-    i_m = tl.program_id(0) % tiles_m
-    i_n = tl.program_id(0) // tiles_m % tiles_n
-    i_key_head = tl.program_id(0) // tiles_m // tiles_n % key_heads
-    i_sample = tl.program_id(0) // tiles_m // tiles_n // key_heads
-    row = i_m * BM + tl.arange(0, BM)
+    turns = tl.cdiv(n * GROUP, BM * TILES)
+    i_turn = tl.program_id(0) % turns
+    i_n = tl.program_id(0) // turns % tiles_n
+    i_key_head = tl.program_id(0) // turns // tiles_n % key_heads
+    i_sample = tl.program_id(0) // turns // tiles_n // key_heads
+    q_first = tl.load(p_span + i_sample * 4)
+    q_end = tl.load(p_span + i_sample * 4 + 1)
+    start = tl.load(p_span + i_sample * 4 + 3)
     column = i_n * BN + tl.arange(0, BN)
-    i_head = i_key_head * GROUP + row % GROUP
-    i_segment = row // GROUP
-    exists = row < n * GROUP
-    history = tl.where(exists, _history(p_span, i_sample, first + i_segment, size), 0)
-    padded = _padded_row(history)
-    if tl.max(padded) > i_n * BN:
-        q_end = tl.load(p_span + i_sample * 4 + 1)
-        start = tl.load(p_span + i_sample * 4 + 3)
-        dim = tl.arange(0, BK)
+    dim = tl.arange(0, BK)
+    p_b = p_k + _offset(i_sample, i_key_head, start, k_batch, k_head, k_token)
+    p_b = p_b + (column + SINK).to(tl.int64)[:, None] * k_token + dim[None, :]
+    # The segments before this one have no key here.
+    reaching = tl.maximum((i_n * BN + SINK - STEP) // size - q_first // size - first, 0)
+    low = tl.maximum(reaching * GROUP // BM, i_turn * TILES)
+    high = tl.minimum(tl.cdiv(n * GROUP, BM), (i_turn + 1) * TILES)
+    if D == BK:
+        b_keys = tl.load(p_b, mask=(column + SINK < q_end)[:, None], other=0.0)
+    for i_m in tl.range(low, high, num_stages=STAGES):
+        row = i_m * BM + tl.arange(0, BM)
+        i_head = i_key_head * GROUP + row % GROUP
+        i_segment = row // GROUP
+        exists = row < n * GROUP
+        history = tl.where(exists, _history(q_first, q_end, first + i_segment, size), 0)
+        padded = _padded_row(history)
         i_mean = (i_sample * key_heads * GROUP + i_head).to(tl.int64) * segments + first + i_segment
         p_a = p_mean + (i_mean * D)[:, None] + dim[None, :]
-        p_b = p_k + _offset(i_sample, i_key_head, start, k_batch, k_head, k_token)
-        p_b = p_b + (column + SINK).to(tl.int64)[:, None] * k_token + dim[None, :]
-        b_s = tl.zeros([BM, BN], tl.float32)
-        for at in tl.range(0, D, BK, num_stages=STAGES):
-            b_a = tl.load(p_a + at, mask=exists[:, None], other=0.0)
-            b_b = tl.load(p_b + at, mask=(column + SINK < q_end)[:, None], other=0.0)
-            b_s = tl.dot(b_a, b_b.T, b_s, input_precision=PRECISION)
+        if D == BK:
+            b_s = tl.dot(tl.load(p_a, mask=exists[:, None], other=0.0), b_keys.T, input_precision=PRECISION)
+        else:
+            b_s = tl.zeros([BM, BN], tl.float32)
+            for at in range(0, D, BK):
+                b_a = tl.load(p_a + at, mask=exists[:, None], other=0.0)
+                b_b = tl.load(p_b + at, mask=(column + SINK < q_end)[:, None], other=0.0)
+                b_s = tl.dot(b_a, b_b.T, b_s, input_precision=PRECISION)
         b_s = tl.where(b_s == b_s, tl.minimum(tl.maximum(b_s, -FARTHEST), FARTHEST), -FARTHEST)
         b_s = tl.where(column[None, :] < history[:, None], b_s, float("-inf"))
         i_row = (i_segment * samples + i_sample).to(tl.int64) * (key_heads * GROUP) + i_head
@@ -287,7 +296,9 @@ def _select(
     p_ptr += i_sample * (segments + 1) + first + i_at
     count = (tl.load(p_ptr + 1) - tl.load(p_ptr)).to(tl.int32)
     if count > 0:
-        history = _history(p_span, i_sample, first + i_at, size)
+        q_first = tl.load(p_span + i_sample * 4)
+        q_end = tl.load(p_span + i_sample * 4 + 1)
+        history = _history(q_first, q_end, first + i_at, size)
         padded = _padded_row(history)
         i_row = (i_at * samples + i_sample).to(tl.int64) * heads + i_head
         p_score += i_row * width
@@ -389,7 +400,7 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
     products = {
         "GROUP": group, "BM": tile.m, "BN": tile.n, "BK": min(tile.k, dim & -dim), "D": dim,
         "PRECISION": _precision(capability_of(k.device), k.dtype), "STAGES": tile.stages,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "TILES": TILES, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     choice = {"BLOCK": block, "CHUNK": max(block, 512), "TURNS": TURNS, "num_warps": max(block // 512, 1)}
     # 4,096 keys, 4 warps: 1.7 ms at 128K tokens (H200). Before sm_90 ptxas takes a minute for 4, and 2 s for 16.
@@ -400,7 +411,7 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
         for a, b, width in turns:
             where = (width, a, b - a, n, samples)
             tiles_n = triton.cdiv(width - 4 * block, tile.n)
-            tiles = key_heads * triton.cdiv((b - a) * group, tile.m) * tiles_n
+            tiles = key_heads * triton.cdiv((b - a) * group, tile.m * TILES) * tiles_n
             args = (means, k, spans, scores, *steps, *where, key_heads, size, tiles_n)
             launch(_segment_scores, samples * tiles, args, products, steps)
             rows = samples * heads * (b - a)

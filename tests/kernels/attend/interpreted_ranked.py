@@ -182,6 +182,14 @@ def test_select_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     _compare(monkeypatch, pattern, whole(geometry, heads=2, key_heads=1), geometry)
 
 
+def test_select_by_programs_of_two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four tiles of mean queries, of which the first have none of the last keys."""
+    geometry = Geometry.of(400, block_q=64)
+    monkeypatch.setattr(ranking_triton, "TILES", 2)
+    monkeypatch.setattr(ranking_triton, "EXACT_SCORES", ranking_triton.EXACT_SCORES._replace(m=16))
+    _compare(monkeypatch, S2O(segment_tokens=64, max_tokens=90), whole(geometry, heads=8, key_heads=1), geometry)
+
+
 @pytest.mark.parametrize("turns", [0, 4])
 @pytest.mark.parametrize("case", MISLED)
 def test_select_from_a_sample_that_misleads(case: str, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
