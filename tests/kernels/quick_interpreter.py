@@ -9,6 +9,7 @@ import dataclasses
 from functools import cache
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -19,7 +20,11 @@ def install() -> None:
     _shapes_once()
     _builtins_once()
     _device_functions_once()
-    _equal_shapes_as_they_are()
+    _no_copied_arguments()
+    _no_search_for_constants()
+    _types_of_operands_once()
+    _shapes_of_operands_once()
+    _dimensions_once()
 
 
 def _no_idle_checks() -> None:
@@ -100,14 +105,108 @@ def _device_functions_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-def _equal_shapes_as_they_are() -> None:
-    """Most operands need no broadcast; each dimension of each is compared as a constexpr."""
-    broadcast = interpreter.TritonSemantic.broadcast_impl_value
+def _no_copied_arguments() -> None:
+    """A replaced name calls the function itself: each call copies its arguments by name, and looks for one of them."""
 
-    def quick(self: Any, lhs: Any, rhs: Any) -> Any:
-        one, two = lhs.type, rhs.type
-        if one.is_block() and two.is_block() and one.shape.values == two.shape.values:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+    def patch(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch
+
+
+def _no_search_for_constants() -> None:
+    """Most of what may be a constexpr, or a list of them, is a tensor, a number, or a type to compare by name."""
+    unwrap, equal = tl.core._unwrap_if_constexpr, tl.dtype.__eq__
+    others = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, type(None)}
+
+    def quick_unwrap(value: Any) -> Any:
+        kind = type(value)
+        if kind is tl.constexpr:
+            return value.value
+        return value if kind in others else unwrap(value)
+
+    def quick_equal(self: Any, other: Any) -> bool:
+        return self.name == other.name if type(other) is tl.dtype else equal(self, other)
+
+    tl.core._unwrap_if_constexpr, tl.dtype.__eq__ = quick_unwrap, quick_equal
+
+
+def _types_of_operands_once() -> None:
+    """Which types an operation gives its two operands follows from those that they have, and a constant's from its
+    value: each operation compares them, and each dimension of their shapes."""
+    check = interpreter.TritonSemantic.binary_op_type_checking_impl
+    known: dict[Any, tuple[Any, Any]] = {}
+
+    def named(operand: Any) -> Any:
+        return operand.type.name if type(operand) is tl.tensor else (type(operand), repr(operand))  # -0.0 is not 0.0
+
+    def fit(self: Any, operand: Any, to: Any) -> Any:
+        if type(operand) is not tl.tensor:
+            return to  # a constant, made before
+        if operand.dtype.name != to.scalar.name:
+            operand = self.cast(operand, to.scalar)
+        return operand if operand.type.name == to.name else _broadcast(operand, to)
+
+    def operands(self: Any, one: Any, two: Any, *allowed: bool, **options: bool) -> tuple[Any, Any]:
+        key = named(one), named(two), allowed, *options.items()
+        if key not in known:
+            made = check(self, one, two, *allowed, **options)
+            known[key] = tuple(x.type if type(was) is tl.tensor else x for was, x in zip((one, two), made, strict=True))
+            return made
+        to_one, to_two = known[key]
+        return fit(self, one, to_one), fit(self, two, to_two)
+
+    interpreter.TritonSemantic.binary_op_type_checking_impl = operands
+
+
+def _broadcast(operand: Any, to: Any) -> Any:
+    """A block or a scalar as a block of type `to`."""
+    shape, data, dtype = to.shape.values, operand.handle.data, operand.handle.dtype.scalar
+    if operand.type.is_block():
+        data = np.broadcast_to(data.reshape((1,) * (len(shape) - data.ndim) + data.shape), shape)
+    else:
+        data = np.full(shape, data, interpreter._get_np_dtype(dtype))
+    return tl.tensor(interpreter.TensorHandle(data, dtype), to)
+
+
+def _shapes_of_operands_once() -> None:
+    """The same for operations that give their operands no other type."""
+    broadcast = interpreter.TritonSemantic.broadcast_impl_value
+    known: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+    def quick(self: Any, one: Any, two: Any) -> tuple[Any, Any]:
+        key = one.type.name, two.type.name
+        if key not in known:
+            made = broadcast(self, one, two)
+            known[key] = made[0].type, made[1].type
+            return made
+        to_one, to_two = known[key]
+        one = one if one.type.name == to_one.name else _broadcast(one, to_one)
+        return one, two if two.type.name == to_two.name else _broadcast(two, to_two)
 
     interpreter.TritonSemantic.broadcast_impl_value = quick
+
+
+def _dimensions_once() -> None:
+    """The type that a block has with one more dimension, and numpy's own index for it."""
+    expand = interpreter.TritonSemantic.expand_dims
+    known: dict[tuple[str, int], Any] = {}
+
+    def expand_dims(self: Any, block: Any, axis: int) -> Any:
+        key = block.type.name, axis
+        if key not in known:
+            made = expand(self, block, axis)
+            if not block.type.is_block():
+                return made
+            known[key] = made.type
+        handle = block.handle
+        data = handle.data[(slice(None),) * axis + (None,)]
+        return tl.tensor(interpreter.TensorHandle(data, handle.dtype.scalar), known[key])
+
+    interpreter.TritonSemantic.expand_dims = expand_dims
