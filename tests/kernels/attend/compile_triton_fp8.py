@@ -1,5 +1,5 @@
-"""Compiles the portable FP8 form, and the 16-bit form beside it, for cards that are not here, and prints what each case
-takes. `test_triton_fp8.py` runs it in a process of its own, whose Triton must compile."""
+"""Compiles the portable FP8 form, and where that spills the 16-bit form, for cards that are not here, and prints what
+each case takes. `test_triton_fp8.py` runs it in a process of its own, whose Triton must compile."""
 
 from __future__ import annotations
 
@@ -38,20 +38,21 @@ def _compile(capability: tuple[int, int], kind: str, dim: int, more: str) -> dic
     assert fp8.covers(q, Keys(k, k), plan, softmax, lse is not None) == []
     k8 = torch.empty(1, 8, TOKENS, dim, dtype=torch.float8_e4m3fn)
     rounded = torch.empty(1, 8, TOKENS // 128, 2), torch.empty(1, 8, 2, dim, dtype=torch.bfloat16)
-    wide, made = (
-        _form(capability, q, keys, plan, softmax, lse, besides)
-        for keys, besides in ((Keys(k, k), (None, None)), (Keys(k8, k8.view(1, 8, dim, TOKENS)), rounded))
-    )
+    made = _form(capability, q, Keys(k8, k8.view(1, 8, dim, TOKENS)), plan, softmax, lse, rounded)
     products = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.\S*", made.asm["ptx"])
     narrow = [one for one in products if ".e4m3.e4m3" in one or "kind::f8f6f4" in one]
-    said, before = (ptxas(one.asm["ptx"], Driver.capability)[0] for one in (made, wide))
+    said, in_16_bits = ptxas(made.asm["ptx"], Driver.capability)[0], 0
+    spilled = _spilled(said)
+    if spilled or capability == (12, 0):  # for which no other test compiles the 16-bit form
+        wide = _form(capability, q, Keys(k, k), plan, softmax, lse, (None, None))
+        in_16_bits = _spilled(ptxas(wide.asm["ptx"], Driver.capability)[0])
     return {
         "shared": made.metadata.shared,
         "products": len(products),
         "of e4m3": len(narrow),
         "sums": _sums(made.asm["ttir"]),
-        "spilled": _spilled(said),
-        "spilled in 16 bits": _spilled(before),
+        "spilled": spilled,
+        "spilled in 16 bits": in_16_bits,
         "serialised": said.count("(C75"),
     }
 
