@@ -18,8 +18,8 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "site/index.html"
 
-# A worker a core. A file's tests stay with one worker, so that what they share is made once. Files come in their own order:
-# those with few tests are the long ones, and would come last.
+# A worker a core. A file's tests stay with one worker, so that what they share is made once. Files come in the order of
+# tests/conftest.py: pytest-xdist's own puts those with few tests last, which are the long ones.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
