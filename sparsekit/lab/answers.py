@@ -21,9 +21,9 @@ from sparsekit.errors import SparsekitError
 from sparsekit.lab.tasks import Sample, Task, prompt_ids
 from sparsekit.models import can_shorten
 from sparsekit.patch import Handle, LayerReport
-from sparsekit.patch.caches import cache_argument, cache_of
+from sparsekit.patch.caches import cache_argument
 from sparsekit.patch.capture import wrap_attention
-from sparsekit.patch.divergence import divergence, ends, greedy, logprobs, read_truth
+from sparsekit.patch.divergence import divergence, end_of_prompt, ends, greedy, logprobs, read_truth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,7 +178,7 @@ def _prefilled(
     _synchronize(model.device)
     seconds = time.perf_counter() - start
     layers = () if handle is None else handle.report().layers
-    return ids, truth.to(model.device), prefill.logits[:, -1], cache_of(prefill), seconds, layers
+    return ids, truth.to(model.device), *end_of_prompt(model, prefill), seconds, layers
 
 
 def _score(task: Task, text: str, sample: Sample) -> float:
@@ -211,7 +211,7 @@ def read_on(
     truth = truth[:, : task.max_new_tokens].to(model.device)
     layers = () if handle is None else handle.report().layers
     with nullcontext() if handle is None else handle.pause():
-        logits = read_truth(model, prefill.logits[:, -1], cache_of(prefill), truth)[0]
+        logits = read_truth(model, *end_of_prompt(model, prefill), truth)[0]
     prompt = _nll(prefill.logits[0, :-1], ids[0, n - kept + 1 :])
     earlier = prompt[: -(LAST_ROWS - 1)]
     return Reading(

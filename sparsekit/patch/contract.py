@@ -22,9 +22,8 @@ from torch import Tensor
 from sparsekit.config import MeasuredOn, ResolvedConfig, SparseConfig, give_back, load
 from sparsekit.errors import SparsekitError
 from sparsekit.kernels.choose import FAMILIES
-from sparsekit.patch.caches import cache_of
 from sparsekit.patch.check_report import CheckReport, Divergence
-from sparsekit.patch.divergence import divergence, greedy, logprobs, read_truth
+from sparsekit.patch.divergence import divergence, end_of_prompt, greedy, logprobs, read_truth
 from sparsekit.patch.giving_back import give_back_until
 from sparsekit.patch.handle import Handle, left_alone, put_on
 from sparsekit.patch.model import check_positions, facts_of
@@ -250,17 +249,7 @@ class _Measured:
     def _prefill(self, i: int) -> tuple[Tensor, Any]:
         """Of prompt i, as the model runs now: logits (1, vocabulary) of the next token, and the cache."""
         ids = torch.tensor([self.prompts[i].ids], dtype=torch.int64, device=self.model.device)
-        out: Any = self.model(ids, use_cache=True, logits_to_keep=1)
-        cache = cache_of(out)
-        for found, what in (
-            (getattr(out, "logits", None), "no logits: give the model with its language head"),
-            (cache, "no cache"),
-        ):
-            if found is None:
-                raise SparsekitError(
-                    f"{type(self.model).__name__} returns {what}; the tokens that follow a prompt cannot be compared."
-                )
-        return out.logits[:, -1], cache
+        return end_of_prompt(self.model, self.model(ids, use_cache=True, logits_to_keep=1))
 
     def _read(self, i: int, paused: AbstractContextManager[None]) -> Tensor:
         """Logits at the tokens that follow prompt i: its prefill as the model runs now, then paused."""

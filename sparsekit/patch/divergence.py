@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import SparsekitError
-from sparsekit.patch.caches import cache_argument
+from sparsekit.patch.caches import cache_argument, cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Z95",
     "divergence",
+    "end_of_prompt",
     "ends",
     "greedy",
     "logprobs",
@@ -42,6 +43,24 @@ def logprobs(logits: Tensor) -> Tensor:
     In float64: a divergence of 1e-7 nats, which a good mixture shows, is float32's rounding.
     """
     return logits[0].double().log_softmax(-1)
+
+
+def end_of_prompt(model: PreTrainedModel, output: Any) -> tuple[Tensor, Any]:
+    """Logits (1, vocabulary) of the token after a prompt, and its cache, of what `model` returned for it.
+
+    Raises:
+        SparsekitError: it returned none of them, as recurrent models do that keep their state elsewhere.
+    """
+    cache = cache_of(output)
+    for found, what in (
+        (getattr(output, "logits", None), "no logits: give the model with its language head"),
+        (cache, "no cache"),
+    ):
+        if found is None:
+            raise SparsekitError(
+                f"{type(model).__name__} returns {what}; the tokens that follow a prompt cannot be compared."
+            )
+    return output.logits[:, -1], cache
 
 
 def read_truth(model: PreTrainedModel, first: Tensor, cache: Any, truth: Tensor) -> Tensor:

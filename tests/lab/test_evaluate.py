@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import crossovers
 import pytest
+import small_models
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +23,7 @@ from sparsekit.cli import app
 from sparsekit.config.settle import fingerprint
 from sparsekit.lab import evaluate as evaluate_module
 from sparsekit.lab import report
-from sparsekit.lab.answers import _EachRow
+from sparsekit.lab.answers import _EachRow, read_on
 from sparsekit.lab.evaluate import answer, answer_together, evaluate
 from sparsekit.lab.sweep.results import ResultFile
 from sparsekit.lab.tasks import prompt_ids, task
@@ -105,6 +107,17 @@ def test_caches_that_cannot_be_shortened(
         whole = model(torch.cat([prompt, truth], 1)).logits[0, prompt.shape[1] - 1 : -1]
     torch.testing.assert_close(got.logprobs, whole.double().log_softmax(-1), rtol=0, atol=1e-4)
     assert got.text
+
+
+@pytest.mark.parametrize("read", [answer, read_on, lambda *args: answer_together(*args[:-1], [args[-1]])])
+def test_a_model_that_returns_no_cache_is_named(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], read: Callable[..., object]
+) -> None:
+    model = small_models.small("recurrent_gemma", vocab_size=49152)
+    kind = task("needle4")
+    [sample] = kind.samples(smollm2[1], tokens=300, count=1, seed=0)
+    with pytest.raises(SparsekitError, match="RecurrentGemmaForCausalLM returns no cache; the tokens that follow"):
+        read(model, smollm2[1], kind, sample)
 
 
 @pytest.mark.slow
