@@ -158,13 +158,20 @@ def test_the_largest_keys_of_both_paths(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(ranking._largest(scores, 300), expected)
 
 
+def _infinite(fresh: Tensor) -> Tensor:
+    return fresh.fill_(torch.inf) if fresh.is_floating_point() else fresh
+
+
 def _compare(
     monkeypatch: pytest.MonkeyPatch, pattern: S2O, inputs: tuple[Tensor, Tensor, Tensor], geometry: Geometry
 ) -> None:
-    """The same plan of both paths, to the last key."""
+    """The same plan of both paths, to the last key. A score that is not written would be the largest."""
     expected = plan_of(pattern, inputs, geometry)
     monkeypatch.setattr(ranking, "runs_triton", lambda device: True)
-    got = plan_of(pattern, inputs, geometry)
+    empty = torch.empty
+    with monkeypatch.context() as poisoned:
+        poisoned.setattr(torch, "empty", lambda *size, **options: _infinite(empty(*size, **options)))
+        got = plan_of(pattern, inputs, geometry)
     for name, tensor in expected.tensors.items():
         assert torch.equal(got.tensors[name], tensor), name
 
@@ -176,18 +183,27 @@ def test_select_of_both_paths(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     _compare(monkeypatch, pattern, inputs, geometry)
 
 
+def test_select_by_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 numbers of a head of 80."""
+    geometry, pattern, _ = SELECTIONS["chunk"]
+    _compare(monkeypatch, pattern, whole(geometry, dim=80, heads=2, key_heads=1), geometry)
+
+
 def test_select_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry, pattern, _ = SELECTIONS["left padding"]
     monkeypatch.setattr(ranking_triton, "SCORE_BYTES", 20_000)
     _compare(monkeypatch, pattern, whole(geometry, heads=2, key_heads=1), geometry)
 
 
-def test_select_by_programs_of_two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four tiles of mean queries, of which the first have none of the last keys."""
-    geometry = Geometry.of(400, block_q=64)
+@pytest.mark.parametrize(("heads", "size", "tokens"), [(8, 64, (400,)), (16, 128, (400,)), (16, 96, (264, 600))])
+def test_select_by_programs_of_two_tiles(
+    heads: int, size: int, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four tiles of mean queries, of two segments each or of one; the first have none of the last keys."""
+    geometry = Geometry.of(*tokens, block_q=64)
     monkeypatch.setattr(ranking_triton, "TILES", 2)
     monkeypatch.setattr(ranking_triton, "EXACT_SCORES", ranking_triton.EXACT_SCORES._replace(m=16))
-    _compare(monkeypatch, S2O(segment_tokens=64, max_tokens=90), whole(geometry, heads=8, key_heads=1), geometry)
+    _compare(monkeypatch, S2O(segment_tokens=size, max_tokens=90), whole(geometry, heads=heads, key_heads=1), geometry)
 
 
 @pytest.mark.parametrize("turns", [0, 4])

@@ -49,6 +49,8 @@ SELECTIONS = {
     "right padding": (Geometry.of(336, batch=3, kv_end=(336, 48, 240), block_q=64), _CAPPED, (2, 1)),
     "all padding": (Geometry.of(240, batch=2, kv_end=(0, 240), block_q=64), _CAPPED, (2, 1)),
     "padded chunk": (Geometry.of(120, 480, batch=2, kv_start=(432, 0), block_q=64), _CAPPED, (2, 1)),
+    "words of 32 scores": (Geometry.of(1152, block_q=64), S2O(segment_tokens=1024, max_tokens=500), (1, 1)),
+    "rows of two chunks": (Geometry.of(2176, block_q=64), S2O(segment_tokens=2048, max_tokens=128), (1, 1)),
     "one more than a segment": (Geometry.of(129, block_q=64), S2O(segment_tokens=128, max_tokens=1), (2, 1)),
 }
 # What a sample of a row's scores says that is not so.

@@ -166,7 +166,7 @@ def test_it_compiles(tmp_path: Path) -> None:
                 assert case["spilled"] <= 64, case
                 assert case["ahead"] > 0, case
         elif case["dtype"] != "torch.float32" and case["dim"] <= 128:
-            assert case["spilled"] <= 96, case  # the choice of 8,192 keys has 16 warps, of 128 registers each thread
+            assert case["spilled"] <= 96, case  # the choice of keys has 80 registers a thread on sm_90
         if case["kernel"] == "_segment_scores":
             assert case["wgmma" if case["capability"] == 90 else "mma"] > 0 or case["dtype"] == "torch.float32", case
             assert case["serialised"] == 0, case
