@@ -49,7 +49,7 @@ def end_of_prompt(model: PreTrainedModel, output: Any) -> tuple[Tensor, Any]:
     """Logits (1, vocabulary) of the token after a prompt, and its cache, of what `model` returned for it.
 
     Raises:
-        SparsekitError: it returned none of them, as recurrent models do that keep their state elsewhere.
+        SparsekitError: one of them is missing; recurrent models may keep their state elsewhere.
     """
     cache = cache_of(output)
     for found, what in (
