@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekit.kernels.device import capability_of
 from sparsekit.kernels.launch import _padded, _pointer_form, _precision, _start, launch, on_device, steps_of
-from sparsekit.kernels.primitives import _offset
+from sparsekit.kernels.primitives import _offset, _ones
 from sparsekit.kernels.select.block_scores_triton import EXACT_SCORES, HALF_SCORES, _check, _single
 from sparsekit.kernels.select.segments import KEY_TILE, Segments, turns_of
 from sparsekit.kernels.select.topk_triton import _narrow, _ordered, _upper_middle, _value
@@ -177,7 +177,7 @@ def _keep(
         if TIES:
             keep = keep & ((b_score > least) | (i + lane <= last))
         word = tl.sum(tl.sum(tl.where(keep, bit, 0), 2), 1)
-        some = _bits_set(word)
+        some = _ones(word.to(tl.uint32, bitcast=True))
         place = found + tl.cumsum(some, 0) - some
         found += tl.sum(some)
         for _ in range(tl.max(some)):
@@ -191,16 +191,6 @@ def _keep(
             word = word & (word - 1)
             place += 1
     return found
-
-
-@triton.jit
-@no_type_check
-def _bits_set(word):
-    """How many bits of an int32 are."""
-    x = word - ((word >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
 
 
 @triton.jit
@@ -421,19 +411,19 @@ def rank_keys_triton(means: Tensor, k: Tensor, segments: Segments, keys: Tensor)
     spans = span_numbers(geometry, samples, k.device)
     tile = EXACT_SCORES if k.dtype == torch.float32 else HALF_SCORES
     steps = steps_of(k)
+    capability = capability_of(k.device)
     products = {
         "GROUP": group, "BM": tile.m, "BN": tile.n, "BK": min(tile.k, dim & -dim), "D": dim,
-        "PRECISION": _precision(capability_of(k.device), k.dtype), "STAGES": tile.stages,
+        "PRECISION": _precision(capability, k.dtype), "STAGES": tile.stages,
         "TILES": TILES, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     warps = max(block // 512, 1)
     choice = {"BLOCK": block, "CHUNK": 1024 * warps, "TURNS": TURNS, "num_warps": warps}
-    if capability_of(k.device) >= (9, 0):
+    if capability >= (9, 0):
         choice["maxnreg"] = 80  # three programs of 4,096 keys a processor; Triton 3.9 spills 32 bytes for it
     # 4,096 keys, 4 warps: 1.7 ms at 128K tokens (H200). Before sm_90 ptxas takes a minute for 4, and 2 s for 16.
-    a_warp = 1024 if capability_of(k.device) >= (9, 0) else 256
-    warps = max(block // a_warp, 1)
-    order = {"BLOCK": block, "EACH": block // (64 * warps), "num_warps": warps}
+    sorting = max(block // (1024 if capability >= (9, 0) else 256), 1)
+    order = {"BLOCK": block, "EACH": block // (64 * sorting), "num_warps": sorting}
     with on_device(k.device):
         for a, b, width in turns:
             where = (width, a, b - a, n, samples)
