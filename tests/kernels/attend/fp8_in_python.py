@@ -45,11 +45,12 @@ def scaled(k: Tensor, v: Tensor, g: Geometry, shifted: bool, seed: int) -> tuple
 
 def attend_fp8_in_python(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, softmax: Softmax, return_lse: bool = True, *, flush: int = 16,
-    blocks: int = 3, seed: int = 0,
+    blocks: int = 3, seed: int = 0, fixed: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(out, lse) of `fp8.attend_fp8`, in float64 on the CPU, where rounding to e4m3 does nothing.
 
     flush: steps that the tensor cores may sum. blocks: of a launch, at most. seed: who runs when.
+    fixed: rows keep the maximum of their first step as long as their weights fit.
     """
     code = device_code("fp8_device", FLUSH=flush)
     with hosted(fp8, code):
@@ -58,5 +59,8 @@ def attend_fp8_in_python(
         rounded = scaled(k, v, plan.geometry, softmax.softcap is None, seed)
         for launch in fp8._prepare(q, k, plan, softmax, return_lse):
             arguments, workspace = launch.fill(q, rounded, out, own_lse, softmax.sink_logits)
-            launched(code, launch.work, arguments, workspace, out, own_lse, softmax.sink_logits, blocks, seed)
+            launched(
+                code, launch.work, arguments, workspace, out, own_lse, softmax.sink_logits, blocks, seed,
+                fp8.MODE_ARGUMENT, fixed,
+            )  # fmt: skip
         return out, own_lse

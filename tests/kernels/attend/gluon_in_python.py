@@ -40,7 +40,7 @@ from torch import Tensor
 from sparsekit.call.keys import Keys
 from sparsekit.call.softmax import Softmax
 from sparsekit.call.tensors import output
-from sparsekit.kernels.attend.hopper import descriptors, host, worklist
+from sparsekit.kernels.attend.hopper import descriptors, host, items, worklist
 from sparsekit.plan import BlockPlan
 
 CHUNK = 64
@@ -753,10 +753,15 @@ def device_code(module: str = "device", **constants: int) -> SimpleNamespace:
     tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     _executed(tree, str(file), names)
     names["_rescale"] = lambda acc, alpha, layout: acc * alpha[:, None]
+    names["_declare"] = lambda x: None
+    names["_outgrown"] = lambda sums, x: int(not (sums <= 448).all())
     return SimpleNamespace(**names)
 
 
 # ---- a call
+MARKED: list[int] = []  # how many items each launch with fixed maxima left to a second one
+
+
 def _given(x: Any) -> Any:
     return _Pointer.to(x) if isinstance(x, Tensor) else x
 
@@ -801,20 +806,29 @@ def results(q: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
 
 def launched(
     code: SimpleNamespace, work: Any, arguments: list[Any], workspace: Sequence[Tensor | None], out: Tensor,
-    lse: Tensor | None, sinks: Tensor | None, blocks: int, seed: int,
+    lse: Tensor | None, sinks: Tensor | None, blocks: int, seed: int, place: int, fixed: bool,
 ) -> None:  # fmt: skip
-    """A launch of `attention`, and of `merge` where rows are split. workspace: among `arguments`."""
+    """A launch of `attention`, or two where rows keep their first step's maximum, and of `merge` where rows are split.
+
+    workspace: among `arguments`. place: of the mode in them, which the marks precede.
+    """
     pieces = [None if x is None else x.new_full(x.shape, NAN, dtype=out.dtype) for x in workspace]
     for x, piece in zip(workspace, pieces, strict=True):
         arguments = [piece if x is not None and given is x else given for given in arguments]
     counters = host._counters(out.device, 0).zero_()  # a run that failed leaves them anyhow
-    blocks = min(blocks, work.blocks)
-    _HERE.schedule, _HERE.blocks = _Schedule(seed), blocks
-    for block in range(blocks):
-        _HERE.block = block
-        code.attention(*map(_given, arguments))
-    _HERE.schedule.run()
-    assert not counters.any(), "counters are not put back"
+    blocks, marks = min(blocks, work.blocks), arguments[place - 1].zero_()
+    for mode in (items.FIXED, items.AGAIN) if fixed else (items.RUNNING,):
+        arguments[place] = mode
+        _HERE.schedule, _HERE.blocks = _Schedule(seed), blocks
+        for block in range(blocks):
+            _HERE.block = block
+            code.attention(*map(_given, arguments))
+        _HERE.schedule.run()
+        assert not counters.any(), "counters are not put back"
+        if mode == items.FIXED:
+            MARKED.append(int(marks[1:].sum()))
+            assert bool(marks[0]) == bool(MARKED[-1])
+    assert not marks.any(), "marks are not put back"
     if work.slots:
         _, heads, q_len, dim = out.shape
         _programs(
@@ -825,11 +839,11 @@ def launched(
 
 def attend_in_python(
     q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, dense: Tensor | None = None, *, blocks: int = 3,
-    seed: int = 0,
+    seed: int = 0, fixed: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of `host.attend_hopper`, or out of `host.attend_corrected` with `dense`. All in float64, on the CPU.
 
-    blocks: of a launch, at most. seed: who runs when.
+    blocks: of a launch, at most. seed: who runs when. fixed: rows keep the maximum of their first step.
     """
     code = device_code()
     with hosted(host, code):
@@ -842,7 +856,9 @@ def attend_in_python(
         pool = host._pool(keys, plan) if launches.columns else (None, None)
         for launch in launches.launches:
             arguments, workspace = launch.fill(own, keys, out, own_lse, pool, sinks, dense)
-            launched(code, launch.work, arguments, workspace, out, own_lse, sinks, blocks, seed)
+            launched(
+                code, launch.work, arguments, workspace, out, own_lse, sinks, blocks, seed, host.MODE_ARGUMENT, fixed
+            )  # fmt: skip
         if pack > 1:
             out, lse = host._unpack(out, pack), host._unpack(lse[..., None], pack)[..., 0]
         return out, lse

@@ -637,30 +637,32 @@ def _agrees(
     """The kernel against float64, with and without LSE, every output NaN before, and bit for bit the same again."""
     clean, dirty = _inputs(plan.geometry, dim, dtype, gain)
     expected, expected_lse = attend_reference(*(x.double() for x in clean), plan, softmax)
-    on_card = plan.to("cuda")
-    assert host.covers(dirty[0], Keys(*dirty[1:]), on_card, softmax, True) == []
-    with monkeypatch.context() as patched:
-        patched.setattr(Tensor, "new_empty", _poisoned)
-        out, lse = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True)
-        again, _ = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True)
-        engine = out.new_full((out.shape[0], out.shape[2], HEADS, dim), float("nan")).transpose(1, 2)
-        into, _ = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True, engine)
-    assert lse is not None
-    assert torch.equal(out, again)
-    assert into is engine
-    assert torch.equal(out, into)
-    assert out.transpose(1, 2).is_contiguous()
-    whole, worst = BUDGETS[dtype]
-    error = out.double() - expected
-    assert float(error.norm()) <= whole * float(expected.norm())
-    seen = expected_lse.isfinite()
-    assert not out[~seen].any()
-    # A row of outputs below float16's normal numbers (a sink logit that takes all but 1e-7) has no relative precision.
-    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    allowed = worst * expected.norm(dim=-1) + step * dim**0.5
-    assert bool((error.norm(dim=-1) < allowed)[seen].all())
-    assert torch.equal(lse == float("-inf"), ~seen)
-    assert bool(((lse.double() - expected_lse)[seen].abs() < 1e-3).all())
+    for first in (0, 1 << 60):  # rows keep the maximum of their first step, and find the running one
+        monkeypatch.setattr(host, "FIXED_FROM", first)
+        on_card = plan.to("cuda")
+        assert host.covers(dirty[0], Keys(*dirty[1:]), on_card, softmax, True) == []
+        with monkeypatch.context() as patched:
+            patched.setattr(Tensor, "new_empty", _poisoned)
+            out, lse = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True)
+            again, _ = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True)
+            engine = torch.full_like(out, float("nan"))
+            into, _ = host.attend_hopper(dirty[0], Keys(*dirty[1:]), on_card, softmax, True, engine)
+        assert lse is not None
+        assert torch.equal(out, again)
+        assert into is engine
+        assert torch.equal(out, into)
+        assert out.transpose(1, 2).is_contiguous()
+        whole, worst = BUDGETS[dtype]
+        error = out.double() - expected
+        assert float(error.norm()) <= whole * float(expected.norm())
+        seen = expected_lse.isfinite()
+        assert not out[~seen].any()
+        # A row of outputs below float16's normal numbers (a sink logit that takes all but 1e-7) has no precision.
+        step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        allowed = worst * expected.norm(dim=-1) + step * dim**0.5
+        assert bool((error.norm(dim=-1) < allowed)[seen].all())
+        assert torch.equal(lse == float("-inf"), ~seen)
+        assert bool(((lse.double() - expected_lse)[seen].abs() < 1e-3).all())
 
 
 @pytest.mark.gpu
@@ -668,6 +670,17 @@ def _agrees(
 @pytest.mark.parametrize("make", PLANS)
 def test_card(make: Callable[[Geometry], BlockPlan], geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     _agrees(make(geometry), Softmax(128**-0.5), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("make", [*PLANS, *HALF_PLANS])
+def test_card_outgrown(make: Callable[[Geometry], BlockPlan], dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of which later ones lie hundreds above a first step's: rows that a second launch does again."""
+    for geometry in (_tiled(1500), GEOMETRIES[3]):
+        if make in HALF_PLANS:
+            geometry = geometry.with_tile(64, 64)
+        _agrees(make(geometry), Softmax(dim**-0.5), monkeypatch, dim, gain=100.0)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,14 @@ consumer: it frees the buffers and computes nothing. Then the last two columns a
             second half the next, << PAIRS_SHIFT; of the steps after these, which only one half needs, the other hides
             all keys. Negative where that one is the second. So nobody passes two steps in a row, nor the first one.
     PLAN    the first half's row, or the only half's, << 1; 1 where the next row is the second half's.
+
+MODE: what a row subtracts from its logits, so that exponentials stay in range.
+    RUNNING the maximum of all keys so far, which may lag by 2^8.
+    FIXED   the maximum of its first step, to the end: no step waits for a maximum, and nothing is rescaled. That is the
+            same sum as long as no later logit lies so far above that float32 overflows, and P in bfloat16 reaches as
+            far. Rows whose sum says that they came near it mark their item.
+    AGAIN   a second launch with the same arguments: the marked items, with the running maximum.
+An item of which a row may see nothing in its first step runs with the running maximum at once.
 """
 
 # Kernels take no annotations other than gl.constexpr, and Gluon has no types to check against; a branch that is chosen
@@ -67,8 +75,8 @@ __all__ = ["attention", "gather_columns", "list_items", "merge", "sort_keys"]
 ROW, HEAD, START, COUNT, KV, KIND, SLOT, PLAN = (gl.constexpr(i) for i in range(items.ITEM))
 ITEM = gl.constexpr(items.ITEM)
 # What the first producer mails to the others: an item, and what else they would wait for at a tile's start, as loads
-# from global memory: the row's token rule, its first two steps, and which sample and head HEAD is.
-SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1, SAMPLE, OWN_HEAD = (gl.constexpr(i) for i in range(8, 15))
+# from global memory: the row's token rule, its first two steps, which sample and head HEAD is, and the item's number.
+SINK, WINDOW, DENSE_FROM, STEP_0, STEP_1, SAMPLE, OWN_HEAD, NUMBER = (gl.constexpr(i) for i in range(8, 16))
 MAIL = gl.constexpr(16)
 DENSE = gl.constexpr(items.DENSE)
 EMPTY = gl.constexpr(items.EMPTY)
@@ -80,6 +88,7 @@ MISSING_SHIFT = gl.constexpr(items.MISSING_SHIFT)
 COLUMN_SHIFT = gl.constexpr(items.COLUMN_SHIFT)
 PAIRS_SHIFT = gl.constexpr(items.PAIRS_SHIFT)
 NARROW_KEYS = gl.constexpr(items.NARROW_KEYS)
+FIXED, AGAIN = gl.constexpr(items.FIXED), gl.constexpr(items.AGAIN)
 RULE_ALONE = gl.constexpr(RULE_FLAG)  # `RULE` is a kernel's option here
 CHUNK = gl.constexpr(64)  # columns of a row that the 128-byte swizzle keeps together, in 16-bit elements
 
@@ -89,6 +98,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 FLOOR = gl.constexpr(-1.0e30)
 FAR = gl.constexpr(1 << 30)  # beyond any position
 NO_PAGE = gl.constexpr(1 << 30)  # beyond any page: zeros by TMA
+# Where the sum of a row's weights lies that may keep the maximum of its first step. It is 1 there or more, so less is
+# no number that was summed; and values of up to 2^63 may be multiplied by as much.
+LEAST, MOST = gl.constexpr(0.5), gl.constexpr(2.0**64)
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -289,15 +301,20 @@ def _row_max(s, L: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, l, scale2, L: gl.constexpr):
-    """A step of the running softmax: P, its rows' maxima, sums, and what the rows before shrink by."""
+def _raise(s, m, l, scale2, L: gl.constexpr):
+    """The running maximum after a step: rows' maxima, sums, and what they shrink by."""
     m_new = gl.maximum(m, _row_max(s, L) * scale2)
     # The maximum may lag by 2^8, harmless in 16-bit floats and fp32: the accumulator is hardly ever rescaled.
     m_new = gl.where(m_new > m + 8.0, m_new, m)
-    p = gl.exp2(s * scale2 - gl.expand_dims(m_new, 1))
     alpha = gl.exp2(m - m_new)
-    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-    return p, m_new, l * alpha_l + gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout), alpha
+    return m_new, l * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1), alpha
+
+
+@gluon.jit
+def _exponentials(s, m, l, scale2):
+    """A step's P, and its rows' sums."""
+    p = gl.exp2(s * scale2 - gl.expand_dims(m, 1))
+    return p, l + gl.convert_layout(gl.sum(_by_eight(p), 1), l.type.layout)
 
 
 @gluon.jit
@@ -492,19 +509,32 @@ def _receive_rule(mail, slot, query):
 
 
 @gluon.jit
-def _close(mail, slot, phase, full, free, p_counters):
-    """No further item. The last block leaves the counters ready for the next launch."""
+def _marked(p_marks, p_counters, t, items):
+    """The next item, of those that fall to this block from `t` on, that is marked. Its mark is taken off."""
+    mark = gl.load(p_marks + 1 + t, mask=t < items, other=1)
+    while mark == 0:
+        t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
+        mark = gl.load(p_marks + 1 + t, mask=t < items, other=1)
+    gl.store(p_marks + 1 + t, 0, mask=t < items)
+    return t
+
+
+@gluon.jit
+def _close(mail, slot, phase, full, free, p_counters, p_marks, mode):
+    """No further item. The last block leaves counters and marks ready for the next launch."""
     mbarrier.wait(free.index(slot), phase ^ 1)
     _send(mail, slot * MAIL + COUNT, 0)
     mbarrier.arrive(full.index(slot), count=1)
     if gl.atomic_add(p_counters + 1, 1) == gl.num_programs(0) - 1:
         gl.store(p_counters, 0)
         gl.store(p_counters + 1, 0)
+        if mode == AGAIN:
+            gl.store(p_marks, 0)
 
 
 @gluon.jit
 def _announce(
-    d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_item, p_entries, p_rule,
+    d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items, t, p_entries, p_rule,
     row, sample_head, start, count, kv_start, kind, heads, rule_sample, rule_head, heads_per_plan,
     BN: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
     COLUMNS: gl.constexpr, SPLIT: gl.constexpr, SHORT_FORM: gl.constexpr, HALVES: gl.constexpr, Q_STEP: gl.constexpr,
@@ -524,12 +554,13 @@ def _announce(
     _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
     _send(mail, m_slot * MAIL + SAMPLE, sample)
     _send(mail, m_slot * MAIL + OWN_HEAD, head)
+    _send(mail, m_slot * MAIL + NUMBER, t)
     if RULE:
         _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
     if SPLIT or HALVES:
-        _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
+        _send(mail, m_slot * MAIL + SLOT, gl.load(p_items + t * ITEM + SLOT))
     if COLUMNS:
-        _send(mail, m_slot * MAIL + PLAN, gl.load(p_item + PLAN))
+        _send(mail, m_slot * MAIL + PLAN, gl.load(p_items + t * ITEM + PLAN))
     mbarrier.arrive(m_full.index(m_slot), count=1)
     return e, e1
 
@@ -537,8 +568,8 @@ def _announce(
 @gluon.jit
 def _produce_keys(
     d_q, d_k, d_pool_k, d_part_k, d_last_v, qs, ks, q_full, q_free, k_full, k_free, mail, m_full, m_free, p_items,
-    p_entries, p_counters, p_rule, p_table, items, heads, group, rule_sample, rule_head, heads_per_plan, heads_per_pool,
-    table_sample, keys,
+    p_entries, p_counters, p_marks, p_rule, p_table, mode, items, heads, group, rule_sample, rule_head, heads_per_plan,
+    heads_per_pool, table_sample, keys,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, COLUMNS: gl.constexpr,
     SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr, SHORT_FORM: gl.constexpr, HALVES: gl.constexpr, PAGE: gl.constexpr,
     Q_STEP: gl.constexpr,
@@ -555,12 +586,15 @@ def _produce_keys(
     m_slot = 0
     m_phase = 0
     t = gl.program_id(0)
+    if mode == AGAIN:
+        items = gl.where(gl.load(p_marks) != 0, items, 0)
+        t = _marked(p_marks, p_counters, t, items)
     row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
     e, e1 = 0, 0
     if count > 0:
         e, e1 = _announce(
-            d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items + t * ITEM,
-            p_entries, p_rule, row, sample_head, start, count, kv_start, kind, heads, rule_sample, rule_head,
+            d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items, t, p_entries,
+            p_rule, row, sample_head, start, count, kv_start, kind, heads, rule_sample, rule_head,
             heads_per_plan, BN, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS, SPLIT, SHORT_FORM, HALVES, Q_STEP,
         )  # fmt: skip
     while count > 0:  # items without steps are the last ones
@@ -600,17 +634,19 @@ def _produce_keys(
             )  # fmt: skip
             slot, phase = _next(slot, phase, STAGES)
             if i == 0:  # by now the counter has answered
+                if mode == AGAIN:
+                    t = _marked(p_marks, p_counters, t, items)
                 next_row, next_head, next_start, next_count, next_kv_start, next_kind = _item(p_items, t, items)
             if (i == announced) & (next_count > 0):
                 next_e, next_e1 = _announce(
-                    d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items + t * ITEM,
+                    d_q, qs, q_full, q_free, q_slot, q_phase, mail, m_full, m_free, m_slot, m_phase, p_items, t,
                     p_entries, p_rule, next_row, next_head, next_start, next_count, next_kv_start, next_kind, heads,
                     rule_sample, rule_head, heads_per_plan, BN, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS, SPLIT,
                     SHORT_FORM, HALVES, Q_STEP,
                 )  # fmt: skip
         e, e1, sample_head, start = next_e, next_e1, next_head, next_start
         count, kv_start, kind = next_count, next_kv_start, next_kind
-    _close(mail, m_slot, m_phase, m_full, m_free, p_counters)
+    _close(mail, m_slot, m_phase, m_full, m_free, p_counters, p_marks, mode)
 
 
 @gluon.jit
@@ -671,7 +707,8 @@ def _produce_values(
 @gluon.jit
 def _advance(
     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns, hidden,
+    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns,
+    hidden,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
     COLUMNS: gl.constexpr, HALVES: gl.constexpr, SHORT_FORM: gl.constexpr, Q_STEP: gl.constexpr,
 ):  # fmt: skip
@@ -694,14 +731,23 @@ def _advance(
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_free.index(slot), count=1)
     s = _cap(s, cap_scale, CAP)
+    m_new = m
+    alpha = gl.full_like(m, 1.0)
     if COLUMNS:
         s = _mask_columns(s, query, p_row_tokens, p_row_bits, (i - listed) * BN, columns, L)
+        if running:
+            m_new, l, alpha = _raise(s, m, l, scale2, L)
     elif LISTED or BN < 2 * HALF or Q_STEP > 1:  # else only the first step of a tile crosses the diagonal
-        if (now & 3) != 0:
-            s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
         if HALVES:
             s = _hide(s, hidden)
-    p, m_new, l, alpha = _softmax(s, m, l, scale2, L)
+        if ((now & 3) != 0) | running:  # one branch that most steps pass by
+            s = _mask_step(s, query, low, sink, now, p_entries, start, i, listed, kind, L, RULE, PARTS)
+            if running:
+                m_new, l, alpha = _raise(s, m, l, scale2, L)
+    else:
+        if running:
+            m_new, l, alpha = _raise(s, m, l, scale2, L)
+    p, l = _exponentials(s, m_new, l, scale2)
     # The waits for the next K and V stand here on purpose: they start a new basic block, which keeps ptxas
     # from moving the wait for P V above the exponentials.
     slot1, phase1 = _next(slot, phase, STAGES)
@@ -709,7 +755,8 @@ def _advance(
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    acc = _rescale(acc, alpha, LO)
+    if running:
+        acc = _rescale(acc, alpha, LO)
     pb = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
     return acc, l, m_new, pb, e, slot1, phase1, slot
 
@@ -717,7 +764,7 @@ def _advance(
 @gluon.jit
 def _advance_half(
     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind,
+    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind,
     WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """`_advance` where consumer 0 needs only the first half of the step's keys, or consumer 1 the second one. P is 0 in
@@ -740,13 +787,18 @@ def _advance_half(
     s = _cap(s, cap_scale, CAP)
     first = (now >> 2) + WHO * HALF
     s = _mask(s, gl.convert_layout(query, ROWS), gl.convert_layout(low, ROWS), sink, first, now, L, True)
-    p, m_new, l, alpha = _softmax(s, gl.convert_layout(m, ROWS), l, scale2, L)
+    m_new = gl.convert_layout(m, ROWS)
+    alpha = gl.full_like(m_new, 1.0)
+    if running:
+        m_new, l, alpha = _raise(s, m_new, l, scale2, L)
+    p, l = _exponentials(s, m_new, l, scale2)
     slot1, phase1 = _next(slot, phase, STAGES)
     mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    acc = _rescale(acc, alpha, LO)
+    if running:
+        acc = _rescale(acc, alpha, LO)
     p = p.to(ks.dtype)
     none = gl.zeros_like(p)
     both = gl.join(p, none) if WHO == 0 else gl.join(none, p)
@@ -801,9 +853,17 @@ def _store_part(p_part, p_part_lse, part, lane, lse2, result, LO: gl.constexpr):
 
 
 @gluon.jit
+def _mark(p_marks, number, left):
+    """Marks the item if one of its rows is left to the running maximum."""
+    at = gl.where(left, number + 1, 0)
+    gl.store(p_marks + at * 0, at * 0 + 1, mask=left)
+    gl.store(p_marks + at, at * 0 + 1, mask=left)
+
+
+@gluon.jit
 def _finish(
-    acc, m, l, d_o, qs, os, q_slot, q_free, mail, m_slot, m_free, p_out, p_lse, p_sinks, p_part, p_part_lse,
-    heads, queries, q_offset, p_anchors, anchors,
+    acc, m, l, d_o, qs, os, q_slot, q_free, mail, m_slot, m_free, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse,
+    mode, heads, queries, q_offset, p_anchors, anchors,
     WHO: gl.constexpr, RULE: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, SPLIT: gl.constexpr,
     EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, HALVES: gl.constexpr, CORRECT: gl.constexpr,
 ):  # fmt: skip
@@ -817,6 +877,7 @@ def _finish(
     kind = _receive(mail, m_slot * MAIL + KIND)
     sample = _receive(mail, m_slot * MAIL + SAMPLE)
     head = _receive(mail, m_slot * MAIL + OWN_HEAD)
+    number = _receive(mail, m_slot * MAIL + NUMBER)
     part = -1
     if SPLIT:
         part = _receive(mail, m_slot * MAIL + SLOT)
@@ -831,7 +892,11 @@ def _finish(
     total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LO))
     top = gl.convert_layout(m, gl.SliceLayout(1, LO))
     # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
-    kept = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+    valid = (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+    kept = valid & (total != 0.0)
+    if mode == FIXED:
+        fits = (total >= LEAST) & (total <= MOST)  # NaN does not
+        _mark(p_marks, number, valid & ((kind & EMPTY) == 0) & (fits == 0))
     factor = 1.0 / total
     if SINKS:
         z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
@@ -879,8 +944,8 @@ def _finish(
 @gluon.jit
 def _consume(
     d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-    p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits,
-    scale, cap_scale, heads, queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
+    p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, mode, heads,
+    queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
     WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
     CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr,
     EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr, SHORT_FORM: gl.constexpr,
@@ -956,8 +1021,15 @@ def _consume(
             query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
         low = query
+        # Where a row may see nothing in its first step: a window's edge without sinks, columns, the other half's step.
+        running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
+            running = running | (sink == 0)
+        if COLUMNS:
+            running = running | (listed == 0)
+        if HALVES:
+            running = running | (both == 0)
         q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
         mbarrier.wait(q_full.index(q_slot), q_phase)
         mbarrier.wait(k_full.index(slot), phase)
@@ -980,8 +1052,8 @@ def _consume(
             mbarrier.arrive(v_free.index(before), count=1, pred=due != 0)
             if due != 0:
                 _finish(
-                    acc, m, l, d_o, qs, os, q_slot, q_free, mail, 1 - m_slot, m_free, p_out, p_lse, p_sinks, p_part,
-                    p_part_lse, heads, queries, q_offset, p_anchors, anchors,
+                    acc, m, l, d_o, qs, os, q_slot, q_free, mail, 1 - m_slot, m_free, p_marks, p_out, p_lse, p_sinks,
+                    p_part, p_part_lse, mode, heads, queries, q_offset, p_anchors, anchors,
                     WHO, RULE, LSE, SINKS, SPLIT, EARLY, OUT_IN_Q, HALVES, CORRECT,
                 )  # fmt: skip
         if NARROW_FORM:
@@ -1035,8 +1107,8 @@ def _consume(
                 if needed | (i >= paired) | (STAGES < 3):
                     acc, l, m, pb, e, slot, phase, before = _advance(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                        needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP,
+                        query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
+                        columns, needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP,
                     )  # fmt: skip
                 else:
                     e, slot, phase = _pass(
@@ -1047,26 +1119,27 @@ def _consume(
                 if ((kind & SHORT) != 0) & (i == listed - 1 - WHO):
                     acc, l, m, pb, e, slot, phase, before = _advance_half(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, WHO, SPLIT_ENTRY, CAP,
+                        query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, WHO,
+                        SPLIT_ENTRY, CAP,
                     )  # fmt: skip
                 else:
                     acc, l, m, pb, e, slot, phase, before = _advance(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                        query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                        False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                        query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
+                        columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
                     )  # fmt: skip
             else:
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_tokens, p_bits, columns,
-                    False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
+                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
                 )  # fmt: skip
         if COLUMNS:
             for i in range(gl.maximum(listed, 1), steps):
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                    query, low, sink, scale2, cap_scale, p_entries, start, listed, kind, p_row_tokens, p_row_bits,
-                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP,
+                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
+                    p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP,
                 )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
@@ -1077,8 +1150,8 @@ def _consume(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_free.index(before), count=1)
             _finish(
-                acc, m, l, d_o, qs, os, q_slot, q_free, mail, m_slot, m_free, p_out, p_lse, p_sinks, p_part,
-                p_part_lse, heads, queries, q_offset, p_anchors, anchors,
+                acc, m, l, d_o, qs, os, q_slot, q_free, mail, m_slot, m_free, p_marks, p_out, p_lse, p_sinks,
+                p_part, p_part_lse, mode, heads, queries, q_offset, p_anchors, anchors,
                 WHO, RULE, LSE, SINKS, SPLIT, EARLY, OUT_IN_Q, HALVES, CORRECT,
             )  # fmt: skip
         q_slot, q_phase = _next(q_slot, q_phase, Q_STAGES)
@@ -1091,8 +1164,8 @@ def _consume(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_free.index(before), count=1)
             _finish(
-                acc, m, l, d_o, qs, os, q_slot, q_free, mail, 1 - m_slot, m_free, p_out, p_lse, p_sinks, p_part,
-                p_part_lse, heads, queries, q_offset, p_anchors, anchors,
+                acc, m, l, d_o, qs, os, q_slot, q_free, mail, 1 - m_slot, m_free, p_marks, p_out, p_lse, p_sinks,
+                p_part, p_part_lse, mode, heads, queries, q_offset, p_anchors, anchors,
                 WHO, RULE, LSE, SINKS, SPLIT, EARLY, OUT_IN_Q, HALVES, CORRECT,
             )  # fmt: skip
     tma.store_wait(0)
@@ -1157,11 +1230,11 @@ def _store_by_tma(d_o, sample, head, row, result, staging):
 
 RUN_TIME_NUMBERS = [
     "scale", "cap_scale", "items", "heads", "group", "queries", "q_offset", "rule_sample", "rule_head",
-    "heads_per_plan", "heads_per_pool", "columns", "token_sample", "table_sample", "keys", "anchors",
+    "heads_per_plan", "heads_per_pool", "columns", "token_sample", "table_sample", "keys", "anchors", "mode",
 ]  # fmt: skip
 POINTERS = [
     "p_items", "p_entries", "p_counters", "p_rule", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse",
-    "p_table", "p_tokens", "p_bits",
+    "p_table", "p_tokens", "p_bits", "p_marks",
 ]  # fmt: skip
 
 
@@ -1171,8 +1244,8 @@ POINTERS = [
 def attention(
     d_q, d_k, d_v, d_o, d_pool_k, d_pool_v, d_part_k, d_part_v, d_last_v,
     p_items, p_entries, p_counters, p_rule, p_out, p_lse, p_sinks, p_part, p_part_lse, p_table, p_tokens, p_bits,
-    p_anchors, scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head, heads_per_plan,
-    heads_per_pool, columns, token_sample, table_sample, keys, anchors,
+    p_anchors, p_marks, mode, scale, cap_scale, items, heads, group, queries, q_offset, rule_sample, rule_head,
+    heads_per_plan, heads_per_pool, columns, token_sample, table_sample, keys, anchors,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr,
     RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr, SINKS: gl.constexpr, COLUMNS: gl.constexpr,
     SPLIT: gl.constexpr, EARLY: gl.constexpr, OUT_IN_Q: gl.constexpr, NARROW_FORM: gl.constexpr,
@@ -1214,23 +1287,23 @@ def attention(
         [
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
-                queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
+                p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, mode,
+                heads, queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
                 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
                 SHORT_FORM, HALVES, Q_STEP, PACK, CORRECT,
             )),
             (_consume, (
                 d_o, qs, ks, vs, os, q_full, q_free, k_full, k_free, v_full, v_free, mail, m_full, m_free,
-                p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, heads,
-                queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
+                p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, p_tokens, p_bits, scale, cap_scale, mode,
+                heads, queries, q_offset, heads_per_plan, columns, token_sample, p_anchors, anchors,
                 1, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, LSE, SINKS, COLUMNS, SPLIT, EARLY, OUT_IN_Q, NARROW_FORM,
                 SHORT_FORM, HALVES, Q_STEP, PACK, CORRECT,
             )),
             (_produce_keys, (
                 d_q, d_k, d_pool_k, d_part_k, d_last_v, qs, ks, q_full, q_free, k_full, k_free, mail, m_full, m_free,
-                p_items, p_entries, p_counters, p_rule, p_table, items, heads, group, rule_sample, rule_head,
-                heads_per_plan, heads_per_pool, table_sample, keys, SPLIT_ENTRY, PARTS, LISTED, RULE, COLUMNS, SPLIT,
-                NARROW_FORM, SHORT_FORM, HALVES, PAGE, Q_STEP,
+                p_items, p_entries, p_counters, p_marks, p_rule, p_table, mode, items, heads, group, rule_sample,
+                rule_head, heads_per_plan, heads_per_pool, table_sample, keys, SPLIT_ENTRY, PARTS, LISTED, RULE,
+                COLUMNS, SPLIT, NARROW_FORM, SHORT_FORM, HALVES, PAGE, Q_STEP,
             )),
             (_produce_values, (
                 d_v, d_pool_v, d_part_v, d_last_v, vs, v_full, v_free, mail, m_full, m_free, p_entries, p_table,

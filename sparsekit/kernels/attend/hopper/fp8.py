@@ -20,6 +20,7 @@ from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.fp8 import BLOCK_KEYS, against, asked_for, key_blocks
 from sparsekit.kernels.attend.hopper import host as hopper
 from sparsekit.kernels.attend.hopper.descriptors import box, layout, put_descriptors
+from sparsekit.kernels.attend.hopper.items import RUNNING
 from sparsekit.kernels.attend.hopper.worklist import BLOCK_Q, _merge, _Pair, _Work, _works, _workspace
 from sparsekit.plan import BlockPlan
 from sparsekit.plan.memo import FP8_LAUNCHES
@@ -107,13 +108,14 @@ class _Launch:
     arguments: tuple[Any, ...]
     descriptor: type
     boxes: tuple[dict[str, Any], ...]
+    fixed: bool  # as in host.py
 
     def run(
         self, q: Tensor, quantised: tuple[Tensor, ...], out: Tensor, lse: Tensor | None,
         sinks: Tensor | None, stream: int,
     ) -> None:  # fmt: skip
         arguments, partial = self.fill(q, quantised, out, lse, sinks)
-        self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
+        hopper.launch_by_mode(self.kernel, self.work.blocks, arguments, MODE_ARGUMENT, self.fixed, stream)
         if self.work.slots:
             _merge(self.work, partial, out, lse, sinks)
 
@@ -131,6 +133,7 @@ class _Launch:
 
 
 SCALES_ARGUMENT = 10  # place of p_scales, which p_common, p_out, p_lse, p_sinks, p_part and p_part_lse follow
+MODE_ARGUMENT = 18  # of the mode, behind p_marks
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -168,11 +171,13 @@ def _launch(
     arguments = (
         *boxes,
         work.items, work.entries, hopper._counters(q.device, stream), rule, *[None] * 7,
+        hopper._marks(q.device, stream, hopper.room(len(work.items))), RUNNING,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
         len(work.items), heads, heads // key_heads, blocks, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, *flags,
     )  # fmt: skip
-    launch = _Launch(None, work, arguments, layout(half, dim, q.dtype)[0], boxes)
+    fixed = hopper.keeps_maximum(len(work.items), work.kv_end)
+    launch = _Launch(None, work, arguments, layout(half, dim, q.dtype)[0], boxes, fixed)
     form = (q.device, q.dtype, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)

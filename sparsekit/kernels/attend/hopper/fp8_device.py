@@ -10,8 +10,11 @@ Roles, work items, mail and masks are those of device.py; what differs is the ar
   written with the keys of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, and no thread asks another for
   anything. Sums over keys have no order, so nothing else knows of it. P crosses a step as words of four: as single
   e4m3 the compiler would carry a register for each.
-- A block's scale of V goes into the exponent of P: P = 2^(logit + log2(scale) + 8 - maximum), the maximum over the
-  same, so P fills the range of e4m3, up to 2^8.8; the sum of the row takes it out again, a factor a step.
+- A block's scale of V goes into the exponent of P: P = 2^(logit + log2(scale) + 6 - m), where m is the maximum of the
+  same over the first step; the sum of the row takes it out again, a factor a step.
+- Like device.py's MODE says, m stays where it is, but here only as long as P fits e4m3, up to 448, a quarter more than
+  2^8. Who sums up P knows: 16 of a row's weights that sum up to less are each less. Where they do not, m grows, and
+  P and the accumulator shrink. A row whose P was beyond float32 is NaN, and its item is done again.
 - FP8 tensor cores cut the accumulator to 13 bits behind the point with every 32 keys. Left to them, a sum over 128K
   keys loses half of a mean value (measured; FlashAttention-3 does). So every FLUSH steps it goes into a float32 sum in
   shared memory, where the output is staged later.
@@ -36,8 +39,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparsekit.kernels.attend.hopper.device import (
+    AGAIN,
     COUNT,
     EMPTY,
+    FIXED,
     FLOOR,
     HEAD,
     ITEM,
@@ -47,6 +52,7 @@ from sparsekit.kernels.attend.hopper.device import (
     LOG2E,
     MAIL,
     NARROW,
+    NUMBER,
     REINTERPRET,
     ROW,
     SLOT,
@@ -57,6 +63,8 @@ from sparsekit.kernels.attend.hopper.device import (
     _close,
     _item,
     _load_queries,
+    _mark,
+    _marked,
     _mask,
     _next,
     _receive,
@@ -72,11 +80,12 @@ from sparsekit.kernels.attend.hopper.device import (
     _tma_load,
     _with_sink,
 )
-from sparsekit.kernels.attend.triton_e4m3 import BLOCK, HEADROOM, LARGEST, SMALLEST
+from sparsekit.kernels.attend.triton_e4m3 import BLOCK, LARGEST, SMALLEST
 
 __all__ = ["attention"]
 
-LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accumulator is rescaled; P holds it too
+HEADROOM = gl.constexpr(6.0)  # log2 of P at m
+LAG = gl.constexpr(0.8)  # how far the running maximum may grow before the accumulator is rescaled
 FLUSH = gl.constexpr(16)  # steps
 FEW = gl.constexpr(32)  # keys of a step for sinks: one FP8 product is 32 deep
 
@@ -90,8 +99,8 @@ TO_E4M3 = gl.constexpr(
 @gluon.jit
 def _produce(
     d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, taken, q_full, q_free, full, free, mail, m_full, m_free,
-    p_items, p_entries, p_counters, p_rule, p_scales, p_common, items, heads, group, blocks, rule_sample, rule_head,
-    heads_per_plan, LISTED: gl.constexpr, RULE: gl.constexpr, SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
+    p_items, p_entries, p_counters, p_marks, p_rule, p_scales, p_common, mode, items, heads, group, blocks, rule_sample,
+    rule_head, heads_per_plan, LISTED: gl.constexpr, RULE: gl.constexpr, SPLIT: gl.constexpr, NARROW_FORM: gl.constexpr,
     SHIFT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
@@ -105,8 +114,12 @@ def _produce(
     m_slot = 0
     m_phase = 0
     t = gl.program_id(0)
+    if mode == AGAIN:
+        items = gl.where(gl.load(p_marks) != 0, items, 0)
+        t = _marked(p_marks, p_counters, t, items)
     row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
     while t < items:
+        number = t
         p_item = p_items + t * ITEM
         t = gl.atomic_add(p_counters, 1) + gl.num_programs(0)
         if count > 0:
@@ -122,6 +135,7 @@ def _produce(
             k_scale, v_log = _scales_of(p_my_scales, e)
             mbarrier.wait(m_free.index(m_slot), m_phase ^ 1)
             _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
+            _send(mail, m_slot * MAIL + NUMBER, number)
             if RULE:
                 _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
             if SPLIT:
@@ -148,6 +162,8 @@ def _produce(
             _load_step(d_k, d_v, sample, key_head, e, k_scale, v_log, slot, phase, ks, vs, scales, full, free)
             slot, phase = _next(slot, phase, STAGES)
             # By now the counter has answered. The next item is read here, so that its Q and K need not wait for it.
+            if mode == AGAIN:
+                t = _marked(p_marks, p_counters, t, items)
             row, sample_head, start1, count1, kv_start, kind1 = _item(p_items, t, items)
             k_scale, v_log = _scales_of(p_my_scales, e1)
             for i in range(1, count):
@@ -163,7 +179,7 @@ def _produce(
             kind = kind1
         else:
             t = items + t * 0  # items without steps are the last ones
-    _close(mail, m_slot, m_phase, m_full, m_free, p_counters)
+    _close(mail, m_slot, m_phase, m_full, m_free, p_counters, p_marks, mode)
 
 
 @gluon.jit
@@ -233,22 +249,35 @@ def _operand(words, LP: gl.constexpr):
     return gl.convert_layout(x, LP)
 
 
-PIN = gl.constexpr(
-    "{ .reg .pred p; setp.lt.f32 p, $4, 0f00000000; setp.lt.or.f32 p, $5, 0f00000000, p; "
-    "setp.lt.or.f32 p, $6, 0f00000000, p; setp.lt.or.f32 p, $7, 0f00000000, p; @!p bra DONE; nanosleep.u32 1; DONE: }"
+# A register of its own carries a warp's vote to a branch, of which no tensor can be the condition.
+DECLARE = gl.constexpr(".reg .b32 outgrown; mov.b32 outgrown, 0; mov.b32 $0, $1;")
+VOTE = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 x; max.s32 x, $4, $5; max.s32 x, x, $6; max.s32 x, x, $7; "
+    "setp.gt.s32 p, x, 0x43E00000; vote.sync.any.pred p, p, 0xffffffff; selp.b32 outgrown, 1, 0, p; "
+    "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
 )
+TELL = gl.constexpr("mov.b32 $0, outgrown;")
 
 
 @gluon.jit
-def _pin(l):
-    """Sums, four a thread, as they are. A branch that is never taken asks for them, so that what they are sums of is
-    computed before the code goes on: else ptxas moves the exponentials behind the wait for P V."""
-    return gl.inline_asm_elementwise(PIN, "=f,=f,=f,=f,0,1,2,3", [l], dtype=gl.float32, is_pure=False, pack=4)
+def _declare(x):
+    """Once, before `_outgrown`."""
+    gl.inline_asm_elementwise(DECLARE, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _softmax(s, factor, v_log, m, l, scale2, L: gl.constexpr, CAP: gl.constexpr):
-    """A step of the running softmax: P, its rows' maxima, sums, and what the rows before shrink by.
+def _outgrown(sums, x):
+    """Whether one of the warp's sums, four a thread and none negative, is above 448, e4m3's largest, or NaN.
+
+    x: any integer. Floats that are not negative have the order of their bits.
+    """
+    gl.inline_asm_elementwise(VOTE, "=r,=r,=r,=r,r,r,r,r", [sums], dtype=gl.int32, is_pure=False, pack=4)
+    return gl.inline_asm_elementwise(TELL, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _raise(s, factor, v_log, m, l, scale2, L: gl.constexpr, CAP: gl.constexpr):
+    """The running maximum after a step: rows' maxima, sums, and what they shrink by.
 
     s: (rows, keys) products of e4m3, which `factor` (rows,) makes logits in powers of 2; or capped ones.
     """
@@ -256,11 +285,26 @@ def _softmax(s, factor, v_log, m, l, scale2, L: gl.constexpr, CAP: gl.constexpr)
         factor = factor * 0.0 + scale2
     m_new = gl.maximum(m, _row_max(s, L) * factor + v_log)
     m_new = gl.where(m_new > m + LAG, m_new, m)
-    p = gl.exp2(s * gl.expand_dims(factor, 1) + gl.expand_dims(v_log + HEADROOM - m_new, 1))
     alpha = gl.exp2(m - m_new)
-    alpha_l = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-    l = l * alpha_l + gl.sum(_by_eight(p), 1) * gl.exp2(-v_log)
-    return p, m_new, l, alpha
+    return m_new, l * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1), alpha
+
+
+@gluon.jit
+def _exponentials(s, factor, v_log, m, scale2, CAP: gl.constexpr):
+    """A step's P in fp32, and its sums, eight a row."""
+    if CAP:
+        factor = factor * 0.0 + scale2
+    p = gl.exp2(s * gl.expand_dims(factor, 1) + gl.expand_dims(v_log + HEADROOM - m, 1))
+    return p, gl.sum(_by_eight(p), 1)
+
+
+@gluon.jit
+def _settle(p, sums, m, l, alpha):
+    """The same with maxima from which on no P is above 448, where one may be: such rows are left half of it."""
+    most = gl.convert_layout(gl.max(sums, 1), m.type.layout)
+    less = gl.where(most > 224.0, 112.0 / most, 1.0)
+    by_eight = gl.expand_dims(gl.convert_layout(less, gl.SliceLayout(1, l.type.layout)), 1)
+    return p * gl.expand_dims(less, 1), sums * by_eight, m - gl.log2(less), l * by_eight, alpha * less
 
 
 @gluon.jit
@@ -282,7 +326,8 @@ def _add_kept(acc, kept, m_kept, m, LO: gl.constexpr):
 @gluon.jit
 def _consume(
     d_o, d_few_k, d_few_v, qs, ks, vs, kept_sums, scales, taken, shifts, q_full, q_free, full, free, mail, m_full,
-    m_free, p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries, q_offset,
+    m_free, p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, mode, scale, cap_scale, heads, queries,
+    q_offset,
     WHO: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr, LSE: gl.constexpr,
     SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
@@ -323,8 +368,10 @@ def _consume(
         query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
         low = query
+        running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
+            running = running | (sink == 0)  # at a window's edge a row may see nothing
         acc = gl.zeros([HALF, D], gl.float32, LO)
         m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
         l = gl.sum(_by_eight(zero), 1)
@@ -355,7 +402,9 @@ def _consume(
                 s = gl.where(gl.expand_dims(key < sink, 0), s, float("-inf"))
                 m_few = gl.convert_layout(m, gl.SliceLayout(1, LN))
                 l_few = gl.sum(_by_eight(zero_few), 1)
-                p, m_few, l_few, alpha = _softmax(s, factor, few_log, m_few, l_few, scale2, LN, CAP)
+                m_few, l_few, alpha = _raise(s, factor, few_log, m_few, l_few, scale2, LN, CAP)
+                p, sums = _exponentials(s, factor, few_log, m_few, scale2, CAP)
+                l_few += sums * gl.exp2(-few_log)
                 m = gl.convert_layout(m_few, gl.SliceLayout(1, L))
                 l = gl.convert_layout(l_few, l.type.layout)
                 few_v = _few_values(vs.index(slot), d_few_v).reshape([D, FEW]).permute((1, 0))
@@ -371,7 +420,9 @@ def _consume(
         s = _cap(s, q_scale * k_scale, CAP)
         if (e & 3) != 0:
             s = _mask(s, query, low, sink, e >> 2, e, L, RULE)
-        p, m, l, alpha = _softmax(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
+        m, l, alpha = _raise(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
+        p, sums = _exponentials(s, q_scale * k_scale, v_log, m, scale2, CAP)
+        l += sums * gl.exp2(-v_log)
         if NARROW_FORM:
             acc = _rescale(acc, alpha, LO)
         words = _pack(p)
@@ -392,17 +443,24 @@ def _consume(
             o = warpgroup_mma(_operand(words, LP), values, acc, use_acc=goes_on, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             s = _cap(s, q_scale * k_scale, CAP)
-            if (now & 3) != 0:
+            alpha = gl.full_like(m, 1.0)
+            if ((now & 3) != 0) | running:  # one branch that most steps pass by
                 s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
-            p, m, l, alpha = _softmax(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
-            l = _pin(l)
+                if running:
+                    m, l, alpha = _raise(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
+            p, sums = _exponentials(s, q_scale * k_scale, v_log, m, scale2, CAP)
+            outgrown = _outgrown(sums, i)
+            if outgrown != 0:
+                p, sums, m, l, alpha = _settle(p, sums, m, l, alpha)
+            l += sums * gl.exp2(-v_log)
             slot1, phase1 = _next(slot, phase, STAGES)
             mbarrier.wait(full.index(slot1), phase1, pred=i + 1 < count)
             k_scale = _receive(scales, slot1 * 2)
             v_log = _receive(scales, slot1 * 2 + 1)
             acc = warpgroup_mma_wait(0, deps=(o,))
             mbarrier.arrive(free.index(before), count=1)
-            acc = _rescale(acc, alpha, LO)
+            if (outgrown != 0) | running:
+                acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LO)), 1)
             if i % FLUSH == 0:
                 if i == FLUSH:
                     tma.store_wait(0)  # of the tile before
@@ -420,6 +478,7 @@ def _consume(
         part = -1
         if SPLIT:
             part = _receive(mail, m_slot * MAIL + SLOT)
+        number = _receive(mail, m_slot * MAIL + NUMBER)
         sample = sample_head // heads
         head = sample_head - sample * heads
         lane_o = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LO))
@@ -428,7 +487,11 @@ def _consume(
         if (LSE or SINKS or SPLIT) and not CAP:
             top = top + shifts.index(WHO).load(gl.SliceLayout(1, LO))
         # A row that kept nothing has a total of exactly 0; NaN inputs stay NaN.
-        seen = (total != 0.0) & (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+        valid = (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
+        seen = valid & (total != 0.0)
+        if mode == FIXED:
+            fits = (total > 0.0) & (total < float("inf"))  # NaN does not
+            _mark(p_marks, number, valid & ((kind & EMPTY) == 0) & (fits == 0))
         weights = total
         factor = 1.0 / total
         if SINKS:
@@ -476,12 +539,12 @@ def _staging(kept, d_o):
 
 
 RUN_TIME_NUMBERS = [
-    "scale", "cap_scale", "items", "heads", "group", "blocks", "queries", "q_offset", "rule_sample", "rule_head",
-    "heads_per_plan",
+    "mode", "scale", "cap_scale", "items", "heads", "group", "blocks", "queries", "q_offset", "rule_sample",
+    "rule_head", "heads_per_plan",
 ]  # fmt: skip
 POINTERS = [
-    "p_items", "p_entries", "p_counters", "p_rule", "p_scales", "p_common", "p_out", "p_lse", "p_sinks", "p_part",
-    "p_part_lse",
+    "p_items", "p_entries", "p_counters", "p_marks", "p_rule", "p_scales", "p_common", "p_out", "p_lse", "p_sinks",
+    "p_part", "p_part_lse",
 ]  # fmt: skip
 
 
@@ -490,8 +553,8 @@ POINTERS = [
 @gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def attention(
     d_q, d_k, d_v, d_o, d_few_k, d_few_v,
-    p_items, p_entries, p_counters, p_rule, p_scales, p_common, p_out, p_lse, p_sinks, p_part, p_part_lse,
-    scale, cap_scale, items, heads, group, blocks, queries, q_offset, rule_sample, rule_head, heads_per_plan,
+    p_items, p_entries, p_counters, p_rule, p_scales, p_common, p_out, p_lse, p_sinks, p_part, p_part_lse, p_marks,
+    mode, scale, cap_scale, items, heads, group, blocks, queries, q_offset, rule_sample, rule_head, heads_per_plan,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
     LSE: gl.constexpr, SINKS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr, NARROW_FORM: gl.constexpr,
 ):  # fmt: skip
@@ -499,6 +562,7 @@ def attention(
 
     p_scales: (B * G, blocks, 2). p_common: (B * G, 2, D), what keys and values had in common.
     """
+    _declare(items)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     HALF: gl.constexpr = d_o.block_type.shape[2]
@@ -531,18 +595,18 @@ def attention(
         [
             (_consume, (
                 d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, taken, shifts, q_full, q_free, full, free, mail,
-                m_full, m_free, p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries,
-                q_offset, 0, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
+                m_full, m_free, p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, mode, scale, cap_scale,
+                heads, queries, q_offset, 0, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
             )),
             (_consume, (
                 d_o, d_few_k, d_few_v, qs, ks, vs, kept, scales, taken, shifts, q_full, q_free, full, free, mail,
-                m_full, m_free, p_entries, p_out, p_lse, p_sinks, p_part, p_part_lse, scale, cap_scale, heads, queries,
-                q_offset, 1, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
+                m_full, m_free, p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, mode, scale, cap_scale,
+                heads, queries, q_offset, 1, LISTED, RULE, CAP, LSE, SINKS, SPLIT, EARLY, NARROW_FORM,
             )),
             (_produce, (
                 d_q, d_k, d_v, d_few_k, d_few_v, qs, ks, vs, scales, taken, q_full, q_free, full, free, mail, m_full,
-                m_free, p_items, p_entries, p_counters, p_rule, p_scales, p_common, items, heads, group, blocks,
-                rule_sample, rule_head, heads_per_plan, LISTED, RULE, SPLIT, NARROW_FORM,
+                m_free, p_items, p_entries, p_counters, p_marks, p_rule, p_scales, p_common, mode, items, heads, group,
+                blocks, rule_sample, rule_head, heads_per_plan, LISTED, RULE, SPLIT, NARROW_FORM,
                 (LSE or SINKS or SPLIT) and not CAP,
             )),
         ],

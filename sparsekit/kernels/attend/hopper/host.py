@@ -23,7 +23,7 @@ from sparsekit.call.tensors import output
 from sparsekit.kernels.attend.covers import DTYPES, sixteen_bits
 from sparsekit.kernels.attend.hopper.descriptors import box, layout, put_descriptors
 from sparsekit.kernels.attend.hopper.halves import FARTHEST_KEY
-from sparsekit.kernels.attend.hopper.items import HALF, NARROW_KEYS
+from sparsekit.kernels.attend.hopper.items import AGAIN, FIXED, HALF, NARROW_KEYS, RUNNING
 from sparsekit.kernels.attend.hopper.load import _device_code, gluon_missing
 from sparsekit.kernels.attend.hopper.worklist import (
     BLOCK_Q,
@@ -47,6 +47,7 @@ BLOCK_KV = (32, 64, 128)
 FARTHEST_STEP = 4096  # of queries: an item counts its steps across the diagonal in 13 bits
 PAGES = (16, 32, 64, 128, 256)
 COLUMNS_A_PROGRAM = 64
+FIXED_FROM = 1 << 15  # tiles of 128 x 128 of all heads: from there on a second launch takes less than it saves
 
 
 def missing(device: torch.device) -> str:
@@ -234,13 +235,14 @@ class _Launch:
     arguments: tuple[Any, ...]
     descriptor: type
     boxes: tuple[dict[str, Any] | None, ...]
+    fixed: bool  # rows keep the maximum of their first step, and a second launch does again what outgrew it
 
     def run(
         self, q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, pool: _Pair, sinks: Tensor | None, stream: int,
         dense: Tensor | None,
     ) -> None:  # fmt: skip
         arguments, partial = self.fill(q, keys, out, lse, pool, sinks, dense)
-        self.kernel[(self.work.blocks, 1, 1)](*arguments, stream=stream)
+        launch_by_mode(self.kernel, self.work.blocks, arguments, MODE_ARGUMENT, self.fixed, stream)
         if self.work.slots:
             _merge(self.work, partial, out, lse, sinks)
 
@@ -258,8 +260,23 @@ class _Launch:
         return arguments, partial
 
 
+def launch_by_mode(
+    kernel: Any, blocks: int, arguments: list[Any], at: int, fixed: bool, stream: int
+) -> None:  # fmt: skip
+    """Launches the kernel, whose argument `at` is the mode; twice where rows keep their first step's maximum."""
+    for mode in (FIXED, AGAIN) if fixed else (RUNNING,):
+        arguments[at] = mode
+        kernel[(blocks, 1, 1)](*arguments, stream=stream)
+
+
+def keeps_maximum(items: int, kv_end: int) -> bool:
+    """Whether a launch of so many items over so many keys is long enough for a second one behind it."""
+    return items * -(-kv_end // 128) >= FIXED_FROM
+
+
 OUT_ARGUMENT = 13  # place of p_out, which p_lse, p_sinks, p_part, p_part_lse and p_table follow
-ANCHORS_ARGUMENT = 21  # of p_anchors
+ANCHORS_ARGUMENT = 21  # of p_anchors, which p_marks and the mode follow
+MODE_ARGUMENT = 23
 _FORMS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -328,14 +345,16 @@ def _launch(
     arguments = (
         *boxes,
         work.items, work.entries, _counters(q.device, stream), rule, None, None, None, None, None, None,
-        plan.tokens, plan.token_bits, None,
+        plan.tokens, plan.token_bits, None, _marks(q.device, stream, room(len(work.items))), RUNNING,
         scale if cap is None else float(cap), 0.0 if cap is None else 2 * math.log2(math.e) * scale / cap,
         len(work.items), heads, heads // key_heads, q_len, g.q_offset, rule_sample, rule_head,
         heads // plan.heads, heads // pool_heads, width, plan.heads * width if plan.samples > 1 else 0,
         None if table is None else table.stride(0), None if table is None else work.kv_end,
         None if dense is None else dense.shape[2], *flags,
     )  # fmt: skip
-    launch = _Launch(None, work, arguments, layout(half, dim, q.dtype)[0], tuple(boxes))
+    # float16 holds no weights above 2^16: it keeps the running maximum.
+    fixed = q.dtype == torch.bfloat16 and keeps_maximum(len(work.items), work.kv_end)
+    launch = _Launch(None, work, arguments, layout(half, dim, q.dtype)[0], tuple(boxes), fixed)
     form = (q.device, q.dtype, dim, step, plan.block_kv, piece, None if sinks is None else sinks.dtype, *flags)
     if form not in _FORMS:
         out = q.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
@@ -385,6 +404,17 @@ def compile_form(
 def _counters(device: torch.device, stream: int) -> Tensor:
     """Two int32 zeros that the kernel itself puts back to zero; a pair a stream, since launches of two may overlap."""
     return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def room(items: int) -> int:
+    """Places of marks for so many items, and whether there are any: a power of two, so that few buffers serve all."""
+    return 1 << items.bit_length()
+
+
+@per_geometry
+def _marks(device: torch.device, stream: int, places: int) -> Tensor:
+    """int32 zeros, which items are marked in and the second launch puts back."""
+    return torch.zeros(places, dtype=torch.int32, device=device)
 
 
 def _pool(keys: Keys, plan: BlockPlan) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ PAIRS_SHIFT = 16
 SECOND = -(1 << 31)  # the sign
 SPARE = 4  # a pair's steps may end in as many entries that are nowhere
 
+RUNNING, FIXED, AGAIN = range(3)  # MODE of a launch
+
 _N = TypeVar("_N", int, Tensor)
 
 
