@@ -98,9 +98,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 FLOOR = gl.constexpr(-1.0e30)
 FAR = gl.constexpr(1 << 30)  # beyond any position
 NO_PAGE = gl.constexpr(1 << 30)  # beyond any page: zeros by TMA
-# Where the sum of a row's weights lies that may keep the maximum of its first step. It is 1 there or more, so less is
-# no number that was summed; and values of up to 2^63 may be multiplied by as much.
-LEAST, MOST = gl.constexpr(0.5), gl.constexpr(2.0**64)
+# Up to where the sum of a row's weights lies that may keep the maximum of its first step: values of up to 2^63 may be
+# multiplied by as much.
+MOST = gl.constexpr(2.0**64)
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -755,7 +755,9 @@ def _advance(
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    if running:
+    if RULE:  # a branch would keep its condition in a register, of which a rule's masks leave none
+        acc = _rescale(acc, alpha, LO)
+    elif running:
         acc = _rescale(acc, alpha, LO)
     pb = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
     return acc, l, m_new, pb, e, slot1, phase1, slot
@@ -797,8 +799,7 @@ def _advance_half(
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    if running:
-        acc = _rescale(acc, alpha, LO)
+    acc = _rescale(acc, alpha, LO)
     p = p.to(ks.dtype)
     none = gl.zeros_like(p)
     both = gl.join(p, none) if WHO == 0 else gl.join(none, p)
@@ -895,8 +896,7 @@ def _finish(
     valid = (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
     kept = valid & (total != 0.0)
     if mode == FIXED:
-        fits = (total >= LEAST) & (total <= MOST)  # NaN does not
-        _mark(p_marks, number, valid & ((kind & EMPTY) == 0) & (fits == 0))
+        _mark(p_marks, number, valid & ((total <= MOST) == 0))  # NaN is not
     factor = 1.0 / total
     if SINKS:
         z = gl.load(p_sinks + head).to(gl.float32) * LOG2E
@@ -1021,11 +1021,14 @@ def _consume(
             query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
         low = query
-        # Where a row may see nothing in its first step: a window's edge without sinks, columns, the other half's step.
+        # Where a row may see nothing in its first step: a window's edge without sinks, columns, the other half's step,
+        # the second half of a dense row's diagonal.
         running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
-            running = running | (sink == 0)
+            running = running | ((sink == 0) & ((kind & DENSE) == 0))
+        if BN < 2 * HALF and Q_STEP == 1:
+            running = running | ((kind & DENSE) != 0)
         if COLUMNS:
             running = running | (listed == 0)
         if HALVES:

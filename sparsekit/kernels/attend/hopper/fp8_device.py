@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsekit.kernels.attend.hopper.device import (
     AGAIN,
     COUNT,
+    DENSE,
     EMPTY,
     FIXED,
     FLOOR,
@@ -371,7 +372,8 @@ def _consume(
         running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
-            running = running | (sink == 0)  # at a window's edge a row may see nothing
+            # At a window's edge a row may see nothing.
+            running = running | ((sink == 0) & ((kind & DENSE) == 0))
         acc = gl.zeros([HALF, D], gl.float32, LO)
         m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
         l = gl.sum(_by_eight(zero), 1)
@@ -459,7 +461,9 @@ def _consume(
             v_log = _receive(scales, slot1 * 2 + 1)
             acc = warpgroup_mma_wait(0, deps=(o,))
             mbarrier.arrive(free.index(before), count=1)
-            if (outgrown != 0) | running:
+            if RULE:  # as in device.py
+                acc = _rescale(acc, alpha, LO)
+            elif (outgrown != 0) | running:
                 acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LO)), 1)
             if i % FLUSH == 0:
                 if i == FLUSH:
@@ -490,8 +494,7 @@ def _consume(
         valid = (lane_o >= (kind & 255)) & (lane_o < ((kind >> 8) & 255))
         seen = valid & (total != 0.0)
         if mode == FIXED:
-            fits = (total > 0.0) & (total < float("inf"))  # NaN does not
-            _mark(p_marks, number, valid & ((kind & EMPTY) == 0) & (fits == 0))
+            _mark(p_marks, number, valid & ((total < float("inf")) == 0))  # NaN is not
         weights = total
         factor = 1.0 / total
         if SINKS:
