@@ -50,6 +50,7 @@ CHUNK = 64
 UNSENT = -777_777_777  # a word of mail that nobody has written, or that was freed
 NAN = float("nan")
 E4M3_MOST = 448.0
+NO_ROW = -(1 << 20)
 
 
 # ---- who runs when
@@ -837,6 +838,10 @@ def launched(
     blocks, marks = min(blocks, work.blocks), arguments[place - 1].zero_()
     for mode in (items.FIXED, items.AGAIN) if fixed else (items.RUNNING,):
         arguments[place] = mode
+        if mode == items.AGAIN:  # whoever stores an item that is not marked finds no such row
+            again = work.items.clone()
+            again[marks[1 : 1 + len(again)] == 0, items.ROW] = NO_ROW
+            arguments = [again if given is work.items else given for given in arguments]
         _HERE.schedule, _HERE.blocks = _Schedule(seed), blocks
         for block in range(blocks):
             _HERE.block = block
