@@ -12,8 +12,9 @@ came before is an error, whoever ran first this time. Numbers in shared memory, 
 NaN instead. Which barrier frees a buffer nobody has to say: the last one with "free" in its name that the writer waited
 for.
 
-Numbers are float64, so that an error stands out; conversions to e4m3 keep them. Not here: layouts, swizzling below rows
-of 64 columns, registers, rounding.
+Numbers are float64, so that an error stands out; conversions to e4m3 keep them, but for those beyond its largest.
+Exponentials reach as far as float32 does: above are infinities, below is 0. Not here: layouts, swizzling below rows of
+64 columns, registers, rounding.
 """
 
 # Stand-ins take what Gluon takes, and have no types to check.
@@ -25,6 +26,8 @@ import ast
 import importlib
 import inspect
 import random
+import re
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,6 +49,8 @@ from sparsekit.plan import BlockPlan
 CHUNK = 64
 UNSENT = -777_777_777  # a word of mail that nobody has written, or that was freed
 NAN = float("nan")
+E4M3_MOST = 448.0
+NO_ROW = -(1 << 20)
 
 
 # ---- who runs when
@@ -595,7 +600,10 @@ def _max(x: Tensor, axis: int):
 
 
 def _exp2(x):
-    return 2.0**x if _scalar(x) else torch.exp2(x)
+    """Of float32's range: infinite from 2^128 on, and 0 below 2^-149."""
+    if _scalar(x):
+        return float(_exp2(torch.tensor(x, dtype=torch.float64)))
+    return torch.exp2(x).masked_fill(x >= 128.0, float("inf")).masked_fill(x < -149.0, 0.0)
 
 
 def _div(a, b):
@@ -626,8 +634,10 @@ class _Four:
 
 
 def _assembly(code: str, constraints: str, arguments: list[Tensor], dtype, is_pure: bool, pack: int):
-    """What rounds to e4m3, or keeps a number as it is."""
+    """What rounds to e4m3, or keeps a number as it is. Rounding only keeps numbers below e4m3's largest."""
     assert "e4m3x2" in code or "nanosleep" in code, f"no stand-in for {code}"
+    if "satfinite" in code:
+        arguments = [x.clamp(-E4M3_MOST, E4M3_MOST) for x in arguments]
     return arguments[0] if len(arguments) == 1 else _Four(arguments)
 
 
@@ -735,6 +745,13 @@ def _executed(tree: ast.Module, file: str, names: dict[str, Any]) -> dict[str, A
     return names
 
 
+def _most_of_vote(assembly: str) -> float:
+    """The number that a warp's vote compares with, of which the assembly has the bits."""
+    (bits,) = re.findall(r"setp\.gt\.s32 p, x, 0x([0-9A-F]{8});", assembly)
+    most: float = struct.unpack(">f", bytes.fromhex(bits))[0]
+    return most
+
+
 @lru_cache(maxsize=8)
 def device_code(module: str = "device", **constants: int) -> SimpleNamespace:
     """The functions of device.py or fp8_device.py, to be called with pointers and descriptors of this file.
@@ -754,7 +771,9 @@ def device_code(module: str = "device", **constants: int) -> SimpleNamespace:
     _executed(tree, str(file), names)
     names["_rescale"] = lambda acc, alpha, layout: acc * alpha[:, None]
     names["_declare"] = lambda x: None
-    names["_outgrown"] = lambda sums, x: int(not (sums <= 448).all())
+    if module == "fp8_device":
+        most = _most_of_vote(names["VOTE"])
+        names["_outgrown"] = lambda sums, x: int(not (sums <= most).all())
     return SimpleNamespace(**names)
 
 
@@ -819,6 +838,10 @@ def launched(
     blocks, marks = min(blocks, work.blocks), arguments[place - 1].zero_()
     for mode in (items.FIXED, items.AGAIN) if fixed else (items.RUNNING,):
         arguments[place] = mode
+        if mode == items.AGAIN:  # whoever stores an item that is not marked finds no such row
+            again = work.items.clone()
+            again[marks[1 : 1 + len(again)] == 0, items.ROW] = NO_ROW
+            arguments = [again if given is work.items else given for given in arguments]
         _HERE.schedule, _HERE.blocks = _Schedule(seed), blocks
         for block in range(blocks):
             _HERE.block = block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from children import compiled, interpret
+from gluon_in_python import device_code, hosted
 from kernel_cases import loose_plan
 from torch import Tensor
 
@@ -548,6 +550,69 @@ def test_a_launch_is_kept_for_the_calls_it_was_made_for(monkeypatch: pytest.Monk
     host.attend_hopper(q, Keys(kv, kv), plan, Softmax(0.1), False)
     host.attend_hopper(q, Keys(kv, kv), plan, Softmax(0.1), False)
     assert made == [(4, "cpu"), (2, "cpu"), (1, "cpu"), (4, "meta")]
+
+
+class _Recorded:
+    """A kernel that notes its grids, and what is at one place of its arguments."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, stream: self.launches.append((grid, arguments[self.place], stream))
+
+
+def test_two_launches_where_rows_keep_their_first_maximum() -> None:
+    for fixed, modes in ((False, [item.RUNNING]), (True, [item.FIXED, item.AGAIN])):
+        kernel = _Recorded(1)
+        host.launch_by_mode(kernel, 7, ["q", None, "k"], 1, fixed, 5)
+        assert kernel.launches == [((7, 1, 1), mode, 5) for mode in modes]
+
+
+def test_long_launches_keep_the_first_maximum() -> None:
+    least = host.FIXED_FROM
+    assert host.keeps_maximum(least, 1)
+    assert host.keeps_maximum(1, least * 128)
+    assert host.keeps_maximum(least // 2, 129)
+    assert not host.keeps_maximum(least // 2, 128)
+    assert not host.keeps_maximum(least - 1, 128)
+
+
+def test_marks_have_room_for_all_items_and_whether_there_are_any() -> None:
+    for items in (0, 1, 2, 3, 4, 7, 8, 1000, 1 << 16):
+        assert items < host.room(items) <= max(2 * items, 1)
+        assert host.room(items).bit_count() == 1
+    cpu = torch.device("cpu")
+    marks = host._marks(cpu, 3, 8)
+    assert marks.tolist() == [0] * 8
+    assert marks.dtype == torch.int32
+    assert host._marks(cpu, 3, 8) is marks
+    assert host._marks(cpu, 4, 8) is not marks  # launches of two streams may overlap
+    assert len(host._marks(cpu, 3, 16)) == 16
+
+
+@pytest.mark.parametrize("least", [1, 1 << 60])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modes_of_a_call(dtype: torch.dtype, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 keeps the running maximum: weights above 2^16 are beyond it."""
+    names = list(inspect.signature(device_code().attention).parameters)
+    assert names[host.OUT_ARGUMENT : host.OUT_ARGUMENT + 6] == [
+        "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse", "p_table",
+    ]  # fmt: skip
+    assert names[host.ANCHORS_ARGUMENT : host.MODE_ARGUMENT + 1] == ["p_anchors", "p_marks", "mode"]
+    monkeypatch.setattr(host, "FIXED_FROM", least)
+    fixed = dtype == torch.bfloat16 and least == 1
+    q, k = torch.empty(1, HEADS, 300, 64, dtype=dtype), torch.empty(1, KEY_HEADS, 300, 64, dtype=dtype)
+    for make in (_dense, _triangle):
+        with hosted(host, device_code()):
+            (launch,) = host._prepare(q, Keys(k, k), make(_tiled(300)), Softmax(0.1), False).launches
+            assert launch.fixed == fixed
+            assert len(launch.arguments[names.index("p_marks")]) == host.room(len(launch.work.items))
+            launch = replace(launch, kernel=_Recorded(names.index("mode")))
+            launch.run(q, Keys(k, k), torch.empty_like(q), None, (None, None), None, 3, None)
+        modes = [item.FIXED, item.AGAIN] if fixed else [item.RUNNING]
+        assert launch.kernel.launches == [((launch.work.blocks, 1, 1), mode, 3) for mode in modes]
 
 
 # ---- the device code compiles for sm_90, without a card

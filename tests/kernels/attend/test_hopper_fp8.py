@@ -3,6 +3,7 @@ card it is as far from the definition as e4m3 is."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from card_fp8 import agrees, keeps_most_of_a_part_of_the_mean, keeps_the_mean, leaves_what_is_not_finite_where_it_is
 from children import compiled, interpret
+from gluon_in_python import device_code, hosted
 from kernel_cases import in_pages, random_plan, with_columns
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from sparsekit.call.softmax import Softmax
 from sparsekit.kernels import attend, choose
 from sparsekit.kernels.attend.hopper import fp8 as host
 from sparsekit.kernels.attend.hopper import host as hopper
+from sparsekit.kernels.attend.hopper import items as item
 from sparsekit.kernels.attend.hopper import worklist
 from sparsekit.kernels.choose import TABLE
 from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule
@@ -70,6 +73,37 @@ def test_what_it_covers() -> None:
     assert "corrected by every 64th row" in against(q, _triangle(_tiled(256)).corrected(64))
     assert against(q[..., :96], dense_plan(_tiled(256))).count("head size") == 1
     assert "strides" in against(q[:, :1].expand(-1, 4, -1, -1), dense_plan(_tiled(256)))
+
+
+class _Recorded:
+    """A kernel that notes the modes of its launches."""
+
+    def __init__(self) -> None:
+        self.modes: list[int] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, stream: self.modes.append(arguments[host.MODE_ARGUMENT])
+
+
+@pytest.mark.parametrize("least", [1, 1 << 60])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modes_of_a_call(dtype: torch.dtype, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are e4m3, whatever q is."""
+    code = device_code("fp8_device")
+    names = list(inspect.signature(code.attention).parameters)
+    assert names[host.SCALES_ARGUMENT : host.MODE_ARGUMENT + 1] == [
+        "p_scales", "p_common", "p_out", "p_lse", "p_sinks", "p_part", "p_part_lse", "p_marks", "mode",
+    ]  # fmt: skip
+    monkeypatch.setattr(hopper, "FIXED_FROM", least)
+    q, k = torch.empty(1, 4, 300, 128, dtype=dtype), torch.empty(1, 2, 300, 128, dtype=dtype)
+    for plan in (dense_plan(_tiled(300)), _triangle(_tiled(300))):
+        with hosted(host, code):
+            (launch,) = host._prepare(q, k, plan, Softmax(0.1), False)
+            assert len(launch.arguments[names.index("p_marks")]) == hopper.room(len(launch.work.items))
+            launch = replace(launch, kernel=_Recorded())
+            # Descriptors look at nothing but where tensors lie.
+            launch.run(q, (k, k, torch.empty(1), torch.empty(1)), torch.empty_like(q), None, None, 0)
+        assert launch.kernel.modes == ([item.FIXED, item.AGAIN] if least == 1 else [item.RUNNING])
 
 
 @pytest.mark.slow

@@ -8,16 +8,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from fp8_in_python import attend_fp8_in_python
-from kernel_cases import random_plan, rule_plan, tensors
+from gluon_in_python import MARKED
+from kernel_cases import loose_plan, random_plan, rule_plan, tensors
 
 from sparsekit.call.geometry import Geometry
 from sparsekit.call.softmax import Softmax
 from sparsekit.kernels.attend.hopper import items as item
 from sparsekit.kernels.attend.hopper import worklist
 from sparsekit.kernels.attend.reference import attend_reference
-from sparsekit.plan import BlockPlan, TokenRule, dense_plan, plan_from_rule, stack_heads
+from sparsekit.plan import CAUSAL, RULE, BlockPlan, TokenRule, dense_plan, pack, plan_from_rule, stack_heads
 
 NEVER = 2**31 - 1
+STEEP = 4.0  # rise of logits a key: a step lies hundreds above the one before
+SLOW = 0.08  # P is beyond e4m3 with every step, and float32 never is
 SINKS = torch.tensor([0.5, 3.0], dtype=torch.float64)
 SOFTMAX = {
     "plain": Softmax(0.1, None, None),
@@ -35,21 +38,39 @@ def _window(geometry: Geometry, sinks: int, window: int) -> BlockPlan:
     return plan_from_rule(TokenRule(sinks, window, NEVER), geometry)
 
 
+def _inputs(
+    geometry: Geometry, rise: float = 0.0, by_block: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of some tens, so that maxima rise; those of a key are `rise` above those of the key before. by_block: they
+    are the same within 128 keys, and rise from there to the next."""
+    q, k, v = tensors(geometry, torch.float64, dim=128, heads=2, key_heads=1)
+    q = q * 3
+    if rise or by_block:
+        q[..., 0], k[..., 0] = 1, rise / 0.1 * torch.arange(k.shape[2])
+    if by_block:
+        k[..., 1:] = 0
+        k[..., 0] = rise / 0.1 * (torch.arange(k.shape[2]) // 128)
+    return q, k, v
+
+
 def _check(
     plan: BlockPlan, seed: int, softmax: Softmax = SOFTMAX["plain"], return_lse: bool = True, flush: int = 16,
-    blocks: int = 3,
-) -> None:  # fmt: skip
-    """Logits of some tens, so that maxima rise."""
-    q, k, v = tensors(plan.geometry, torch.float64, dim=128, heads=2, key_heads=1)
-    q = q * 3
+    blocks: int = 3, fixed: bool = True, rise: float = 0.0, by_block: bool = False,
+) -> int:  # fmt: skip
+    """Returns how many items a first launch left to a second one."""
+    q, k, v = _inputs(plan.geometry, rise, by_block)
     expected, expected_lse = attend_reference(q, k, v, plan, softmax)
-    out, lse = attend_fp8_in_python(q, k, v, plan, softmax, return_lse, flush=flush, blocks=blocks, seed=seed)
+    MARKED.clear()
+    out, lse = attend_fp8_in_python(
+        q, k, v, plan, softmax, return_lse, flush=flush, blocks=blocks, seed=seed, fixed=fixed
+    )  # fmt: skip
     assert float((out - expected).abs().max()) < 1e-9
     seen = expected_lse.isfinite()
     assert not out[~seen].any()
     if lse is not None:
         assert torch.equal(lse.isfinite(), seen)
         assert float((lse - expected_lse)[seen].abs().max()) < 1e-9
+    return sum(MARKED)
 
 
 def _items(plan: BlockPlan) -> torch.Tensor:
@@ -78,7 +99,72 @@ PLANS: dict[str, Callable[[], BlockPlan]] = {
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_computes_the_plan(name: str, return_lse: bool) -> None:
-    _check(PLANS[name](), len(name), return_lse=return_lse)
+    assert _check(PLANS[name](), len(name), return_lse=return_lse, fixed=return_lse) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rise"),
+    [
+        ("dense", -STEEP),
+        ("window", STEEP),
+        ("triangle", STEEP),
+        ("tiles at random, padded", STEEP),
+        ("heads that differ", STEEP),
+    ],
+)
+def test_weights_beyond_float32(name: str, rise: float) -> None:
+    """Items of several steps, which go down in dense ones and up in lists, are done again: no factor helps."""
+    plan = PLANS[name]()
+    many = _items(plan)[:, item.COUNT] > 1
+    dense = _items(plan)[:, item.KIND] & item.DENSE != 0
+    assert _check(plan, len(name), rise=rise, flush=2) == int((many & (dense == (rise < 0))).sum())
+
+
+@pytest.mark.parametrize("flush", [2, 3])
+@pytest.mark.parametrize(("name", "rise"), [("dense", -SLOW), ("window", SLOW), ("tiles at random", SLOW)])
+def test_weights_that_grow_beyond_e4m3(name: str, rise: float, flush: int) -> None:
+    """Rows shrink them, step by step, and no item is done again."""
+    assert _check(PLANS[name](), flush, rise=rise, flush=flush) == 0
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("rise", [0.0, 0.4, 0.9, 3.0])
+def test_many_weights_that_are_the_same(rise: float, fixed: bool) -> None:
+    """16 of them are more than fits, though each does: rows shrink them below a running maximum, too."""
+    assert _check(dense_plan(_tiled(600)), 0, rise=-rise, by_block=True, fixed=fixed, flush=2) == 0
+    assert _check(PLANS["triangle"](), 0, SOFTMAX["sinks"], rise=rise, by_block=True, fixed=fixed, flush=3) == 0
+
+
+@pytest.mark.parametrize("name", ["dense", "window", "triangle"])
+def test_a_query_that_is_not_a_number(name: str) -> None:
+    """Its item is done again, alone."""
+    plan = PLANS[name]()
+    q, k, v = _inputs(plan.geometry)
+    q[0, 1, 150] = torch.nan
+    expected, expected_lse = attend_reference(q, k, v, plan, SOFTMAX["plain"])
+    MARKED.clear()
+    out, lse = attend_fp8_in_python(q, k, v, plan, SOFTMAX["plain"], flush=2)
+    assert sum(MARKED) == 1
+    assert lse is not None
+    others = torch.ones(lse.shape, dtype=torch.bool)
+    others[0, 1, 150] = False
+    assert bool(out[~others].isnan().all())
+    assert bool(lse[~others].isnan().all())
+    assert float((out - expected)[others].abs().max()) < 1e-9
+    assert float((lse - expected_lse)[others].abs().max()) < 1e-9
+
+
+def test_rows_without_a_key() -> None:
+    """Of a whole item there is nothing to do again; a window without sinks has the running maximum at once."""
+    none = torch.zeros(1, 2, 3, 3, dtype=torch.bool)
+    none[:, :, 0, 0] = True
+    assert _check(loose_plan(none, _tiled(300)), 0) == 0
+    entries = torch.tensor([pack(0, CAUSAL), pack(0, RULE), pack(0, RULE)], dtype=torch.int32)
+    rule = torch.tensor([[[0, 70, NEVER]]], dtype=torch.int32)
+    some = BlockPlan(_tiled(300), row_ptr=torch.arange(4, dtype=torch.int32), entries=entries, rule=rule)
+    _check(some, 0, rise=STEEP)
+    for rise in (0.0, STEEP, -STEEP):
+        assert _check(_window(_tiled(500), 0, 150), 0, rise=rise) == 0
 
 
 def test_what_the_plans_need() -> None:
@@ -130,4 +216,12 @@ def test_split_rows(softmax: str, return_lse: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(worklist, "SHORTEST_PIECE", 1)
     for plan in (rule_plan("triangle", _tiled(1100), 300), dense_plan(_tiled(200, 1100, q_offset=850))):
         assert bool((_items(plan)[:, item.SLOT] >= 0).any())
-        _check(plan, 0, SOFTMAX[softmax], return_lse, flush=2)
+        _check(plan, 0, SOFTMAX[softmax], return_lse, flush=2, fixed=return_lse)
+
+
+def test_split_rows_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worklist, "SPLIT_FROM_STEPS", 1)
+    monkeypatch.setattr(worklist, "SHORTEST_PIECE", 1)
+    plan = rule_plan("triangle", _tiled(800), 300)
+    assert bool((_items(plan)[:, item.SLOT] >= 0).any())
+    assert _check(plan, 0, SOFTMAX["sinks"], rise=STEEP, flush=2) > 0
