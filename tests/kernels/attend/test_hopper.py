@@ -653,7 +653,7 @@ def test_compiles_for_sm_90(case: tuple[int, str, str, str, int, str], offline: 
     columns, halves = "columns" in more, "halves" in more
     assert made["steps"] == (4 if columns else 2)  # the step loops of the two consumers
     assert made["spilled"] <= (16 if columns else 0)  # 0 with Triton 3.6, 9 with 3.9, in the loop over columns
-    paged = ("page16 corrected", "page256")  # with Triton 3.9 8 and 4 bytes, once a tile
+    paged = ("page16 corrected", "page256")  # with Triton 3.9 8 and 32 bytes, once a tile
     if dim < 256 and not columns and not halves and more not in paged:
         assert "0 bytes spill stores, 0 bytes spill loads" in made["said"]
     assert "C75" not in made["said"]  # ptxas: wgmma serialised, or register reallocation ignored

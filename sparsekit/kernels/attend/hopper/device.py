@@ -493,8 +493,9 @@ def _send_item(mail, slot, row, sample_head, start, count, kv_start, kind, e, e1
 
 
 @gluon.jit
-def _send_rule(mail, slot, p_rule):
-    _send(mail, slot * MAIL + SINK, gl.load(p_rule))
+def _send_rule(mail, slot, kind, p_rule):
+    # A dense item hides nothing by the rule. That it has a sink says that no row's first step shows it nothing.
+    _send(mail, slot * MAIL + SINK, gl.where((kind & DENSE) != 0, 1, gl.load(p_rule)))
     _send(mail, slot * MAIL + WINDOW, gl.load(p_rule + 1))
     _send(mail, slot * MAIL + DENSE_FROM, gl.load(p_rule + 2))
 
@@ -556,7 +557,7 @@ def _announce(
     _send(mail, m_slot * MAIL + OWN_HEAD, head)
     _send(mail, m_slot * MAIL + NUMBER, t)
     if RULE:
-        _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
+        _send_rule(mail, m_slot, kind, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
     if SPLIT or HALVES:
         _send(mail, m_slot * MAIL + SLOT, gl.load(p_items + t * ITEM + SLOT))
     if COLUMNS:
@@ -755,9 +756,7 @@ def _advance(
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    if RULE:  # a branch would keep its condition in a register, of which a rule's masks leave none
-        acc = _rescale(acc, alpha, LO)
-    elif running:
+    if RULE or running:  # not for a rule: the condition takes a register, of which its masks leave none
         acc = _rescale(acc, alpha, LO)
     pb = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
     return acc, l, m_new, pb, e, slot1, phase1, slot
@@ -1026,7 +1025,7 @@ def _consume(
         running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
-            running = running | ((sink == 0) & ((kind & DENSE) == 0))
+            running = running | (sink == 0)
         if BN < 2 * HALF and Q_STEP == 1:
             running = running | ((kind & DENSE) != 0)
         if COLUMNS:

@@ -41,7 +41,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsekit.kernels.attend.hopper.device import (
     AGAIN,
     COUNT,
-    DENSE,
     EMPTY,
     FIXED,
     FLOOR,
@@ -138,7 +137,7 @@ def _produce(
             _send_item(mail, m_slot, row, sample_head, start, count, kv_start, kind, e, e1)
             _send(mail, m_slot * MAIL + NUMBER, number)
             if RULE:
-                _send_rule(mail, m_slot, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
+                _send_rule(mail, m_slot, kind, p_rule + sample * rule_sample + head // heads_per_plan * rule_head)
             if SPLIT:
                 _send(mail, m_slot * MAIL + SLOT, gl.load(p_item + SLOT))
             d = gl.arange(0, D, gl.BlockedLayout([D // 32], [32], [1], [0]))
@@ -372,8 +371,7 @@ def _consume(
         running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
-            # At a window's edge a row may see nothing.
-            running = running | ((sink == 0) & ((kind & DENSE) == 0))
+            running = running | (sink == 0)  # at a window's edge a row may see nothing
         acc = gl.zeros([HALF, D], gl.float32, LO)
         m = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, L))
         l = gl.sum(_by_eight(zero), 1)
