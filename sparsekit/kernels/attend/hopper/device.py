@@ -711,7 +711,7 @@ def _advance(
     query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens, p_row_bits, columns,
     hidden,
     SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr,
-    COLUMNS: gl.constexpr, HALVES: gl.constexpr, SHORT_FORM: gl.constexpr, Q_STEP: gl.constexpr,
+    COLUMNS: gl.constexpr, HALVES: gl.constexpr, SHORT_FORM: gl.constexpr, Q_STEP: gl.constexpr, VOTE: gl.constexpr,
 ):  # fmt: skip
     """Step i of a row: Q K^T and softmax of this step, P V of the one before, whose buffer is `before`."""
     STAGES: gl.constexpr = ks.shape[0]
@@ -756,7 +756,7 @@ def _advance(
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    if RULE or running:  # not for a rule: the condition takes a register, of which its masks leave none
+    if VOTE or running:
         acc = _rescale(acc, alpha, LO)
     pb = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
     return acc, l, m_new, pb, e, slot1, phase1, slot
@@ -766,7 +766,7 @@ def _advance(
 def _advance_half(
     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
     query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind,
-    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, CAP: gl.constexpr,
+    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, CAP: gl.constexpr, VOTE: gl.constexpr,
 ):  # fmt: skip
     """`_advance` where consumer 0 needs only the first half of the step's keys, or consumer 1 the second one. P is 0 in
     the other half: its P V runs with the next step's Q K^T, as all others do."""
@@ -798,7 +798,8 @@ def _advance_half(
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_free.index(before), count=1)
-    acc = _rescale(acc, alpha, LO)
+    if VOTE or running:
+        acc = _rescale(acc, alpha, LO)
     p = p.to(ks.dtype)
     none = gl.zeros_like(p)
     both = gl.join(p, none) if WHO == 0 else gl.join(none, p)
@@ -965,6 +966,9 @@ def _consume(
     # one tile of Q the next one is not there yet, and a correction wants the registers.
     OVERLAP: gl.constexpr = Q_STAGES > 1 and CORRECT == 0
     QUEUED: gl.constexpr = 2 if NARROW_FORM else 1
+    # A step of the running maximum rescales behind a branch of its own or, where a rule's masks leave no register for
+    # the branch's condition, by the warp's vote alone.
+    VOTE: gl.constexpr = RULE and CORRECT == 0
     scale2 = scale * LOG2E
     zero = gl.zeros([HALF, BN], gl.float32, L)
     acc = gl.zeros([HALF, D], gl.float32, LO)
@@ -1110,7 +1114,7 @@ def _consume(
                     acc, l, m, pb, e, slot, phase, before = _advance(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                         query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
-                        columns, needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP,
+                        columns, needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP, VOTE,
                     )  # fmt: skip
                 else:
                     e, slot, phase = _pass(
@@ -1122,26 +1126,26 @@ def _consume(
                     acc, l, m, pb, e, slot, phase, before = _advance_half(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                         query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, WHO,
-                        SPLIT_ENTRY, CAP,
+                        SPLIT_ENTRY, CAP, VOTE,
                     )  # fmt: skip
                 else:
                     acc, l, m, pb, e, slot, phase, before = _advance(
                         acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                         query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
-                        columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                        columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP, VOTE,
                     )  # fmt: skip
             else:
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
-                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP, VOTE,
                 )  # fmt: skip
         if COLUMNS:
             for i in range(gl.maximum(listed, 1), steps):
                 acc, l, m, pb, e, slot, phase, before = _advance(
                     acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
                     query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
-                    p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP,
+                    p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP, VOTE,
                 )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
