@@ -460,6 +460,64 @@ def test_what_is_said_of_the_speed_of_fp8_is_in_the_records() -> None:
         assert told.format(*(of[run, "dense", tokens, impl]["tflops"] for tokens in (32768, 131072))) in said
 
 
+def test_the_times_of_the_maximum_of_the_first_step_are_in_the_records() -> None:
+    page = (DOCS / "kernels.md").read_text()
+    rows = _records("kernel-h200")
+    turns = [row for row in rows if "in turn" in row["command"]]
+    of = {(row["case"], row["tokens"], row.get("maximum", row["impl"])): row for row in turns}
+    columns = ("the running maximum", "the maximum of the first step", "fa3")
+    names = {"dense": "dense", "random tiles, 10% a head,": "random", "Triangle (8, 512, 128)": "triangle"}
+    lines = re.findall(r"^\| ([^|]+) at (\d+)K \| (.*?) \| (.*?) \| (.*?) *\|$", page, re.MULTILINE)
+    assert [(names[name], int(tokens)) for name, tokens, *_ in lines] == [
+        ("dense", 4), ("dense", 32), ("random", 128), *(("triangle", n) for n in (4, 8, 32, 128)),
+    ]  # fmt: skip
+    for name, tokens, *cells in lines:
+        for column, cell in zip(columns, cells, strict=True):
+            if cell:
+                row = of[names[name], int(tokens) * 1024, column]
+                ms, *rate = re.findall(r"[\d.]+", cell)
+                _rounds_to(row["ms"], ms)
+                assert len(rate) == ("tflops" in row)
+                for text in rate:
+                    _rounds_to(row["tflops"], text)
+
+    peers = [row for row in rows if row["command"].startswith("sparsekit bench kernel --cases triangle,dense")]
+    last = {(row["case"], row["tokens"], row["impl"]): row for row in peers if "ms" in row}  # of two runs
+    results = (DOCS / "results" / "README.md").read_text()
+    for tokens in (32768, 131072):
+        ours, other = (last["dense", tokens, impl] for impl in ("hopper", "fa3"))
+        line = f"| dense {tokens // 1024}K | {ours['ms']:.3g} ms ({ours['tflops']:.0f}) | {other['ms']:.3g} ms ("
+        assert f"{line}{other['tflops']:.0f}) |" in results
+        assert f"{other['ms'] / ours['ms']:.2f}" == "1.04"
+    for name, case, lengths in (
+        ("Triangle (8, 512, 128) at 32K; 128K; 1M tokens", "triangle", (32768, 131072, 1 << 20)),
+        ("random tiles of each head, 10%, 32K; 128K", "random", (32768, 131072)),
+    ):
+        own = [last[case, tokens, "hopper"] for tokens in lengths]
+        [told] = re.findall(rf"^\| {re.escape(name)} \| (.*?) \| +\|$", results, re.MULTILINE)
+        ms, rates = re.findall(r"([\d.]+) ms", told), re.findall(r"\((\d+)\)", told)
+        assert [f"{row['tflops']:.0f}" for row in own] == rates
+        for row, text in zip(own, ms, strict=True):
+            _rounds_to(row["ms"], text)
+    for doc in (DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"):
+        assert "1.04 times as fast as FlashAttention-3" in " ".join(doc.read_text().split())
+
+    fp8 = [row for row in _records("fp8-h200") if row["run"] == 11]
+    took = {
+        (row["case"], row["tokens"], row.get("variant", "").partition(":")[0]): row
+        for row in fp8
+        if row["impl"] == "hopper_fp8" or row["variant"].startswith("the running")
+    }
+    calls = (("dense", 32768), ("dense", 131072), ("random", 131072), ("triangle", 131072))
+    short, long, random, triangle = (took[(*call, "")] for call in calls)
+    before = [took[(*call, "the running maximum")]["ms"] for call in calls]
+    assert (
+        f"dense takes {short['ms']:.2f} ms ({short['tflops']:.0f}) at 32K and {long['ms']:.1f} ({long['tflops']:.0f}) "
+        f"at 128K, random tiles at 128K {random['ms']:.1f}, Triangle there {triangle['ms']:.2f}; with the running "
+        "maximum in the same run {:.2f}, {:.1f}, {:.1f} and {:.2f}.".format(*before)
+    ) in " ".join(page.split())
+
+
 def _rounds_to(value: float, text: str) -> None:
     digits = len(text.partition(".")[2])
     assert abs(value - float(text)) <= 0.5 * 10**-digits + 1e-9, (value, text)
