@@ -98,9 +98,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 FLOOR = gl.constexpr(-1.0e30)
 FAR = gl.constexpr(1 << 30)  # beyond any position
 NO_PAGE = gl.constexpr(1 << 30)  # beyond any page: zeros by TMA
-# Up to where the sum of a row's weights lies that may keep the maximum of its first step: values of up to 2^63 may be
+# Up to where the sum of a row's weights lies that may keep the maximum of its first step: values of up to 2^31 may be
 # multiplied by as much.
-MOST = gl.constexpr(2.0**64)
+MOST = gl.constexpr(2.0**96)
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
