@@ -12,9 +12,9 @@ Roles, work items, mail and masks are those of device.py; what differs is the ar
   e4m3 the compiler would carry a register for each.
 - A block's scale of V goes into the exponent of P: P = 2^(logit + log2(scale) + 6 - m), where m is the maximum of the
   same over the first step; the sum of the row takes it out again, a factor a step.
-- Like device.py's MODE says, m stays where it is, but here only as long as P fits e4m3, up to 448, a quarter more than
-  2^8. Who sums up P knows: 16 of a row's weights that sum up to less are each less. Where they do not, m grows, and
-  P and the accumulator shrink. A row whose P was beyond float32 is NaN, and its item is done again.
+- As device.py's MODE says, m stays where it is, but here only as long as P fits e4m3, which ends at 448. The sums that
+  a step makes anyway tell: 16 weights that sum up to less are each less. Where they do not, m grows, and P and the
+  accumulator shrink. A row whose P was beyond float32 is NaN, and its item is done again.
 - FP8 tensor cores cut the accumulator to 13 bits behind the point with every 32 keys. Left to them, a sum over 128K
   keys loses half of a mean value (measured; FlashAttention-3 does). So every FLUSH steps it goes into a float32 sum in
   shared memory, where the output is staged later.
