@@ -860,6 +860,15 @@ def launched(
         )  # fmt: skip
 
 
+def nan_in_one_row(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], row: tuple[int, int, int]) -> None:
+    """(out, lse): NaN in all of `row` (sample, head, query), and as expected in all others."""
+    others = torch.ones(got[1].shape, dtype=torch.bool)
+    others[row] = False
+    for x, y in zip(got, expected, strict=True):
+        assert bool(x[~others].isnan().all())
+        assert float((x - y)[others].abs().max()) < 1e-9
+
+
 def attend_in_python(
     q: Tensor, keys: Keys, plan: BlockPlan, softmax: Softmax, dense: Tensor | None = None, *, blocks: int = 3,
     seed: int = 0, fixed: bool = True,
