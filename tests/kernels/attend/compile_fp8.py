@@ -46,6 +46,7 @@ def _compile(kind: str, more: str) -> dict[str, Any]:
         "steps": len(steps),
         "bytes_moved": sum("PRMT" in what for loop in steps for what in loop),
         "shuffles": [sum("SHFL" in what for what in loop) for loop in steps],
+        "spilled": sum(bool(re.search(r"STL|LDL", what)) for loop in steps for what in loop),
         "late": [_exponentials_behind_the_wait(loop) for loop in steps],
         "said": said,
     }

@@ -30,6 +30,10 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
     dtype, columns, halves = getattr(torch, kind), "columns" in more, "halves" in more
     q, k = torch.empty(1, 8, 2048, dim, dtype=dtype), torch.empty(1, 2, 2048, dim, dtype=dtype)
     plan = plan_from_rule(TokenRule(8, 512, 1920), Geometry.of(2048, block_q=128, block_kv=block_kv))
+    if "dense" in more:
+        plan = dense_plan(plan.geometry)
+    if "lists" in more:
+        plan = plan_from_block_mask(torch.ones(1, 8, 16, 16, dtype=torch.bool), plan.geometry)
     if halves:
         every = torch.ones(1, 1, 32, 32, dtype=torch.bool)
         plan = plan_from_block_mask(every, Geometry.of(2048, block_q=64, block_kv=64))
@@ -56,7 +60,7 @@ def _compile(dim: int, kind: str, sinks: str, lse: str, block_kv: int, more: str
     ends = [(to, at) for to, at in jumps if to < at]
     loops = [[what for at, what in code if first <= at <= last] for first, last in ends]
     # Of a rule's tiles of 128 keys a loop has two steps, one of them for half of the keys.
-    half_steps = dim < 256 and block_kv == 128 and "every" not in more
+    half_steps = dim < 256 and block_kv == 128 and not re.search("dense|lists|every", more)
     per_loop = PER_STEP[dim] * (2 if half_steps else 1)
     steps = [loop for loop in loops if sum("HGMMA" in what for what in loop) == per_loop]
     return {

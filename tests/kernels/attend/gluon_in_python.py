@@ -674,7 +674,8 @@ def _layout(*args, **options) -> None:
 
 _LANGUAGE = SimpleNamespace(
     constexpr=_Constexpr, static_range=range, int32=torch.int32, int64=torch.int64, float32=torch.float64,
-    bfloat16=torch.float64, float8e4nv=torch.float64, int8=torch.float64, inline_asm_elementwise=_assembly,
+    float16=torch.float16, bfloat16=torch.float64, float8e4nv=torch.float64, int8=torch.float64,
+    inline_asm_elementwise=_assembly,
     NVMMASharedLayout=_layout, abs=torch.abs, split=lambda x: x.unbind(-1),
     NVMMADistributedLayout=_layout, BlockedLayout=_layout, SliceLayout=_layout, DotOperandLayout=_layout,
     SwizzledSharedLayout=_layout, shared_memory_descriptor=_Tile, convert_layout=lambda x, layout: x,

@@ -128,13 +128,12 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_compiles_for_sm_90(case: tuple[str, str], offline: list[dict[str, Any]]) -> None:
     made = offline[COMPILED.index(case)]
     assert made["shared"] <= SHARED_MEMORY
-    assert made["steps"] == 2  # the step loops of the two consumers
+    assert made["steps"] == 4  # the step loops of the two consumers, with either maximum
     assert made["bytes_moved"] == 0  # P is the operand where it is made, but for its type
-    assert made["shuffles"] == [8, 8]  # of rows' maxima, and of their sums where P outgrows e4m3
+    assert made["shuffles"] == [4, 4, 4, 4]  # of rows' maxima, or of their sums where P outgrows e4m3
     assert max(made["late"]) <= 4  # the exponentials run beside P V
     assert "C75" not in made["said"]  # ptxas: wgmma serialised, or register reallocation ignored
-    if "cap" not in case[1]:
-        assert "0 bytes spill stores, 0 bytes spill loads" in made["said"]
+    assert made["spilled"] == 0  # in a step; Triton 3.9 spills up to 24 bytes of what a tile's end needs
 
 
 @pytest.mark.slow

@@ -493,6 +493,19 @@ def _send_item(mail, slot, row, sample_head, start, count, kv_start, kind, e, e1
 
 
 @gluon.jit
+def _receive_item(mail, slot, WARPS: gl.constexpr = 4):
+    """What `_send_item` sent, without COUNT, which is read first."""
+    row = _receive(mail, slot * MAIL + ROW, WARPS)
+    sample_head = _receive(mail, slot * MAIL + HEAD, WARPS)
+    start = _receive(mail, slot * MAIL + START, WARPS)
+    kv_start = _receive(mail, slot * MAIL + KV, WARPS)
+    kind = _receive(mail, slot * MAIL + KIND, WARPS)
+    e = _receive(mail, slot * MAIL + STEP_0, WARPS)
+    e1 = _receive(mail, slot * MAIL + STEP_1, WARPS)
+    return row, sample_head, start, kv_start, kind, e, e1
+
+
+@gluon.jit
 def _send_rule(mail, slot, kind, p_rule):
     # A dense item hides nothing by the rule. That it has a sink says that no row's first step shows it nothing.
     _send(mail, slot * MAIL + SINK, gl.where((kind & DENSE) != 0, 1, gl.load(p_rule)))
@@ -518,6 +531,16 @@ def _marked(p_marks, p_counters, t, items):
         mark = gl.load(p_marks + 1 + t, mask=t < items, other=1)
     gl.store(p_marks + 1 + t, 0, mask=t < items)
     return t
+
+
+@gluon.jit
+def _begin(p_counters, p_marks, mode, items):
+    """(this block's first item, how many items there are): none for a second launch where nothing is marked."""
+    t = gl.program_id(0)
+    if mode == AGAIN:
+        items = gl.where(gl.load(p_marks) != 0, items, 0)
+        t = _marked(p_marks, p_counters, t, items)
+    return t, items
 
 
 @gluon.jit
@@ -586,10 +609,7 @@ def _produce_keys(
     q_phase = 0
     m_slot = 0
     m_phase = 0
-    t = gl.program_id(0)
-    if mode == AGAIN:
-        items = gl.where(gl.load(p_marks) != 0, items, 0)
-        t = _marked(p_marks, p_counters, t, items)
+    t, items = _begin(p_counters, p_marks, mode, items)
     row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
     e, e1 = 0, 0
     if count > 0:
@@ -670,11 +690,7 @@ def _produce_values(
     while count > 0:
         sample = _receive(mail, m_slot * MAIL + SAMPLE, 1)
         head = _receive(mail, m_slot * MAIL + OWN_HEAD, 1)
-        start = _receive(mail, m_slot * MAIL + START, 1)
-        kv_start = _receive(mail, m_slot * MAIL + KV, 1)
-        kind = _receive(mail, m_slot * MAIL + KIND, 1)
-        e = _receive(mail, m_slot * MAIL + STEP_0, 1)
-        e1 = _receive(mail, m_slot * MAIL + STEP_1, 1)
+        _, _, start, kv_start, kind, e, e1 = _receive_item(mail, m_slot, 1)
         mbarrier.arrive(m_free.index(m_slot), count=1)
         m_slot, m_phase = _next(m_slot, m_phase, 2)
         listed, steps = _steps(count, COLUMNS)
@@ -824,6 +840,65 @@ def _pass(
     slot1, phase1 = _next(slot, phase, STAGES)
     mbarrier.wait(k_full.index(slot1), phase1, pred=i + 1 < steps)
     return e, slot1, phase1
+
+
+@gluon.jit
+def _walk(
+    acc, l, m, pb, p_entries, p_row_tokens, p_row_bits, e, slot, phase, before, steps, both, paired, rest, q, ks, vs,
+    k_full, k_free, v_full, v_free, query, low, sink, scale2, cap_scale, start, listed, kind, columns, running,
+    WHO: gl.constexpr, SPLIT_ENTRY: gl.constexpr, PARTS: gl.constexpr, LISTED: gl.constexpr, RULE: gl.constexpr,
+    CAP: gl.constexpr, COLUMNS: gl.constexpr, HALVES: gl.constexpr, SHORT_FORM: gl.constexpr, Q_STEP: gl.constexpr,
+    VOTE: gl.constexpr,
+):  # fmt: skip
+    """A row's steps from the second one on, with the running maximum or with the first step's."""
+    STAGES: gl.constexpr = ks.shape[0]
+    BN: gl.constexpr = ks.shape[3]
+    # Two loops, since what masks entries and what masks columns do not fit the registers together.
+    for i in range(1, gl.maximum(listed, 1)):
+        if HALVES:
+            needed = (i < both) | (gl.where(i < paired, (i - both) & 1, rest) == WHO)
+            # Three buffers: one that waits for P V, one that is passed, one for the next step.
+            if needed | (i >= paired) | (STAGES < 3):
+                acc, l, m, pb, e, slot, phase, before = _advance(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
+                    p_row_bits, columns, needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP,
+                    VOTE,
+                )  # fmt: skip
+            else:
+                e, slot, phase = _pass(
+                    e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
+                    BN, STAGES, SPLIT_ENTRY, PARTS, LISTED,
+                )  # fmt: skip
+        elif SHORT_FORM:
+            if ((kind & SHORT) != 0) & (i == listed - 1 - WHO):
+                acc, l, m, pb, e, slot, phase, before = _advance_half(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, WHO,
+                    SPLIT_ENTRY, CAP, VOTE,
+                )  # fmt: skip
+            else:
+                acc, l, m, pb, e, slot, phase, before = _advance(
+                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
+                    p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                    VOTE,
+                )  # fmt: skip
+        else:
+            acc, l, m, pb, e, slot, phase, before = _advance(
+                acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
+                p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
+                VOTE,
+            )  # fmt: skip
+    if COLUMNS:
+        for i in range(gl.maximum(listed, 1), steps):
+            acc, l, m, pb, e, slot, phase, before = _advance(
+                acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
+                p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP, VOTE,
+            )  # fmt: skip
+    return acc, l, m, pb, slot, phase, before
 
 
 @gluon.jit
@@ -990,10 +1065,7 @@ def _consume(
             acc = warpgroup_mma(pb, vs.index(before).reshape([BN, D]), acc, is_async=True)
         if Q_STAGES == 2:  # as many as of mail
             q_slot, q_phase = m_slot, m_phase
-        row = _receive(mail, m_slot * MAIL + ROW)
-        start = _receive(mail, m_slot * MAIL + START)
-        kv_start = _receive(mail, m_slot * MAIL + KV)
-        kind = _receive(mail, m_slot * MAIL + KIND)
+        row, _, start, kv_start, kind, e, e1 = _receive_item(mail, m_slot)
         p_row_bits = p_bits
         p_row_tokens = p_tokens
         listed, steps = _steps(count, COLUMNS)
@@ -1013,8 +1085,6 @@ def _consume(
             both = word & ((1 << PAIRS_SHIFT) - 1)
             paired = both + ((word >> PAIRS_SHIFT) & ((1 << (31 - PAIRS_SHIFT)) - 1)) * 2
             rest = (word < 0).to(gl.int32)
-        e = _receive(mail, m_slot * MAIL + STEP_0)
-        e1 = _receive(mail, m_slot * MAIL + STEP_1)
         lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
         if Q_STEP > 1:
             first = gl.maximum(q_offset - kv_start, 0)
@@ -1024,18 +1094,8 @@ def _consume(
             query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
         low = query
-        # Where a row may see nothing in its first step: a window's edge without sinks, columns, the other half's step,
-        # the second half of a dense row's diagonal.
-        running = mode != FIXED
         if RULE:
             sink, low = _receive_rule(mail, m_slot, query)
-            running = running | (sink == 0)
-        if BN < 2 * HALF and Q_STEP == 1:
-            running = running | ((kind & DENSE) != 0)
-        if COLUMNS:
-            running = running | (listed == 0)
-        if HALVES:
-            running = running | (both == 0)
         q = qs.index(q_slot * 2 + WHO).reshape([HALF, D])
         mbarrier.wait(q_full.index(q_slot), q_phase)
         mbarrier.wait(k_full.index(slot), phase)
@@ -1105,48 +1165,38 @@ def _consume(
             mbarrier.wait(v_full.index(slot), phase)
         slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(k_full.index(slot), phase, pred=steps > 1)
-        # Two loops, since what masks entries and what masks columns do not fit the registers together.
-        for i in range(1, gl.maximum(listed, 1)):
-            if HALVES:
-                needed = (i < both) | (gl.where(i < paired, (i - both) & 1, rest) == WHO)
-                # Three buffers: one that waits for P V, one that is passed, one for the next step.
-                if needed | (i >= paired) | (STAGES < 3):
-                    acc, l, m, pb, e, slot, phase, before = _advance(
-                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                        query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
-                        columns, needed == 0, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, True, False, Q_STEP, VOTE,
-                    )  # fmt: skip
-                else:
-                    e, slot, phase = _pass(
-                        e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
-                        BN, STAGES, SPLIT_ENTRY, PARTS, LISTED,
-                    )  # fmt: skip
-            elif SHORT_FORM:
-                if ((kind & SHORT) != 0) & (i == listed - 1 - WHO):
-                    acc, l, m, pb, e, slot, phase, before = _advance_half(
-                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                        query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, WHO,
-                        SPLIT_ENTRY, CAP, VOTE,
-                    )  # fmt: skip
-                else:
-                    acc, l, m, pb, e, slot, phase, before = _advance(
-                        acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                        query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
-                        columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP, VOTE,
-                    )  # fmt: skip
-            else:
-                acc, l, m, pb, e, slot, phase, before = _advance(
-                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_tokens, p_bits,
-                    columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP, VOTE,
-                )  # fmt: skip
+        # Where a row may see nothing in its first step: a window's edge without sinks, columns, the other half's step,
+        # the second half of a dense row's diagonal.
+        running = mode != FIXED
+        if RULE:
+            running = running | (sink == 0)
+        if BN < 2 * HALF and Q_STEP == 1:
+            running = running | ((kind & DENSE) != 0)
         if COLUMNS:
-            for i in range(gl.maximum(listed, 1), steps):
-                acc, l, m, pb, e, slot, phase, before = _advance(
-                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
-                    p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, True, False, False, Q_STEP, VOTE,
-                )  # fmt: skip
+            running = running | (listed == 0)
+        if HALVES:
+            running = running | (both == 0)
+        if ks.dtype == gl.float16:  # holds no weights above 2^16
+            running = True
+        others = (  # a tuple holds no pointer that may be None
+            e, slot, phase, before, steps, both, paired, rest, q, ks, vs, k_full, k_free, v_full, v_free, query, low,
+            sink, scale2, cap_scale, start, listed, kind, columns,
+        )  # fmt: skip
+        if RULE or COLUMNS:  # masks leave no registers for loops of both kinds
+            acc, l, m, pb, slot, phase, before = _walk(
+                acc, l, m, pb, p_entries, p_row_tokens, p_row_bits, *others, running,
+                WHO, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, COLUMNS, HALVES, SHORT_FORM, Q_STEP, VOTE,
+            )  # fmt: skip
+        elif running:
+            acc, l, m, pb, slot, phase, before = _walk(
+                acc, l, m, pb, p_entries, p_row_tokens, p_row_bits, *others, True,
+                WHO, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, COLUMNS, HALVES, SHORT_FORM, Q_STEP, VOTE,
+            )  # fmt: skip
+        else:
+            acc, l, m, pb, slot, phase, before = _walk(
+                acc, l, m, pb, p_entries, p_row_tokens, p_row_bits, *others, False,
+                WHO, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, COLUMNS, HALVES, SHORT_FORM, Q_STEP, VOTE,
+            )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_free.index(q_slot), count=1)
         if OVERLAP:

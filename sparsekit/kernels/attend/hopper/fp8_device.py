@@ -44,21 +44,15 @@ from sparsekit.kernels.attend.hopper.device import (
     EMPTY,
     FIXED,
     FLOOR,
-    HEAD,
     ITEM,
-    KIND,
-    KV,
     LN2,
     LOG2E,
     MAIL,
     NARROW,
     NUMBER,
     REINTERPRET,
-    ROW,
     SLOT,
-    START,
-    STEP_0,
-    STEP_1,
+    _begin,
     _by_eight,
     _close,
     _item,
@@ -68,6 +62,7 @@ from sparsekit.kernels.attend.hopper.device import (
     _mask,
     _next,
     _receive,
+    _receive_item,
     _receive_rule,
     _rescale,
     _row_max,
@@ -113,10 +108,7 @@ def _produce(
     q_phase = 0
     m_slot = 0
     m_phase = 0
-    t = gl.program_id(0)
-    if mode == AGAIN:
-        items = gl.where(gl.load(p_marks) != 0, items, 0)
-        t = _marked(p_marks, p_counters, t, items)
+    t, items = _begin(p_counters, p_marks, mode, items)
     row, sample_head, start, count, kv_start, kind = _item(p_items, t, items)
     while t < items:
         number = t
@@ -324,6 +316,70 @@ def _add_kept(acc, kept, m_kept, m, LO: gl.constexpr):
 
 
 @gluon.jit
+def _walk(
+    acc, m, l, words, p_entries, e, slot, phase, before, q, q_scale, k_scale, v_log, query, low, sink, scale2, ks, vs,
+    kept, scales, full, free, start, count, kind,
+    LISTED: gl.constexpr, RULE: gl.constexpr, CAP: gl.constexpr, RUNNING: gl.constexpr,
+):  # fmt: skip
+    """A row's steps from the second one on: Q K^T and softmax of each, P V of the one before. With the running maximum
+    no P comes near e4m3's largest, and nobody has to look."""
+    STAGES: gl.constexpr = ks.shape[0]
+    HALF: gl.constexpr = acc.shape[0]
+    D: gl.constexpr = acc.shape[1]
+    BN: gl.constexpr = ks.shape[3]
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
+    LO: gl.constexpr = acc.type.layout
+    LP: gl.constexpr = gl.DotOperandLayout(0, LO, 4)
+    zero = gl.zeros([HALF, BN], gl.float32, L)
+    m_kept = m
+    for i in range(1, count):
+        now = e
+        e = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, False, 1)
+        s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        values = vs.index(before).reshape([D, BN]).permute((1, 0))
+        # After a sum was kept the next starts anew; the first has the sinks' in it.
+        goes_on = (i % FLUSH != 1) | (i == 1)
+        o = warpgroup_mma(_operand(words, LP), values, acc, use_acc=goes_on, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        s = _cap(s, q_scale * k_scale, CAP)
+        if LISTED:  # else only the first step of a tile crosses the diagonal
+            if (now & 3) != 0:
+                s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
+        if RUNNING:
+            m, l, alpha = _raise(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
+        p, sums = _exponentials(s, q_scale * k_scale, v_log, m, scale2, CAP)
+        if not RUNNING:
+            alpha = gl.full_like(m, 1.0)
+            outgrown = _outgrown(sums, i)
+            if outgrown != 0:
+                p, sums, m, l, alpha = _settle(p, sums, m, l, alpha)
+        l += sums * gl.exp2(-v_log)
+        slot1, phase1 = _next(slot, phase, STAGES)
+        mbarrier.wait(full.index(slot1), phase1, pred=i + 1 < count)
+        k_scale = _receive(scales, slot1 * 2)
+        v_log = _receive(scales, slot1 * 2 + 1)
+        acc = warpgroup_mma_wait(0, deps=(o,))
+        mbarrier.arrive(free.index(before), count=1)
+        if RUNNING:
+            acc = _rescale(acc, alpha, LO)
+        else:
+            if outgrown != 0:
+                acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LO)), 1)
+        if i % FLUSH == 0:
+            if i == FLUSH:
+                tma.store_wait(0)  # of the tile before
+                kept.store(acc)
+            else:
+                kept.store(_add_kept(acc, kept, m_kept, m, LO))
+            m_kept = m
+        words = _pack(p)
+        before = slot
+        slot = slot1
+        phase = phase1
+    return acc, m, m_kept, l, words, before, slot, phase
+
+
+@gluon.jit
 def _consume(
     d_o, d_few_k, d_few_v, qs, ks, vs, kept_sums, scales, taken, shifts, q_full, q_free, full, free, mail, m_full,
     m_free, p_entries, p_marks, p_out, p_lse, p_sinks, p_part, p_part_lse, mode, scale, cap_scale, heads, queries,
@@ -357,13 +413,7 @@ def _consume(
     mbarrier.wait(m_full.index(0), 0)
     count = _receive(mail, COUNT)
     while count > 0:
-        row = _receive(mail, m_slot * MAIL + ROW)
-        sample_head = _receive(mail, m_slot * MAIL + HEAD)
-        start = _receive(mail, m_slot * MAIL + START)
-        kv_start = _receive(mail, m_slot * MAIL + KV)
-        kind = _receive(mail, m_slot * MAIL + KIND)
-        e = _receive(mail, m_slot * MAIL + STEP_0)
-        e1 = _receive(mail, m_slot * MAIL + STEP_1)
+        row, sample_head, start, kv_start, kind, e, e1 = _receive_item(mail, m_slot)
         lane = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
         query = gl.where((kind & EMPTY) != 0, -1, row + q_offset - kv_start + lane)
         sink = 0
@@ -426,54 +476,24 @@ def _consume(
         if NARROW_FORM:
             acc = _rescale(acc, alpha, LO)
         words = _pack(p)
-        m_kept = m
         e = e1
         before = slot
         slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(full.index(slot), phase, pred=count > 1)
         k_scale = _receive(scales, slot * 2)
         v_log = _receive(scales, slot * 2 + 1)
-        for i in range(1, count):
-            now = e
-            e = _step(p_entries, start, i + 1, count, kind, BN, 1, LISTED, False, 1)
-            s = warpgroup_mma(q, ks.index(slot).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-            values = vs.index(before).reshape([D, BN]).permute((1, 0))
-            # After a sum was kept the next starts anew; the first has the sinks' in it.
-            goes_on = (i % FLUSH != 1) | (i == 1)
-            o = warpgroup_mma(_operand(words, LP), values, acc, use_acc=goes_on, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            s = _cap(s, q_scale * k_scale, CAP)
-            alpha = gl.full_like(m, 1.0)
-            if ((now & 3) != 0) | running:  # one branch that most steps pass by
-                s = _mask(s, query, low, sink, now >> 2, now, L, RULE)
-                if running:
-                    m, l, alpha = _raise(s, q_scale * k_scale, v_log, m, l, scale2, L, CAP)
-            p, sums = _exponentials(s, q_scale * k_scale, v_log, m, scale2, CAP)
-            outgrown = _outgrown(sums, i)
-            if outgrown != 0:
-                p, sums, m, l, alpha = _settle(p, sums, m, l, alpha)
-            l += sums * gl.exp2(-v_log)
-            slot1, phase1 = _next(slot, phase, STAGES)
-            mbarrier.wait(full.index(slot1), phase1, pred=i + 1 < count)
-            k_scale = _receive(scales, slot1 * 2)
-            v_log = _receive(scales, slot1 * 2 + 1)
-            acc = warpgroup_mma_wait(0, deps=(o,))
-            mbarrier.arrive(free.index(before), count=1)
-            if RULE:  # as in device.py
-                acc = _rescale(acc, alpha, LO)
-            elif (outgrown != 0) | running:
-                acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LO)), 1)
-            if i % FLUSH == 0:
-                if i == FLUSH:
-                    tma.store_wait(0)  # of the tile before
-                    kept.store(acc)
-                else:
-                    kept.store(_add_kept(acc, kept, m_kept, m, LO))
-                m_kept = m
-            words = _pack(p)
-            before = slot
-            slot = slot1
-            phase = phase1
+        others = (
+            slot, phase, before, q, q_scale, k_scale, v_log, query, low, sink, scale2, ks, vs, kept, scales, full, free,
+            start, count, kind,
+        )  # fmt: skip
+        if running:
+            acc, m, m_kept, l, words, before, slot, phase = _walk(
+                acc, m, l, words, p_entries, e, *others, LISTED, RULE, CAP, True
+            )
+        else:
+            acc, m, m_kept, l, words, before, slot, phase = _walk(
+                acc, m, l, words, p_entries, e, *others, LISTED, RULE, CAP, False
+            )
         values = vs.index(before).reshape([D, BN]).permute((1, 0))
         goes_on = (count % FLUSH != 1) | (count == 1)
         acc = warpgroup_mma(_operand(words, LP), values, acc, use_acc=goes_on, is_async=True)
