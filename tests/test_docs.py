@@ -482,39 +482,46 @@ def test_the_times_of_the_maximum_of_the_first_step_are_in_the_records() -> None
                     _rounds_to(row["tflops"], text)
 
     peers = [row for row in rows if row["command"].startswith("sparsekit bench kernel --cases triangle,dense")]
-    last = {(row["case"], row["tokens"], row["impl"]): row for row in peers if "ms" in row}  # of two runs
+    last = {(row["case"], row["tokens"], row["impl"]): row for row in peers if "ms" in row}  # of three runs
     results = (DOCS / "results" / "README.md").read_text()
+    faster = []
     for tokens in (32768, 131072):
         ours, other = (last["dense", tokens, impl] for impl in ("hopper", "fa3"))
         line = f"| dense {tokens // 1024}K | {ours['ms']:.3g} ms ({ours['tflops']:.0f}) | {other['ms']:.3g} ms ("
         assert f"{line}{other['tflops']:.0f}) |" in results
-        assert f"{other['ms'] / ours['ms']:.2f}" == "1.04"
+        faster.append(f"{other['ms'] / ours['ms']:.2f}")
+    told = "1.05 times as fast as FlashAttention-3 at 32K and 1.03 times at 128K"
+    assert told == "{} times as fast as FlashAttention-3 at 32K and {} times at 128K".format(*faster)
+    assert told in " ".join(results.split())
     for name, case, lengths in (
         ("Triangle (8, 512, 128) at 32K; 128K; 1M tokens", "triangle", (32768, 131072, 1 << 20)),
         ("random tiles of each head, 10%, 32K; 128K", "random", (32768, 131072)),
     ):
         own = [last[case, tokens, "hopper"] for tokens in lengths]
-        [told] = re.findall(rf"^\| {re.escape(name)} \| (.*?) \| +\|$", results, re.MULTILINE)
-        ms, rates = re.findall(r"([\d.]+) ms", told), re.findall(r"\((\d+)\)", told)
+        [cell] = re.findall(rf"^\| {re.escape(name)} \| (.*?) \| +\|$", results, re.MULTILINE)
+        ms, rates = re.findall(r"([\d.]+) ms", cell), re.findall(r"\((\d+)\)", cell)
         assert [f"{row['tflops']:.0f}" for row in own] == rates
         for row, text in zip(own, ms, strict=True):
             _rounds_to(row["ms"], text)
     for doc in (DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"):
-        assert "1.04 times as fast as FlashAttention-3" in " ".join(doc.read_text().split())
+        assert "1.03 to 1.05 times as fast as FlashAttention-3" in " ".join(doc.read_text().split())
 
-    fp8 = [row for row in _records("fp8-h200") if row["run"] == 11]
     took = {
-        (row["case"], row["tokens"], row.get("variant", "").partition(":")[0]): row
-        for row in fp8
-        if row["impl"] == "hopper_fp8" or row["variant"].startswith("the running")
+        (row["run"], row["case"], row["tokens"], row.get("variant", "").partition(":")[0]): row
+        for row in _records("fp8-h200")
+        if row["run"] > 10 and (row["impl"] == "hopper_fp8" or row.get("variant", "").startswith("the running"))
     }
     calls = (("dense", 32768), ("dense", 131072), ("random", 131072), ("triangle", 131072))
-    short, long, random, triangle = (took[(*call, "")] for call in calls)
-    before = [took[(*call, "the running maximum")]["ms"] for call in calls]
+
+    def all_took(run: int, variant: str) -> str:
+        return "{:.2f}, {:.1f}, {:.1f} and {:.2f}".format(*(took[(run, *call, variant)]["ms"] for call in calls))
+
+    short, long, random, triangle = (took[(12, *call, "")] for call in calls)
     assert (
         f"dense takes {short['ms']:.2f} ms ({short['tflops']:.0f}) at 32K and {long['ms']:.1f} ({long['tflops']:.0f}) "
         f"at 128K, random tiles at 128K {random['ms']:.1f}, Triangle there {triangle['ms']:.2f}; with the running "
-        "maximum in the same run {:.2f}, {:.1f}, {:.1f} and {:.2f}.".format(*before)
+        f"maximum in the same run {all_took(12, 'the running maximum')}. Either has a loop of its own: one loop for "
+        f"both took {all_took(11, '')}, and {all_took(11, 'the running maximum')} (run 11)."
     ) in " ".join(page.split())
 
 
