@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -133,7 +134,10 @@ def test_compiles_for_sm_90(case: tuple[str, str], offline: list[dict[str, Any]]
     assert made["shuffles"] == [4, 4, 4, 4]  # of rows' maxima, or of their sums where P outgrows e4m3
     assert max(made["late"]) <= 4  # the exponentials run beside P V
     assert "C75" not in made["said"]  # ptxas: wgmma serialised, or register reallocation ignored
-    assert made["spilled"] == 0  # in a step; what only a tile's end needs may be, once a tile
+    assert made["spilled"] == 0  # in a step
+    # What only a tile's end needs, once a tile: none with Triton 3.6, 4 to 24 bytes with the ptxas of 3.9.
+    once = {int(n) for n in re.findall(r"(\d+) bytes spill stores", made["said"])}
+    assert max(once) <= (0 if case[0] == "tiles" else 24)
 
 
 @pytest.mark.slow
