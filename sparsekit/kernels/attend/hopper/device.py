@@ -870,20 +870,12 @@ def _walk(
                     e, slot, phase, i, steps, k_full, k_free, v_full, v_free, p_entries, start, listed, kind,
                     BN, STAGES, SPLIT_ENTRY, PARTS, LISTED,
                 )  # fmt: skip
-        elif SHORT_FORM:
-            if ((kind & SHORT) != 0) & (i == listed - 1 - WHO):
-                acc, l, m, pb, e, slot, phase, before = _advance_half(
-                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, WHO,
-                    SPLIT_ENTRY, CAP, VOTE,
-                )  # fmt: skip
-            else:
-                acc, l, m, pb, e, slot, phase, before = _advance(
-                    acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
-                    query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, p_row_tokens,
-                    p_row_bits, columns, False, SPLIT_ENTRY, PARTS, LISTED, RULE, CAP, False, False, SHORT_FORM, Q_STEP,
-                    VOTE,
-                )  # fmt: skip
+        elif SHORT_FORM and ((kind & SHORT) != 0) & (i == listed - 1 - WHO):
+            acc, l, m, pb, e, slot, phase, before = _advance_half(
+                acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
+                query, low, sink, scale2, cap_scale, running, p_entries, start, listed, kind, WHO, SPLIT_ENTRY, CAP,
+                VOTE,
+            )  # fmt: skip
         else:
             acc, l, m, pb, e, slot, phase, before = _advance(
                 acc, l, m, pb, e, slot, phase, before, i, steps, q, ks, vs, k_full, k_free, v_full, v_free,
